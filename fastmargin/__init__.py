@@ -1,0 +1,1 @@
+"""Margin-softmax heads, fused: no logits in memory, gradients that are right."""

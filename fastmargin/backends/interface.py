@@ -1,0 +1,89 @@
+"""What a backend is: an object with these methods. Tensors come in checked; see ``functional``.
+
+Names: ``x`` (B, D) raw embeddings, ``x_hat`` (B, D) unit embeddings in fp32 (fp64 for fp64 input),
+``weight`` (C, D) raw class centres of any strides and of any float dtype, ``labels`` (B,) int64
+*global* class ids, ``class_start`` the global id of ``weight[0]``. A label outside
+``[class_start, class_start + C)`` has its centre elsewhere, or is -1 (row ignored).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+
+
+class Backend(Protocol):
+    """One way to run the five operations."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """None if this backend can run in this process, else the reason it cannot."""
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if it takes embeddings of this device and dtype, else the reason it does not."""
+
+    def row_prologue(
+        self, x: Tensor, labels: Tensor, ema: NormEma | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Norms, unit rows, and the running statistics after this batch.
+
+        Returns ``x_hat`` (B, D), ``norm`` (B,), ``mean`` (1,), ``std`` (1,). ``x_hat`` is zero
+        where ``norm`` is below 1e-12. Statistics are over rows with label >= 0: the mean needs
+        one such row and the unbiased standard deviation two, else the old value stays, so a batch
+        of one cannot poison them. Without ``ema`` both are NaN.
+        """
+
+    def row_stats(
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        want_pull: bool,
+        precision: str,
+    ) -> RowStats:
+        """One pass over the centres."""
+
+    def row_stats_backward(
+        self,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+    ) -> Tensor:
+        """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
+
+        ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
+        zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
+        """
+
+    def row_topk(
+        self, x_hat: Tensor, weight: Tensor, labels: Tensor, k: int, class_start: int, precision: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k nearest negatives: cosines (B, k) descending, indices (B, k), ``cos_y`` (B,).
+
+        Indices are rows of ``weight``; ties go to the lower index. Where a row has fewer than k
+        negatives the rest is cosine -inf, index -1.
+        """
+
+    def margin_rows(
+        self, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Loss and derivatives of every row.
+
+        Returns ``loss``, ``d loss / d cos_y``, ``d loss / d lse_neg``, ``d loss / d norm`` and the
+        margin ``cos_y - psi`` (cosine units), each (B,); all zero where the label is negative.
+        """

@@ -1,0 +1,198 @@
+"""Plain PyTorch on any device, float64 included: the specification of the other backends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+
+NORM_FLOOR = 1e-12
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; every other float type is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_norm(rows: Tensor) -> Tensor:
+    """1 / ||row|| over the last axis, keeping it; 0 for a (nearly) zero row."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(norm > NORM_FLOOR, 1 / norm, torch.zeros_like(norm))
+
+
+def psi_and_slopes(cos_y: Tensor, u: Tensor, form: MarginForm) -> tuple[Tensor, Tensor, Tensor]:
+    """Margin target psi and its derivatives by ``cos_y`` and by ``u``, in closed form.
+
+    Conditions on the angle are comparisons of cosines (cos falls on [0, pi]), so no acos. The
+    slope by ``cos_y`` holds 1 / sin(theta), which is bounded by 1 / sqrt(machine epsilon): the
+    gradient it multiplies vanishes with sin(theta), so the product stays right and finite.
+    """
+    limit = 1 - form.cos_eps
+    c = cos_y.clamp(-limit, limit)
+    inside = (cos_y >= -limit) & (cos_y <= limit)
+    m2, m3 = form.m2 + form.m2_u * u, form.m3 + form.m3_u * u
+    sin_m, cos_m = m2.sin(), m2.cos()
+    sin_t = ((1 - c) * (1 + c)).clamp_min(0).sqrt()
+    value = c * cos_m - sin_t * sin_m
+    by_cos = cos_m + c * sin_m / sin_t.clamp_min(math.sqrt(torch.finfo(c.dtype).eps))
+    by_m2 = -(sin_t * cos_m + c * sin_m)
+
+    if form.guard == "clip":
+        # theta + m2 below e or above pi - e
+        e = form.angle_eps
+        low = (e - m2 > 0) & (c > (e - m2).clamp(0, math.pi).cos())
+        high = (m2 + e > 0) & (c < (math.pi - e - m2).clamp(0, math.pi).cos())
+        value = torch.where(low, math.cos(e), torch.where(high, -math.cos(e), value))
+        by_cos, by_m2 = (torch.where(low | high, 0.0, t) for t in (by_cos, by_m2))
+    elif form.guard in ("mm", "mmm"):
+        past = (m2 > 0) & (c <= -cos_m)
+        if form.guard == "mm":
+            beyond, beyond_by_m2 = c - m2 * sin_m, -(sin_m + m2 * cos_m)
+        else:
+            beyond, beyond_by_m2 = c - 1 + cos_m, -sin_m
+        value = torch.where(past, beyond, value)
+        by_cos = torch.where(past, 1.0, by_cos)
+        by_m2 = torch.where(past, beyond_by_m2, by_m2)
+    elif form.guard == "easy":
+        value = torch.where(c > 0, value, c)
+        by_cos = torch.where(c > 0, by_cos, 1.0)
+        by_m2 = torch.where(c > 0, by_m2, 0.0)
+
+    by_cos = torch.ones_like(c) if form.grad == "straight_through" else by_cos
+    return value - m3, torch.where(inside, by_cos, 0.0), form.m2_u * by_m2 - form.m3_u
+
+
+def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, Tensor]:
+    """``u`` of :class:`MarginForm` and its derivative by the norm, each (B,)."""
+    zero = torch.zeros_like(norm)
+    if form.source == "constant":
+        return zero, zero
+    if form.source == "class":
+        known = (labels >= 0) & (labels < form.table.numel())
+        return form.table.to(norm.dtype)[torch.where(known, labels, 0)], zero
+    clipped = norm.clamp(form.low, form.high)
+    if form.source == "norm":
+        return clipped, ((norm >= form.low) & (norm <= form.high)).to(norm.dtype)
+    z = (clipped - form.mean.to(norm.dtype)) / (form.std.to(norm.dtype) + form.eps)
+    return (z * form.h).clamp(-1, 1), zero
+
+
+class ReferenceBackend:
+    """Dense and simple: holds the (B, C) logits."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+        x = x.to(compute_dtype(x.dtype))
+        norm = torch.linalg.vector_norm(x, dim=1)
+        x_hat = x * inverse_norm(x)
+        if ema is None:
+            nan = x.new_full((1,), math.nan)
+            return x_hat, norm, nan, nan.clone()
+        valid = labels >= 0
+        n = valid.sum()
+        clipped = norm.clamp(ema.low, ema.high)
+        mean = torch.where(valid, clipped, 0).sum() / n.clamp_min(1)
+        var = torch.where(valid, (clipped - mean) ** 2, 0).sum() / (n - 1).clamp_min(1)
+        old_mean, old_std = ema.mean.to(norm.dtype), ema.std.to(norm.dtype)
+        new_mean = torch.where(n >= 1, torch.lerp(old_mean, mean, ema.alpha), old_mean)
+        new_std = torch.where(n >= 2, torch.lerp(old_std, var.sqrt(), ema.alpha), old_std)
+        return x_hat, norm, new_mean, new_std
+
+    def _negatives(self, x_hat, weight, labels, hard, class_start):
+        """Unit centres, cosines, mask of negatives, f(c) and f'(c)."""
+        w = weight.to(x_hat.dtype)
+        w_hat = w * inverse_norm(w)
+        cos = x_hat @ w_hat.t()
+        local = labels - class_start
+        columns = torch.arange(weight.shape[0], device=weight.device)
+        negative = columns[None, :] != local[:, None]
+        f, slope = cos, torch.ones_like(cos)
+        if hard is not None:
+            harder = cos > hard.threshold.to(cos.dtype)[:, None]
+            f = torch.where(harder, hard.a * cos**2 + hard.b * cos + hard.d, cos)
+            slope = torch.where(harder, 2 * hard.a * cos + hard.b, slope)
+        return w_hat, cos, negative, f, slope
+
+    def row_stats(
+        self, x_hat, weight, labels, scale, hard, class_start, want_pull, precision
+    ) -> RowStats:
+        w_hat, cos, negative, f, slope = self._negatives(x_hat, weight, labels, hard, class_start)
+        logits = torch.where(negative, scale * f, -math.inf)
+        lse_neg = torch.logsumexp(logits, dim=1)
+        cos_y = torch.where(negative, 0, cos).sum(1)
+        max_neg = torch.where(negative, cos, -math.inf).amax(1) if cos.shape[1] else cos_y - math.inf
+        pull = x_hat.new_empty((0, x_hat.shape[1]))
+        if want_pull:
+            pull = (_softmax(logits, lse_neg) * slope) @ w_hat
+        return RowStats(lse_neg, cos_y, max_neg, pull)
+
+    def row_stats_backward(
+        self,
+        d_lse,
+        d_cos,
+        x_hat,
+        weight,
+        labels,
+        lse_neg,
+        scale,
+        hard,
+        class_start,
+        precision,
+    ) -> Tensor:
+        w_hat, _, negative, f, slope = self._negatives(x_hat, weight, labels, hard, class_start)
+        p = _softmax(torch.where(negative, scale * f, -math.inf), lse_neg)
+        grad = torch.where(negative, d_lse[:, None] * scale * p * slope, d_cos[:, None])
+        d_w_hat = grad.t() @ x_hat
+        radial = (d_w_hat * w_hat).sum(1, keepdim=True)
+        inv = inverse_norm(weight.to(x_hat.dtype))
+        return ((d_w_hat - radial * w_hat) * inv).to(weight.dtype)
+
+    def row_topk(self, x_hat, weight, labels, k, class_start, precision):
+        w_hat, cos, negative, _, _ = self._negatives(x_hat, weight, labels, None, class_start)
+        cos_y = torch.where(negative, 0, cos).sum(1)
+        masked = torch.where(negative, cos, -math.inf)
+        # a stable sort, not topk: ties go to the lower index
+        values, index = masked.sort(dim=1, descending=True, stable=True)
+        values, index = values[:, :k], index[:, :k]
+        missing = (0, k - values.shape[1])
+        values, index = F.pad(values, missing, value=-math.inf), F.pad(index, missing, value=-1)
+        index = torch.where(values > -math.inf, index, -1)
+        return values.contiguous(), index.contiguous(), cos_y
+
+    def margin_rows(self, cos_y, lse_neg, norm, labels, form: MarginForm):
+        u, u_by_norm = row_factor(norm, labels, form)
+        psi, by_cos, by_u = psi_and_slopes(cos_y, u, form)
+        gap = lse_neg - form.scale * psi
+        valid = labels >= 0
+        # 1 - p_y as a sigmoid of the gap keeps its digits where p_y -> 1
+        miss = torch.sigmoid(gap)
+        loss = gap.clamp_min(0) + torch.log1p(torch.exp(-gap.abs()))
+        parts = (
+            loss,
+            -form.scale * miss * by_cos,
+            miss,
+            -form.scale * miss * by_u * u_by_norm,
+            cos_y - psi,
+        )
+        return tuple(torch.where(valid, part, 0) for part in parts)
+
+
+def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse) with 0 in rows that hold no negative (lse = -inf)."""
+    empty = torch.isneginf(lse)
+    p = torch.exp(logits - torch.where(empty, 0, lse)[:, None])
+    return torch.where(empty[:, None], 0, p)
+
+
+BACKEND = ReferenceBackend()

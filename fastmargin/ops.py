@@ -1,0 +1,412 @@
+"""The operators: schema, fake and autograd of each, in ``torch.ops.fastmargin``.
+
+This is the only file that registers operators for users. Records of :mod:`fastmargin.spec` are
+taken apart here, since a schema holds only tensors and numbers, and put together again for the
+backend. Shapes and meanings stand in :mod:`fastmargin.backends.interface`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin import backends
+from fastmargin.backends.reference import compute_dtype, inverse_norm
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+
+__all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk"]
+
+
+def _op(name: str, schema: str):
+    return torch.library.custom_op(f"fastmargin::{name}", mutates_args=(), schema=schema)
+
+
+def _own_rows(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``index`` of the centres as unit rows, their inverse norms, and which exist.
+
+    A negative index, or one past the end, gives a zero row.
+    """
+    known = (index >= 0) & (index < weight.shape[0])
+    if weight.shape[0] == 0:
+        rows = weight.new_zeros((*index.shape, weight.shape[1]))
+    else:
+        rows = weight[torch.where(known, index, 0)]
+    rows = rows.to(compute_dtype(weight.dtype))
+    inv = inverse_norm(rows) * known[..., None]
+    return rows * inv, inv, known
+
+
+# ---- row_prologue -------------------------------------------------------------------------------
+
+
+@_op(
+    "row_prologue",
+    "(Tensor x, Tensor labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _row_prologue(x, labels, ema_mean, ema_std, ema_params, backend):
+    ema = None if ema_mean is None else NormEma(ema_mean, ema_std, *ema_params)
+    return backends.select(backend, x.device, x.dtype).row_prologue(x, labels, ema)
+
+
+@_row_prologue.register_fake
+def _(x, labels, ema_mean, ema_std, ema_params, backend):
+    dtype = compute_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(x.shape[:1], dtype=dtype),
+        x.new_empty((1,), dtype=dtype),
+        x.new_empty((1,), dtype=dtype),
+    )
+
+
+def _row_prologue_setup(ctx, inputs, output):
+    ctx.x_dtype = inputs[0].dtype
+    ctx.save_for_backward(output[0], output[1])
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _row_prologue_backward(ctx, d_x_hat, d_norm, _mean, _std):
+    x_hat, norm = ctx.saved_tensors
+    d_x = torch.zeros_like(x_hat)
+    if d_x_hat is not None:
+        inv = inverse_norm(norm[:, None])
+        d_x = (d_x_hat - (d_x_hat * x_hat).sum(1, keepdim=True) * x_hat) * inv
+    if d_norm is not None:
+        d_x = d_x + d_norm[:, None] * x_hat
+    return d_x.to(ctx.x_dtype), None, None, None, None, None
+
+
+_row_prologue.register_autograd(_row_prologue_backward, setup_context=_row_prologue_setup)
+
+
+def row_prologue(
+    x: Tensor, labels: Tensor, ema: NormEma | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit rows (B, D), norms (B,), and the norm statistics (1,), (1,) after this batch.
+
+    Differentiable in ``x`` through the first two. A row of norm below 1e-12 gives a zero row and
+    a zero gradient (``F.normalize`` would give 1e12 times the upstream one).
+    """
+    if ema is None:
+        return _row_prologue(x, labels, None, None, [], backend)
+    params = [ema.alpha, ema.low, ema.high]
+    return _row_prologue(x, labels, ema.mean, ema.std, params, backend)
+
+
+# ---- row_stats ----------------------------------------------------------------------------------
+
+_STATS_ARGS = (
+    "Tensor x_hat, Tensor weight, Tensor labels, float scale, Tensor? hard_threshold,"
+    " float[] hard_params, int class_start"
+)
+
+
+def _hard(threshold: Tensor | None, params: list[float]) -> HardRule | None:
+    return None if threshold is None else HardRule(threshold, *params)
+
+
+@_op(
+    "row_stats",
+    f"({_STATS_ARGS}, bool want_pull, str precision, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _row_stats(
+    x_hat,
+    weight,
+    labels,
+    scale,
+    hard_threshold,
+    hard_params,
+    class_start,
+    want_pull,
+    precision,
+    backend,
+):
+    stats = backends.select(backend, x_hat.device, x_hat.dtype).row_stats(
+        x_hat,
+        weight,
+        labels,
+        scale,
+        _hard(hard_threshold, hard_params),
+        class_start,
+        want_pull,
+        precision,
+    )
+    return stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull
+
+
+@_row_stats.register_fake
+def _(x_hat, weight, labels, scale, hard_threshold, hard_params, class_start, want_pull, *_):
+    rows = x_hat.shape[:1]
+    pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
+    return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull
+
+
+@_op(
+    "row_stats_backward",
+    f"(Tensor d_lse, Tensor d_cos, {_STATS_ARGS}, Tensor lse_neg, str precision, str backend)"
+    " -> Tensor",
+)
+def _row_stats_backward(
+    d_lse,
+    d_cos,
+    x_hat,
+    weight,
+    labels,
+    scale,
+    hard_threshold,
+    hard_params,
+    class_start,
+    lse_neg,
+    precision,
+    backend,
+):
+    return backends.select(backend, x_hat.device, x_hat.dtype).row_stats_backward(
+        d_lse.contiguous(),
+        d_cos.contiguous(),
+        x_hat,
+        weight,
+        labels,
+        lse_neg,
+        scale,
+        _hard(hard_threshold, hard_params),
+        class_start,
+        precision,
+    )
+
+
+@_row_stats_backward.register_fake
+def _(d_lse, d_cos, x_hat, weight, *_):
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _row_stats_setup(ctx, inputs, output):
+    x_hat, weight, labels, scale, threshold, params, class_start, want_pull = inputs[:8]
+    lse_neg, _, max_neg, pull = output
+    ctx.save_for_backward(x_hat, weight, labels, threshold, lse_neg, pull)
+    ctx.mark_non_differentiable(max_neg, pull)
+    ctx.set_materialize_grads(False)
+    ctx.rest = scale, params, class_start, *inputs[8:]
+    ctx.has_pull = want_pull
+
+
+def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
+    x_hat, weight, labels, threshold, lse_neg, pull = ctx.saved_tensors
+    scale, params, class_start, precision, backend = ctx.rest
+    rest = (None,) * 8
+    if d_lse is None and d_cos is None:
+        return None, None, *rest
+    zero = torch.zeros_like(lse_neg)
+    d_lse = zero if d_lse is None else d_lse
+    d_cos = zero if d_cos is None else d_cos
+    d_x_hat = d_weight = None
+    if ctx.needs_input_grad[0]:
+        if not ctx.has_pull:
+            raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
+        own, _, _ = _own_rows(weight, labels - class_start)
+        d_x_hat = (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
+    if ctx.needs_input_grad[1]:
+        d_weight = _row_stats_backward(
+            d_lse,
+            d_cos,
+            x_hat,
+            weight,
+            labels,
+            scale,
+            threshold,
+            params,
+            class_start,
+            lse_neg,
+            precision,
+            backend,
+        )
+    return d_x_hat, d_weight, *rest
+
+
+_row_stats.register_autograd(_row_stats_autograd, setup_context=_row_stats_setup)
+
+
+def row_stats(
+    x_hat: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    hard: HardRule | None = None,
+    class_start: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+) -> RowStats:
+    """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
+
+    Args:
+        x_hat: (B, D) unit rows from :func:`row_prologue`, float32 or float64.
+        weight: (C, D) raw centres, any strides, any float dtype.
+        labels: (B,) int64 global class ids; -1 for a row without a class.
+        scale: s.
+        hard: rule for hard negatives.
+        class_start: global id of ``weight[0]``.
+        precision: operand type of the products, one of ``spec.PRECISIONS``.
+        backend: "auto" or a backend's name.
+
+    Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
+    """
+    threshold = None if hard is None else hard.threshold
+    params = [] if hard is None else [float(hard.a), float(hard.b), float(hard.d)]
+    want_pull = torch.is_grad_enabled() and x_hat.requires_grad
+    return RowStats(
+        *_row_stats(
+            x_hat,
+            weight,
+            labels,
+            float(scale),
+            threshold,
+            params,
+            class_start,
+            want_pull,
+            precision,
+            backend,
+        )
+    )
+
+
+# ---- row_topk -----------------------------------------------------------------------------------
+
+
+@_op(
+    "row_topk",
+    "(Tensor x_hat, Tensor weight, Tensor labels, int k, int class_start, str precision,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _row_topk(x_hat, weight, labels, k, class_start, precision, backend):
+    return backends.select(backend, x_hat.device, x_hat.dtype).row_topk(
+        x_hat, weight, labels, k, class_start, precision
+    )
+
+
+@_row_topk.register_fake
+def _(x_hat, weight, labels, k, class_start, precision, backend):
+    shape = (x_hat.shape[0], k)
+    return (
+        x_hat.new_empty(shape),
+        x_hat.new_empty(shape, dtype=torch.int64),
+        x_hat.new_empty(shape[:1]),
+    )
+
+
+def _row_topk_setup(ctx, inputs, output):
+    x_hat, weight, labels, _, class_start = inputs[:5]
+    ctx.save_for_backward(x_hat, weight, labels, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.class_start = class_start
+
+
+def _row_topk_autograd(ctx, d_top, _index, d_cos):
+    x_hat, weight, labels, index = ctx.saved_tensors
+    rest = (None,) * 5
+    if d_top is None and d_cos is None:
+        return None, None, *rest
+    zero = torch.zeros(labels.shape, dtype=x_hat.dtype, device=x_hat.device)
+    d_top = zero[:, None].expand(index.shape) if d_top is None else d_top
+    d_cos = zero if d_cos is None else d_cos
+    # the target is one more column; only B * (k + 1) centres take part
+    columns = torch.cat([index, (labels - ctx.class_start)[:, None]], dim=1)
+    upstream = torch.cat([d_top, d_cos[:, None]], dim=1)
+    centres, inv, known = _own_rows(weight, columns)
+    centres, inv = centres.to(x_hat.dtype), inv.to(x_hat.dtype)
+    upstream = torch.where(known, upstream, 0)[..., None]
+    d_x_hat = (upstream * centres).sum(1) if ctx.needs_input_grad[0] else None
+    d_weight = None
+    if ctx.needs_input_grad[1]:
+        rows = upstream * x_hat[:, None, :]
+        rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
+        d_weight = torch.zeros(weight.shape, dtype=x_hat.dtype, device=weight.device)
+        target = torch.where(known, columns, 0)
+        if weight.shape[0]:
+            # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
+            d_weight.index_put_((target.flatten(),), rows.flatten(0, 1), accumulate=True)
+        d_weight = d_weight.to(weight.dtype)
+    return d_x_hat, d_weight, *rest
+
+
+_row_topk.register_autograd(_row_topk_autograd, setup_context=_row_topk_setup)
+
+
+def row_topk(
+    x_hat: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    k: int,
+    class_start: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k nearest negatives of every row: cosines (B, k), indices (B, k), ``cos_y`` (B,).
+
+    Differentiable in ``x_hat`` and ``weight`` through both cosines; see
+    :meth:`fastmargin.backends.interface.Backend.row_topk` for ties and short rows.
+    """
+    return _row_topk(x_hat, weight, labels, k, class_start, precision, backend)
+
+
+# ---- margin_rows --------------------------------------------------------------------------------
+
+
+@_op(
+    "margin_rows",
+    "(Tensor cos_y, Tensor lse_neg, Tensor norm, Tensor labels, float[] params, int[] codes,"
+    " Tensor? mean, Tensor? std, Tensor? table, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _margin_rows(cos_y, lse_neg, norm, labels, params, codes, mean, std, table, backend):
+    form = MarginForm.build(params, codes, mean, std, table)
+    return backends.select(backend, cos_y.device, cos_y.dtype).margin_rows(
+        cos_y.contiguous(), lse_neg.contiguous(), norm.contiguous(), labels, form
+    )
+
+
+@_margin_rows.register_fake
+def _(cos_y, *_):
+    return tuple(cos_y.new_empty(cos_y.shape) for _ in range(5))
+
+
+def _margin_rows_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:4])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _margin_rows_autograd(ctx, d_loss, *_):
+    by_cos, by_lse, by_norm = ctx.saved_tensors
+    return d_loss * by_cos, d_loss * by_lse, d_loss * by_norm, *(None,) * 7
+
+
+_margin_rows.register_autograd(_margin_rows_autograd, setup_context=_margin_rows_setup)
+
+
+def margin_rows(
+    cos_y: Tensor,
+    lse_neg: Tensor,
+    norm: Tensor,
+    labels: Tensor,
+    form: MarginForm,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss of every row and the margin ``cos_y - psi`` (cosine units), each (B,).
+
+    ``loss_i = -log sigmoid(s * psi_i - lse_neg_i)``; differentiable in the first three arguments.
+    """
+    loss, _, _, _, margin = _margin_rows(
+        cos_y,
+        lse_neg,
+        norm,
+        labels,
+        form.params(),
+        form.codes(),
+        form.mean,
+        form.std,
+        form.table,
+        backend,
+    )
+    return loss, margin

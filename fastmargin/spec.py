@@ -1,0 +1,131 @@
+"""The words the layers share: small frozen records, no behaviour beyond their own arithmetic.
+
+``c_ij`` is the cosine between embedding i and class centre j, ``s`` the scale, ``y_i`` the label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+GUARDS = ("none", "clip", "mm", "mmm", "easy")
+"""What a margin does where theta + m > pi; the index is the kernels' code."""
+
+GRAD_MODES = ("exact", "straight_through")
+"""Derivative of the margin by the target cosine: the true one, or 1."""
+
+SOURCES = ("constant", "adaface", "norm", "class")
+"""Where the per-row factor ``u_i`` of a :class:`MarginForm` comes from; the index is the code."""
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+"""Operand types of the matrix products; accumulation and per-row values are always fp32."""
+
+
+@dataclass(frozen=True)
+class HardRule:
+    """Rewrites negatives: where ``c_ij > threshold_i`` the logit is ``s * (a*c**2 + b*c + d)``.
+
+    CurricularFace is ``(1, t, 0)``, MV-Softmax ``(0, w, w - 1)``, insightface's inter-class
+    filter ``(0, 0, 0)``. ``threshold`` is (B,) and carries no gradient.
+    """
+
+    threshold: Tensor
+    a: float
+    b: float
+    d: float
+
+    def bound(self) -> float:
+        """Largest \\|f(c)\\| over c in [-1, 1]."""
+        return max(1.0, abs(self.a) + abs(self.b) + abs(self.d))
+
+
+@dataclass(frozen=True)
+class NormEma:
+    """Running mean and standard deviation of embedding norms (AdaFace).
+
+    ``mean`` and ``std`` have shape (1,), fp32. Norms are clipped to [low, high]; a new value
+    weighs ``alpha``.
+    """
+
+    mean: Tensor
+    std: Tensor
+    alpha: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MarginForm:
+    """The margins that one kernel computes for all rows at once.
+
+    ``psi_i = G(theta_i + m2_i) - m3_i`` with ``m2_i = m2 + m2_u * u_i``,
+    ``m3_i = m3 + m3_u * u_i`` (radians and cosine units) and ``u_i`` by ``source``:
+
+    - ``constant``: 0
+    - ``adaface``: ``clip((clip(norm_i, low, high) - mean) / (std + eps) * h, -1, 1)``, no gradient
+    - ``norm``: ``clip(norm_i, low, high)``; the gradient reaches the norm inside the interval (MagFace)
+    - ``class``: ``table[y_i]``, the table indexed by *global* label
+
+    ``cos_eps`` clamps the target cosine to ``+-(1 - cos_eps)`` and ``angle_eps`` the angle of the
+    ``clip`` guard to ``[angle_eps, pi - angle_eps]``; both with zero gradient outside.
+    """
+
+    scale: float
+    m2: float = 0.0
+    m3: float = 0.0
+    m2_u: float = 0.0
+    m3_u: float = 0.0
+    source: str = "constant"
+    guard: str = "none"
+    grad: str = "exact"
+    cos_eps: float = 0.0
+    angle_eps: float = 0.0
+    h: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    eps: float = 0.0
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    table: Tensor | None = None
+
+    PARAMS = ("scale", "m2", "m3", "m2_u", "m3_u", "cos_eps", "angle_eps", "h", "low", "high", "eps")
+
+    def params(self) -> list[float]:
+        """The numbers in the order of ``MarginParams`` in ``csrc/margin_rows.h``."""
+        return [float(getattr(self, name)) for name in self.PARAMS]
+
+    def codes(self) -> list[int]:
+        """``[source, guard, grad]`` as the kernels number them."""
+        return [SOURCES.index(self.source), GUARDS.index(self.guard), GRAD_MODES.index(self.grad)]
+
+    @staticmethod
+    def build(params, codes, mean, std, table) -> MarginForm:
+        """Inverse of :meth:`params` and :meth:`codes`."""
+        source, guard, grad = codes
+        return MarginForm(
+            **dict(zip(MarginForm.PARAMS, params, strict=True)),
+            source=SOURCES[source],
+            guard=GUARDS[guard],
+            grad=GRAD_MODES[grad],
+            mean=mean,
+            std=std,
+            table=table,
+        )
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """What one pass over the class centres leaves behind, per row.
+
+    lse_neg: (B,) ``logsumexp`` over ``j != y_i`` of ``s * f(c_ij)``; -inf without a negative.
+    cos_y: (B,) target cosine; 0 for rows whose label is not in ``[class_start, class_start + C)``.
+    max_neg: (B,) largest negative cosine (before any hard rule); -inf without a negative.
+    pull: (B, D) ``sum_j p_ij * f'(c_ij) * w_hat_j`` with ``p_ij = exp(s*f(c_ij) - lse_neg_i)`` over
+        the negatives, so that ``d lse_neg_i / d x_hat_i = s * pull_i``; empty (0, D) if not asked.
+    """
+
+    lse_neg: Tensor
+    cos_y: Tensor
+    max_neg: Tensor
+    pull: Tensor
