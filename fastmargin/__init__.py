@@ -1,1 +1,35 @@
-"""Margin-softmax heads, fused: no logits in memory, gradients that are right."""
+"""Margin-softmax heads, fused: no logits in memory, gradients that are right.
+
+Importing builds nothing, prints nothing and leaves CUDA alone.
+"""
+
+from fastmargin import backends
+from fastmargin.functional import margin_loss
+from fastmargin.head import MarginHead
+from fastmargin.margins import (
+    NPT,
+    AdaFace,
+    ArcFace,
+    CosFace,
+    KappaFace,
+    MomentumEncoder,
+    NearestMargin,
+    SoftmaxMargin,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NPT",
+    "AdaFace",
+    "ArcFace",
+    "CosFace",
+    "KappaFace",
+    "MarginHead",
+    "MomentumEncoder",
+    "NearestMargin",
+    "SoftmaxMargin",
+    "__version__",
+    "backends",
+    "margin_loss",
+]

@@ -14,7 +14,7 @@ from fastmargin import backends
 from fastmargin.backends.reference import compute_dtype, inverse_norm
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
-__all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk"]
+__all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk", "target_cosine"]
 
 
 def _op(name: str, schema: str):
@@ -34,6 +34,16 @@ def _own_rows(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = rows.to(compute_dtype(weight.dtype))
     inv = inverse_norm(rows) * known[..., None]
     return rows * inv, inv, known
+
+
+@torch.no_grad()
+def target_cosine(x_hat: Tensor, weight: Tensor, labels: Tensor, class_start: int = 0) -> Tensor:
+    """(B,) cosine with the own centre, 0 where it is not in ``weight``; no gradient.
+
+    For the rules on negatives that need it before the pass over the centres.
+    """
+    own, _, _ = _own_rows(weight, labels - class_start)
+    return (x_hat * own.to(x_hat.dtype)).sum(1)
 
 
 # ---- row_prologue -------------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def _row_stats(
     precision,
     backend,
 ):
-    stats = backends.select(backend, x_hat.device, x_hat.dtype).row_stats(
+    stats = backends.select(backend, x_hat.device, x_hat.dtype, precision).row_stats(
         x_hat,
         weight,
         labels,
@@ -163,7 +173,7 @@ def _row_stats_backward(
     precision,
     backend,
 ):
-    return backends.select(backend, x_hat.device, x_hat.dtype).row_stats_backward(
+    return backends.select(backend, x_hat.device, x_hat.dtype, precision).row_stats_backward(
         d_lse.contiguous(),
         d_cos.contiguous(),
         x_hat,
@@ -280,7 +290,7 @@ def row_stats(
     " str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _row_topk(x_hat, weight, labels, k, class_start, precision, backend):
-    return backends.select(backend, x_hat.device, x_hat.dtype).row_topk(
+    return backends.select(backend, x_hat.device, x_hat.dtype, precision).row_topk(
         x_hat, weight, labels, k, class_start, precision
     )
 

@@ -63,8 +63,9 @@ class MarginForm:
     ``m3_i = m3 + m3_u * u_i`` (radians and cosine units) and ``u_i`` by ``source``:
 
     - ``constant``: 0
-    - ``adaface``: ``clip((clip(norm_i, low, high) - mean) / (std + eps) * h, -1, 1)``, no gradient
-    - ``norm``: ``clip(norm_i, low, high)``; the gradient reaches the norm inside the interval (MagFace)
+    - ``adaface``: ``clip((clip(norm_i, low, high) - mean) / (std + eps) * h, -1, 1)``, without
+      gradient
+    - ``norm``: ``clip(norm_i, low, high)``, whose gradient reaches the norm inside (MagFace)
     - ``class``: ``table[y_i]``, the table indexed by *global* label
 
     ``cos_eps`` clamps the target cosine to ``+-(1 - cos_eps)`` and ``angle_eps`` the angle of the
@@ -89,7 +90,10 @@ class MarginForm:
     std: Tensor | None = None
     table: Tensor | None = None
 
-    PARAMS = ("scale", "m2", "m3", "m2_u", "m3_u", "cos_eps", "angle_eps", "h", "low", "high", "eps")
+    PARAMS = (
+        *("scale", "m2", "m3", "m2_u", "m3_u", "cos_eps", "angle_eps"),
+        *("h", "low", "high", "eps"),
+    )
 
     def params(self) -> list[float]:
         """The numbers in the order of ``MarginParams`` in ``csrc/margin_rows.h``."""

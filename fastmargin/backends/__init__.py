@@ -46,7 +46,9 @@ def notes() -> dict[str, str]:
     return {name: note for name, note in found.items() if note}
 
 
-def select(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def select(
+    requested: str, device: torch.device, dtype: torch.dtype, precision: str = "auto"
+) -> Backend:
     """The backend to run embeddings of this device and dtype on.
 
     "auto" takes the fastest that can run. A backend asked for by name is taken or refused with
@@ -54,11 +56,11 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
 
     Raises:
         ValueError: unknown name.
-        BackendError: the backend cannot run, or does not take this device and dtype.
+        BackendError: the backend cannot run, or does not take this device, dtype and precision.
     """
     if requested != "auto":
         backend = get(requested)
-        reason = backend.unavailable() or backend.refuses(device, dtype)
+        reason = _reason(backend, device, dtype, precision)
         if reason:
             raise BackendError(
                 f"backend={requested!r} cannot run: {reason}. Use backend='auto' or see "
@@ -67,6 +69,15 @@ def select(requested: str, device: torch.device, dtype: torch.dtype) -> Backend:
         return backend
     for name in _AUTO.get(device.type, ("reference",)):
         backend = get(name)
-        if not (backend.unavailable() or backend.refuses(device, dtype)):
+        if _reason(backend, device, dtype, precision) is None:
             return backend
-    raise AssertionError("the reference backend takes everything")
+    raise BackendError(
+        f"no backend for {device.type} takes precision={precision!r}; use precision='auto' or 'fp32'"
+    )
+
+
+def _reason(backend: Backend, device, dtype, precision: str) -> str | None:
+    reason = backend.unavailable() or backend.refuses(device, dtype)
+    if reason is None and precision not in ("auto", *backend.precisions):
+        reason = f"it has no precision {precision!r}, only {backend.precisions}"
+    return reason

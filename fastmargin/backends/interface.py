@@ -20,6 +20,8 @@ class Backend(Protocol):
     """One way to run the five operations."""
 
     name: str
+    precisions: tuple[str, ...]
+    """Operand types it offers besides "auto"; float64 embeddings are always computed in float64."""
 
     def unavailable(self) -> str | None:
         """None if this backend can run in this process, else the reason it cannot."""
@@ -71,7 +73,13 @@ class Backend(Protocol):
         """
 
     def row_topk(
-        self, x_hat: Tensor, weight: Tensor, labels: Tensor, k: int, class_start: int, precision: str
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        k: int,
+        class_start: int,
+        precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k nearest negatives: cosines (B, k) descending, indices (B, k), ``cos_y`` (B,).
 

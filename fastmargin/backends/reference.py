@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.norm_stats import advance, moments
+from fastmargin.spec import MarginForm, NormEma, RowStats
 
 NORM_FLOOR = 1e-12
 
@@ -85,6 +86,7 @@ class ReferenceBackend:
     """Dense and simple: holds the (B, C) logits."""
 
     name = "reference"
+    precisions = ("fp32",)
 
     def unavailable(self) -> str | None:
         return None
@@ -99,15 +101,7 @@ class ReferenceBackend:
         if ema is None:
             nan = x.new_full((1,), math.nan)
             return x_hat, norm, nan, nan.clone()
-        valid = labels >= 0
-        n = valid.sum()
-        clipped = norm.clamp(ema.low, ema.high)
-        mean = torch.where(valid, clipped, 0).sum() / n.clamp_min(1)
-        var = torch.where(valid, (clipped - mean) ** 2, 0).sum() / (n - 1).clamp_min(1)
-        old_mean, old_std = ema.mean.to(norm.dtype), ema.std.to(norm.dtype)
-        new_mean = torch.where(n >= 1, torch.lerp(old_mean, mean, ema.alpha), old_mean)
-        new_std = torch.where(n >= 2, torch.lerp(old_std, var.sqrt(), ema.alpha), old_std)
-        return x_hat, norm, new_mean, new_std
+        return x_hat, norm, *advance(ema, moments(norm, labels, ema)[None])
 
     def _negatives(self, x_hat, weight, labels, hard, class_start):
         """Unit centres, cosines, mask of negatives, f(c) and f'(c)."""
@@ -131,7 +125,9 @@ class ReferenceBackend:
         logits = torch.where(negative, scale * f, -math.inf)
         lse_neg = torch.logsumexp(logits, dim=1)
         cos_y = torch.where(negative, 0, cos).sum(1)
-        max_neg = torch.where(negative, cos, -math.inf).amax(1) if cos.shape[1] else cos_y - math.inf
+        max_neg = (
+            torch.where(negative, cos, -math.inf).amax(1) if cos.shape[1] else cos_y - math.inf
+        )
         pull = x_hat.new_empty((0, x_hat.shape[1]))
         if want_pull:
             pull = (_softmax(logits, lse_neg) * slope) @ w_hat
@@ -159,7 +155,7 @@ class ReferenceBackend:
         return ((d_w_hat - radial * w_hat) * inv).to(weight.dtype)
 
     def row_topk(self, x_hat, weight, labels, k, class_start, precision):
-        w_hat, cos, negative, _, _ = self._negatives(x_hat, weight, labels, None, class_start)
+        _, cos, negative, _, _ = self._negatives(x_hat, weight, labels, None, class_start)
         cos_y = torch.where(negative, 0, cos).sum(1)
         masked = torch.where(negative, cos, -math.inf)
         # a stable sort, not topk: ties go to the lower index

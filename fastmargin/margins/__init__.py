@@ -1,0 +1,20 @@
+"""The margins, one small file each. To add one, see CONTRIBUTING.md."""
+
+from fastmargin.margins.adaface import AdaFace
+from fastmargin.margins.arcface import ArcFace
+from fastmargin.margins.base import Margin, NearestMargin, SoftmaxMargin
+from fastmargin.margins.cosface import CosFace
+from fastmargin.margins.kappaface import KappaFace, MomentumEncoder
+from fastmargin.margins.npt import NPT
+
+__all__ = [
+    "NPT",
+    "AdaFace",
+    "ArcFace",
+    "CosFace",
+    "KappaFace",
+    "Margin",
+    "MomentumEncoder",
+    "NearestMargin",
+    "SoftmaxMargin",
+]

@@ -1,0 +1,230 @@
+"""The loss as a function: checks, the rows' losses, the reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmargin import ops
+from fastmargin.distributed import collectives
+from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
+from fastmargin.norm_stats import advance, moments
+from fastmargin.spec import PRECISIONS
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """The loss of every row and what it was made of, each (B,); rows with label < 0 cost 0.
+
+    ``margin`` is ``cos_y - psi`` in cosine units; zero for losses on the nearest negatives.
+    """
+
+    loss: Tensor
+    valid: Tensor
+    cos_y: Tensor
+    max_neg: Tensor
+    norm: Tensor
+    margin: Tensor
+
+
+def margin_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    reduction: str = "mean",
+    backend: str = "auto",
+    precision: str = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    """Margin loss of a batch against all class centres, without the (B, C) logits in memory.
+
+    Equivalent to ``F.cross_entropy(s * edited, labels, ignore_index=-1)`` where ``edited`` is
+    ``F.normalize(embeddings) @ F.normalize(weight).T`` with the margin on the target's entry.
+
+    Args:
+        embeddings: (B, D) raw, float16, bfloat16, float32 or float64; B >= 1.
+        weight: (C, D) raw class centres, any strides.
+        labels: (B,) or (B, 1) int64 or int32 in [-1, C); -1 is a row to ignore.
+        margin: e.g. ``fm.ArcFace()``; its running state advances in training mode.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none" for (B,).
+        backend: "auto", or one of ``fm.backends.available()``.
+        precision: operand type of the matrix products: "auto", "fp32", "tf32", "bf16", "fp16".
+        validate: check that labels are in range and embeddings finite. Default: the labels, where
+            that costs no synchronisation (on CPU). On a GPU an unchecked label >= C makes the
+            loss NaN.
+
+    Returns:
+        Scalar, or (B,) for "none"; float32 (float64 for float64 embeddings).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. Nothing has changed then.
+        fm.backends.BackendError: the backend asked for cannot run.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    rows = loss_rows(embeddings, weight, labels, margin, backend, precision, validate)
+    return reduce(rows, reduction)
+
+
+def loss_rows(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    backend: str = "auto",
+    precision: str = "auto",
+    validate: bool | None = None,
+) -> LossRows:
+    """:func:`margin_loss` before the reduction."""
+    labels = check_inputs(embeddings, weight, labels, margin, precision, validate)
+    margin.bind(*weight.shape)
+    ema = margin.norm_ema() if margin.training else None
+    shared = ema is not None and margin.stats == "global" and collectives.world_size() > 1
+    x_hat, norm, mean, std = ops.row_prologue(
+        embeddings, labels, None if shared else ema, backend=backend
+    )
+    run = _softmax_rows if isinstance(margin, SoftmaxMargin) else _nearest_rows
+    # state changes after the passes that can still fail, and before the margin that uses it
+    stats = run(x_hat, weight, labels, margin, backend, precision)
+    if shared:
+        mean, std = advance(ema, collectives.gather_stacked(moments(norm, labels, ema)))
+    if ema is not None:
+        margin.set_norm_ema(mean, std)
+    if margin.training:
+        margin.observe(x_hat.detach(), labels)
+    return stats(norm)
+
+
+def reduce(rows: LossRows, reduction: str) -> Tensor:
+    """Mean over the valid rows (0 without one), sum, or the rows themselves."""
+    if reduction == "none":
+        return rows.loss
+    total = rows.loss.sum()
+    return total if reduction == "sum" else total / rows.valid.sum().clamp_min(1)
+
+
+def _softmax_rows(x_hat, weight, labels, margin: SoftmaxMargin, backend, precision):
+    hard = None
+    if type(margin).hard is not SoftmaxMargin.hard:
+        hard = margin.hard(ops.target_cosine(x_hat, weight, labels))
+    stats = ops.row_stats(
+        x_hat, weight, labels, margin.s, hard, precision=precision, backend=backend
+    )
+
+    def finish(norm: Tensor) -> LossRows:
+        valid = labels >= 0
+        form = margin.form()
+        if form is not None:
+            loss, applied = ops.margin_rows(
+                stats.cos_y, stats.lse_neg, norm, labels, form, backend=backend
+            )
+        else:
+            psi = margin(stats.cos_y, norm, labels)
+            # not softplus, which drops what is below exp(-20)
+            loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
+            loss = torch.where(valid, loss, 0)
+            applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
+        penalty = margin.penalty(norm)
+        if penalty is not None:
+            loss = loss + torch.where(valid, penalty, 0)
+        loss = _spoil_unknown(loss, labels, weight)
+        return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
+
+    return finish
+
+
+def _nearest_rows(x_hat, weight, labels, margin: NearestMargin, backend, precision):
+    nearest, _, cos_y = ops.row_topk(
+        x_hat, weight, labels, margin.top_k, precision=precision, backend=backend
+    )
+
+    def finish(norm: Tensor) -> LossRows:
+        valid = labels >= 0
+        loss = torch.where(valid, margin(cos_y, nearest), 0)
+        loss = _spoil_unknown(loss, labels, weight)
+        return LossRows(loss, valid, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))
+
+    return finish
+
+
+def _spoil_unknown(loss: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """NaN where an unchecked label is out of range: seen at once, at no synchronisation."""
+    return torch.where(labels < weight.shape[0], loss, torch.nan)
+
+
+def check_inputs(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    precision: str,
+    validate: bool | None,
+) -> Tensor:
+    """Raises what :func:`margin_loss` says; returns the labels as (B,) int64."""
+    if not isinstance(margin, (SoftmaxMargin, NearestMargin)):
+        raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
+    check_embeddings(embeddings, weight)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}: use labels.long()")
+    batch = embeddings.shape[0]
+    if labels.shape not in ((batch,), (batch, 1)):
+        raise ValueError(
+            f"labels must have shape ({batch},) or ({batch}, 1) as embeddings have {batch} rows, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"labels are on {labels.device}, embeddings on {embeddings.device}: move one of them"
+        )
+    labels = labels.reshape(-1).long()
+    if not torch.compiler.is_compiling():
+        if validate or (validate is None and labels.device.type == "cpu"):
+            _check_label_range(labels, weight.shape[0])
+        if validate and not bool(torch.isfinite(embeddings).all()):
+            row = int((~torch.isfinite(embeddings)).any(1).nonzero()[0])
+            raise ValueError(
+                f"embeddings hold NaN or infinity, first in row {row}: look at the backbone, its "
+                "learning rate, or fp16 overflow"
+            )
+    return labels
+
+
+def check_embeddings(embeddings: Tensor, weight: Tensor) -> None:
+    """Raises TypeError or ValueError unless embeddings (B, D) fit the centres (C, D)."""
+    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+    if embeddings.shape[0] == 0:
+        raise ValueError("embeddings are an empty batch: skip the step, or drop the last batch")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings have {embeddings.shape[1]} dimensions, weight (class centres) has "
+            f"{weight.shape[1]}: both must be the embedding size"
+        )
+    if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}: float64 goes only "
+            "with float64"
+        )
+    if embeddings.device != weight.device:
+        raise ValueError(
+            f"embeddings are on {embeddings.device}, weight on {weight.device}: move one of them"
+        )
+
+
+def _check_label_range(labels: Tensor, num_classes: int) -> None:
+    low, high = (int(v) for v in labels.aminmax())
+    if low < -1 or high >= num_classes:
+        raise ValueError(
+            f"labels must be in [-1, {num_classes}) (-1: ignore the row), found "
+            f"{low if low < -1 else high}: is the number of classes {num_classes} right?"
+        )

@@ -1,0 +1,104 @@
+"""AdaFace: the margin follows image quality, read off the embedding norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.margins import guards
+from fastmargin.margins.base import SoftmaxMargin
+from fastmargin.spec import MarginForm, NormEma
+
+NORM_RANGE = (1e-3, 100.0)
+STD_EPS = 1e-3
+
+
+class AdaFace(SoftmaxMargin):
+    """``psi = cos(theta_y - m*z) - (m + m*z)`` (Kim et al. 2022; arXiv 2204.00964).
+
+    ``z = clip(h * (||x|| - mean) / (std + 1e-3), -1, 1)`` carries no gradient; mean and std run
+    over batches and take part in the step that updates them. High norm (z = 1) moves the margin
+    from the angle to the cosine, low norm (z = -1) to the angle.
+
+    The defaults are the official head (mk-minchul/AdaFace ``head.py``); CVLface's variant is
+    ``guard="none", grad="straight_through", cos_eps=0``. Different from both: statistics leave
+    out ignored rows, do not move in ``eval()``, and a batch of one leaves the standard deviation
+    as it was (the official one becomes NaN for good).
+
+    Args:
+        m: margin, both in radians and in cosine units.
+        h: how far the norm spreads the margin.
+        s: scale.
+        t_alpha: weight of the new batch in the running statistics.
+        guard, grad, cos_eps, angle_eps: as :class:`fastmargin.ArcFace`.
+        stats: "global" takes the norms of all processes' batches, "local" of this one's.
+
+    Buffers: ``batch_mean``, ``batch_std``, shape (1,), starting at 20 and 100 as the official.
+    """
+
+    def __init__(
+        self,
+        m: float = 0.4,
+        h: float = 0.333,
+        s: float = 64.0,
+        t_alpha: float = 0.01,
+        guard: str = "clip",
+        grad: str = "exact",
+        cos_eps: float = 1e-3,
+        angle_eps: float = 1e-3,
+        stats: str = "global",
+    ) -> None:
+        super().__init__(s)
+        guards.check(guard, grad)
+        if not 0 <= t_alpha <= 1:
+            raise ValueError(f"t_alpha must be in [0, 1], got {t_alpha}")
+        if stats not in ("global", "local"):
+            raise ValueError(f"stats must be 'global' or 'local', got {stats!r}")
+        self.m, self.h, self.t_alpha = m, h, t_alpha
+        self.guard, self.grad, self.stats = guard, grad, stats
+        self.cos_eps, self.angle_eps = cos_eps, angle_eps
+        self.register_buffer("batch_mean", torch.full((1,), 20.0))
+        self.register_buffer("batch_std", torch.full((1,), 100.0))
+
+    def norm_ema(self) -> NormEma:
+        return NormEma(self.batch_mean, self.batch_std, self.t_alpha, *NORM_RANGE)
+
+    def set_norm_ema(self, mean: Tensor, std: Tensor) -> None:
+        self.batch_mean.copy_(mean)
+        self.batch_std.copy_(std)
+
+    @torch.no_grad()
+    def margin_factor(self, norm: Tensor) -> Tensor:
+        """z of embeddings with these norms, in [-1, 1]."""
+        mean, std = self.batch_mean.to(norm.dtype), self.batch_std.to(norm.dtype)
+        return ((norm.clamp(*NORM_RANGE) - mean) / (std + STD_EPS) * self.h).clamp(-1, 1)
+
+    def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        z = self.margin_factor(norm)
+        moved = guards.add_angle(
+            cos_y, -self.m * z, self.guard, self.grad, self.cos_eps, self.angle_eps
+        )
+        return moved - (self.m + self.m * z)
+
+    def form(self) -> MarginForm:
+        low, high = NORM_RANGE
+        return MarginForm(
+            self.s,
+            m3=self.m,
+            m2_u=-self.m,
+            m3_u=self.m,
+            source="adaface",
+            guard=self.guard,
+            grad=self.grad,
+            cos_eps=self.cos_eps,
+            angle_eps=self.angle_eps,
+            h=self.h,
+            low=low,
+            high=high,
+            eps=STD_EPS,
+            mean=self.batch_mean,
+            std=self.batch_std,
+        )
+
+    def extra_repr(self) -> str:
+        return f"m={self.m}, h={self.h}, s={self.s}, t_alpha={self.t_alpha}, stats={self.stats!r}"

@@ -1,0 +1,31 @@
+"""CosFace: an additive margin on the cosine."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmargin.margins.base import SoftmaxMargin
+from fastmargin.spec import MarginForm
+
+
+class CosFace(SoftmaxMargin):
+    """``psi = cos(theta_y) - m`` (Wang et al. 2018, AM-Softmax; arXiv 1801.09414).
+
+    Args:
+        m: margin in cosine units. 0 gives the normalised softmax (NormFace).
+        s: scale.
+    """
+
+    def __init__(self, m: float = 0.4, s: float = 64.0) -> None:
+        super().__init__(s)
+        self.m = m
+
+    def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        return cos_y.clamp(-1, 1) - self.m
+
+    def form(self) -> MarginForm:
+        # a margin of 0 radians leaves cos(theta), and the straight-through slope of 1 is exact
+        return MarginForm(self.s, m3=self.m, grad="straight_through")
+
+    def extra_repr(self) -> str:
+        return f"m={self.m}, s={self.s}"

@@ -1,0 +1,55 @@
+"""Adding an angle to a cosine, and what to do where theta + m leaves [0, pi].
+
+Written for autograd, as the specification of the kernels' closed forms. Guards, by the names the
+field has no names for (``theta`` the angle, ``m`` the margin, radians):
+
+- ``none``: ``cos(theta + m)``, rising again past pi (insightface, CVLface, KappaFace, ElasticFace)
+- ``clip``: ``cos(clip(theta + m, eps, pi - eps))``, gradient 0 outside (AdaFace's repository)
+- ``mm``: past pi ``cos(theta) - m*sin(m)``; jumps there (HuangYG, TFace, pytorch-metric-learning,
+  speechbrain)
+- ``mmm``: past pi ``cos(theta) - 1 + cos(m)``; continuous (wespeaker, 3D-Speaker)
+- ``easy``: the margin only where ``cos(theta) > 0``, else ``cos(theta)`` (MagFace, MV-Softmax)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmargin.spec import GRAD_MODES, GUARDS
+
+
+def check(guard: str, grad: str) -> None:
+    """Raises ValueError for an unknown guard or gradient mode."""
+    if guard not in GUARDS:
+        raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
+    if grad not in GRAD_MODES:
+        raise ValueError(f"grad must be one of {GRAD_MODES}, got {grad!r}")
+
+
+def add_angle(
+    cos: Tensor, m: Tensor, guard: str, grad: str, cos_eps: float = 0.0, angle_eps: float = 0.0
+) -> Tensor:
+    """``cos(theta + m)`` under a guard; cos and m (radians) are (B,).
+
+    With ``grad="straight_through"`` the derivative by ``cos`` is 1 (insightface since 2022).
+    """
+    clamped = cos.clamp(-(1 - cos_eps), 1 - cos_eps)
+    # sqrt has no slope at 0; the floor keeps 1/sin(theta) finite where sin(theta) is rounding noise
+    sin = ((1 - clamped) * (1 + clamped)).clamp_min(torch.finfo(cos.dtype).eps).sqrt()
+    value = clamped * m.cos() - sin * m.sin()
+    theta = torch.acos(clamped.detach())
+    if guard == "clip":
+        value = torch.where(theta + m < angle_eps, math.cos(angle_eps), value)
+        value = torch.where(theta + m > math.pi - angle_eps, -math.cos(angle_eps), value)
+    elif guard == "mm":
+        value = torch.where(theta + m < math.pi, value, clamped - m * m.sin())
+    elif guard == "mmm":
+        value = torch.where(theta + m < math.pi, value, clamped - 1 + m.cos())
+    elif guard == "easy":
+        value = torch.where(clamped > 0, value, clamped)
+    if grad == "straight_through":
+        return clamped + (value - clamped).detach()
+    return value

@@ -1,0 +1,226 @@
+"""KappaFace: the margin follows each class's concentration and its number of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from fastmargin.margins import guards
+from fastmargin.margins.base import SoftmaxMargin
+from fastmargin.spec import MarginForm
+
+FEATURES = ("online", "momentum", "memory")
+IMBALANCE_SPAN = 1.05
+"""The largest class stands at 1 / 1.05 of the half period of the sample weight's cosine."""
+
+
+def concentration(resultant: Tensor, dim: int) -> Tensor:
+    """kappa of a von Mises-Fisher distribution from mean resultant lengths in [0, 1).
+
+    ``r * (D - r^2) / (1 - r^2)``: Banerjee et al. 2005, JMLR 6.
+    """
+    return resultant * (dim - resultant**2) / (1 - resultant**2)
+
+
+class KappaFace(SoftmaxMargin):
+    """``psi = cos(theta_y + m * w_y)`` (Oinar et al. 2023; arXiv 2201.07394).
+
+    Once per epoch :meth:`end_epoch` sets ``w = gamma * w_k + (1 - gamma) * w_n`` in [0, 1] from
+    the concentration kappa of every class, ``w_k = 1 - sigmoid(temperature * z(kappa))``, and its
+    number of samples, ``w_n = (cos(pi * n / (1.05 * max n)) + 1) / 2``: scattered and small
+    classes get the larger margin. Until then ``w = 1``.
+
+    Different from the authors' code (chingyuan/KappaFace), on purpose:
+
+    - kappa divides by the samples *seen*, so duplicated or dropped ones do not bias it;
+    - a class seen once, or whose images are all alike, has no finite kappa. It takes the largest
+      finite one but stays out of the mean and standard deviation, which it would dominate;
+    - equal kappas give ``z = 0`` instead of NaN; a class not seen keeps its weight;
+    - the table is indexed by global label on every shard, and all state is in ``state_dict``.
+
+    Args:
+        m: margin in radians for w = 1.
+        s: scale.
+        temperature, gamma: as above.
+        class_counts: (C,) samples of each class in the data set; default: those seen.
+        features: where the resultants come from. "online": the embeddings of the training steps.
+            "momentum": what you pass to :meth:`accumulate`, features of a
+            :class:`MomentumEncoder`. "memory": as "momentum" with the training embeddings and
+            the samples' indices; every sample's feature is averaged with its earlier ones.
+        num_samples: size of the data set; for features="memory".
+        memory_momentum: weight of the new feature in the memory.
+        guard, grad: as :class:`fastmargin.ArcFace`.
+
+    Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), ``class_sums``
+    (C, D), ``class_seen`` (C,), and with a memory ``memory`` (N, D), ``memory_filled`` (N,).
+    """
+
+    def __init__(
+        self,
+        m: float = 0.62,
+        s: float = 64.0,
+        temperature: float = 0.55,
+        gamma: float = 0.7,
+        class_counts: Tensor | Sequence[int] | None = None,
+        features: str = "online",
+        num_samples: int | None = None,
+        memory_momentum: float = 0.9,
+        guard: str = "mm",
+        grad: str = "exact",
+    ) -> None:
+        super().__init__(s)
+        guards.check(guard, grad)
+        if features not in FEATURES:
+            raise ValueError(f"features must be one of {FEATURES}, got {features!r}")
+        if (features == "memory") != (num_samples is not None):
+            raise ValueError("num_samples goes with features='memory', and is needed there")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+        self.m, self.temperature, self.gamma = m, temperature, gamma
+        self.features, self.num_samples = features, num_samples
+        self.memory_momentum = memory_momentum
+        self.guard, self.grad = guard, grad
+        counts = None if class_counts is None else torch.as_tensor(class_counts, dtype=torch.int64)
+        self.register_buffer("class_counts", counts)
+
+    def bind(self, num_classes: int, embedding_size: int) -> None:
+        if hasattr(self, "class_sums"):
+            if self.class_sums.shape != (num_classes, embedding_size):
+                raise ValueError(
+                    f"this KappaFace keeps state for (classes, embedding size) "
+                    f"{tuple(self.class_sums.shape)}, the classifier has "
+                    f"({num_classes}, {embedding_size}): make a new KappaFace for it"
+                )
+            return
+        if self.class_counts is not None and self.class_counts.shape != (num_classes,):
+            raise ValueError(
+                f"class_counts has shape {tuple(self.class_counts.shape)}, "
+                f"expected ({num_classes},)"
+            )
+        self.register_buffer("class_weights", torch.ones(num_classes))
+        self.register_buffer("kappa", torch.zeros(num_classes))
+        self.register_buffer("class_sums", torch.zeros(num_classes, embedding_size))
+        self.register_buffer("class_seen", torch.zeros(num_classes, dtype=torch.int64))
+        if self.features == "memory":
+            self.register_buffer("memory", torch.zeros(self.num_samples, embedding_size))
+            filled = torch.zeros(self.num_samples, dtype=torch.bool)
+            self.register_buffer("memory_filled", filled)
+
+    def observe(self, x_hat: Tensor, labels: Tensor) -> None:
+        if self.features == "online":
+            self.accumulate(x_hat, labels)
+
+    @torch.no_grad()
+    def accumulate(self, features: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
+        """Adds a batch to the resultants of its classes.
+
+        Args:
+            features: (B, D), normalised here. labels: (B,) global, negative rows are left out.
+            index: (B,) positions in the data set, each at most once; for features="memory".
+        """
+        if (self.features == "memory") != (index is not None):
+            raise ValueError("index goes with features='memory', and is needed there")
+        unit = nn.functional.normalize(features.detach().to(self.class_sums.dtype))
+        valid = labels >= 0
+        if index is not None:
+            mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
+            fresh = nn.functional.normalize(mixed)
+            unit = torch.where(self.memory_filled[index, None], fresh, unit)
+            keep = valid[:, None]
+            self.memory[index] = torch.where(keep, unit, self.memory[index])
+            self.memory_filled[index] |= valid
+        target = (torch.where(valid, labels, 0),)
+        # index_put_ sorts on a GPU, so the order of the sums is fixed (index_add_'s is not)
+        self.class_sums.index_put_(target, unit * valid[:, None], accumulate=True)
+        self.class_seen.index_put_(target, valid.to(torch.int64), accumulate=True)
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """New class weights from the resultants since the last call, which start again at zero.
+
+        Raises:
+            RuntimeError: nothing was accumulated.
+        """
+        seen = self.class_seen
+        if not bool((seen > 0).any()):
+            raise RuntimeError(
+                "KappaFace.end_epoch: no feature was seen since the last call. Train first"
+                + ("" if self.features == "online" else " and call accumulate() for every batch")
+            )
+        sums = self.class_sums.double()
+        length = torch.linalg.vector_norm(sums, dim=1) / seen.clamp_min(1)
+        # 1 - r^2 of one image, or of copies of it, is rounding noise of the fp32 sums
+        noise = 64 * torch.finfo(self.class_sums.dtype).eps
+        finite = (seen >= 2) & (1 - length**2 > noise)
+        kappa = concentration(torch.where(finite, length, 0), sums.shape[1])
+        largest = kappa.max()
+        kappa = torch.where(finite, kappa, largest)
+
+        n = finite.sum()
+        mean = (kappa * finite).sum() / n.clamp_min(1)
+        std = (((kappa - mean) ** 2 * finite).sum() / (n - 1).clamp_min(1)).sqrt()
+        z = torch.where(std > 0, (kappa - mean) / std, 0)
+        by_kappa = 1 - torch.sigmoid(self.temperature * z)
+        counts = seen if self.class_counts is None else self.class_counts
+        span = IMBALANCE_SPAN * counts.max()
+        by_count = (torch.cos(math.pi * counts.double() / span) + 1) / 2
+        weights = self.gamma * by_kappa + (1 - self.gamma) * by_count
+
+        known = seen > 0
+        self.class_weights.copy_(torch.where(known, weights.float(), self.class_weights))
+        self.kappa.copy_(torch.where(known, kappa.float(), self.kappa))
+        self.class_sums.zero_()
+        self.class_seen.zero_()
+
+    def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        weights = self.class_weights.to(cos_y.dtype)[labels.clamp_min(0)]
+        return guards.add_angle(cos_y, self.m * weights, self.guard, self.grad)
+
+    def form(self) -> MarginForm:
+        return MarginForm(
+            self.s,
+            m2_u=self.m,
+            source="class",
+            guard=self.guard,
+            grad=self.grad,
+            table=self.class_weights,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"m={self.m}, s={self.s}, temperature={self.temperature}, gamma={self.gamma}, "
+            f"features={self.features!r}"
+        )
+
+
+class MomentumEncoder(nn.Module):
+    """A backbone's slowly following copy, whose features go to :meth:`KappaFace.accumulate`.
+
+    After :meth:`update` its parameters are ``momentum * own + (1 - momentum) * backbone's``.
+    Buffers (batch-norm statistics) are copied; the authors' code leaves them at their
+    initial values. Always in ``eval()`` mode and without gradient.
+    """
+
+    def __init__(self, backbone: nn.Module, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.encoder = deepcopy(backbone).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MomentumEncoder:
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, backbone: nn.Module) -> None:
+        """Follows the backbone; call it after the optimiser's step."""
+        for own, new in zip(self.encoder.parameters(), backbone.parameters(), strict=True):
+            own.lerp_(new.to(own), 1 - self.momentum)
+        for own, new in zip(self.encoder.buffers(), backbone.buffers(), strict=True):
+            own.copy_(new)
+
+    @torch.no_grad()
+    def forward(self, *inputs):
+        return self.encoder(*inputs)

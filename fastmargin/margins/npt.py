@@ -1,0 +1,46 @@
+"""NPT-Loss: a hinge between the own proxy and the nearest negative ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.margins.base import NearestMargin
+
+
+class NPT(NearestMargin):
+    """``2*r * sum_k max(0, c_k - cos_y + delta)`` over the ``top_k`` nearest negative centres.
+
+    Nearest-proxy triplet loss (Khalid et al. 2021; arXiv 2103.03503), with the meaning that the
+    authors' code gives the parameters: in the paper's symbols ``r`` is r^2 and ``delta`` is
+    Delta / (2 r^2).
+
+    Args:
+        delta: margin in cosine units.
+        top_k: how many nearest negative centres take part.
+        r: weight of the loss.
+        zero_slot: as the authors' code, which sets the target's cosine to 0 and lets that 0
+            compete for a place among the nearest: a constant negative at 90 degrees. The default
+            is the paper's form, without it.
+    """
+
+    def __init__(
+        self, delta: float = 0.5, top_k: int = 1, r: float = 1.0, zero_slot: bool = False
+    ) -> None:
+        super().__init__()
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+        if not r > 0:
+            raise ValueError(f"r must be positive, got {r}")
+        self.delta, self.top_k, self.r, self.zero_slot = delta, int(top_k), r, zero_slot
+
+    def forward(self, cos_y: Tensor, nearest: Tensor) -> Tensor:
+        if self.zero_slot:
+            with_zero = torch.cat([nearest, nearest.new_zeros(nearest.shape[0], 1)], dim=1)
+            nearest = with_zero.topk(self.top_k, dim=1).values
+        gap = nearest - cos_y[:, None] + self.delta
+        # not relu: at a gap of exactly 0 the authors' code keeps the gradient
+        return 2 * self.r * torch.where(gap < 0, 0, gap).sum(1)
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, top_k={self.top_k}, r={self.r}, zero_slot={self.zero_slot}"

@@ -1,0 +1,36 @@
+"""Running statistics of embedding norms: moments that can be merged, and the step of the EMA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.spec import NormEma
+
+
+def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:
+    """(3,): count, mean and sum of squared deviations of the clipped norms with label >= 0."""
+    valid = labels >= 0
+    n = valid.sum().to(norm.dtype)
+    clipped = norm.detach().clamp(ema.low, ema.high)
+    mean = torch.where(valid, clipped, 0).sum() / n.clamp_min(1)
+    deviation = torch.where(valid, (clipped - mean) ** 2, 0).sum()
+    return torch.stack([n, mean, deviation])
+
+
+def advance(ema: NormEma, parts: Tensor) -> tuple[Tensor, Tensor]:
+    """The running mean and unbiased standard deviation (1,), (1,) after this batch.
+
+    parts: (R, 3) moments of R disjoint parts of the batch, one per rank. The mean needs one row
+    and the standard deviation two; with fewer the old value stays.
+    """
+    n_part, mean_part, deviation_part = parts.unbind(1)
+    n = n_part.sum()
+    mean = (n_part * mean_part).sum() / n.clamp_min(1)
+    deviation = (deviation_part + n_part * (mean_part - mean) ** 2).sum()
+    std = (deviation / (n - 1).clamp_min(1)).sqrt()
+    old_mean, old_std = ema.mean.to(parts.dtype), ema.std.to(parts.dtype)
+    return (
+        torch.where(n >= 1, torch.lerp(old_mean, mean, ema.alpha), old_mean),
+        torch.where(n >= 2, torch.lerp(old_std, std, ema.alpha), old_std),
+    )
