@@ -7,6 +7,8 @@ backend. Shapes and meanings stand in :mod:`fastmargin.backends.interface`.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,18 @@ __all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk", "target_cosin
 
 
 def _op(name: str, schema: str):
-    return torch.library.custom_op(f"fastmargin::{name}", mutates_args=(), schema=schema)
+    """Registers the decorated function, and keeps autocast out of the products inside it."""
+
+    def register(function):
+        @functools.wraps(function)
+        def without_autocast(first, *rest):
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *rest)
+
+        define = torch.library.custom_op(f"fastmargin::{name}", mutates_args=(), schema=schema)
+        return define(without_autocast)
+
+    return register
 
 
 def _own_rows(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,18 +69,15 @@ def target_cosine(x_hat: Tensor, weight: Tensor, labels: Tensor, class_start: in
 )
 def _row_prologue(x, labels, ema_mean, ema_std, ema_params, backend):
     ema = None if ema_mean is None else NormEma(ema_mean, ema_std, *ema_params)
-    return backends.select(backend, x.device, x.dtype).row_prologue(x, labels, ema)
+    outputs = backends.select(backend, x.device, x.dtype).row_prologue(x, labels, ema)
+    return outputs if ema else (*outputs[:2], outputs[0].new_empty(0), outputs[0].new_empty(0))
 
 
 @_row_prologue.register_fake
 def _(x, labels, ema_mean, ema_std, ema_params, backend):
-    dtype = compute_dtype(x.dtype)
-    return (
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[:1], dtype=dtype),
-        x.new_empty((1,), dtype=dtype),
-        x.new_empty((1,), dtype=dtype),
-    )
+    statistic = (0 if ema_mean is None else 1,)
+    shapes = x.shape, x.shape[:1], statistic, statistic
+    return tuple(x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes)
 
 
 def _row_prologue_setup(ctx, inputs, output):
@@ -95,6 +105,8 @@ def row_prologue(
     x: Tensor, labels: Tensor, ema: NormEma | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit rows (B, D), norms (B,), and the norm statistics (1,), (1,) after this batch.
+
+    The statistics are empty, (0,), without ``ema``.
 
     Differentiable in ``x`` through the first two. A row of norm below 1e-12 gives a zero row and
     a zero gradient (``F.normalize`` would give 1e12 times the upstream one).

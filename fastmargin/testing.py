@@ -85,11 +85,17 @@ def make_case(
 
 
 def plain_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, margin: Margin, reduction: str = "mean"
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    reduction: str = "mean",
+    stable: bool = False,
 ) -> Tensor:
     """The loss as five lines of PyTorch write it, with all (B, C) logits: independent of the ops.
 
-    Norm statistics of the margin are taken as they stand, not advanced.
+    Norm statistics of the margin are taken as they stand, not advanced. ``stable`` keeps the
+    digits of 1 - p_y where p_y -> 1, which ``F.cross_entropy`` loses in float64 too: for truths.
     """
     cos = F.normalize(x) @ F.normalize(weight).t()
     valid = labels >= 0
@@ -102,8 +108,12 @@ def plain_loss(
         rows = margin(cos_y, nearest) * valid
     else:
         psi = margin(cos_y, torch.linalg.vector_norm(x, dim=1), labels)
-        logits = margin.s * cos.scatter(1, own, psi[:, None])
-        rows = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+        if stable:
+            negatives = (margin.s * cos).scatter(1, own, -torch.inf)
+            rows = -F.logsigmoid(margin.s * psi - negatives.logsumexp(1)) * valid
+        else:
+            logits = margin.s * cos.scatter(1, own, psi[:, None])
+            rows = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / valid.sum().clamp_min(1)
@@ -119,12 +129,15 @@ def shape_table(margin: Margin, classes: int, dim: int, seed: int = 0) -> Margin
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """``||actual - truth|| / ||truth||``; 0 if both are 0, infinite if actual is not finite."""
+    """``||actual - truth|| / ||truth||``; infinite if actual is not finite.
+
+    Differences below 1e-30 count as none: float32 cannot hold losses of e.g. exp(-200).
+    """
     actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
     if not bool(torch.isfinite(actual).all()):
         return float("inf")
     size, error = float(truth.norm()), float((actual - truth).norm())
-    if error == 0:
+    if error < 1e-30:
         return 0.0
     return error / size if size > 0 else float("inf")
 

@@ -37,7 +37,7 @@ class Backend(Protocol):
         Returns ``x_hat`` (B, D), ``norm`` (B,), ``mean`` (1,), ``std`` (1,). ``x_hat`` is zero
         where ``norm`` is below 1e-12. Statistics are over rows with label >= 0: the mean needs
         one such row and the unbiased standard deviation two, else the old value stays, so a batch
-        of one cannot poison them. Without ``ema`` both are NaN.
+        of one cannot poison them. Without ``ema`` nobody reads them.
         """
 
     def row_stats(

@@ -99,8 +99,7 @@ class ReferenceBackend:
         norm = torch.linalg.vector_norm(x, dim=1)
         x_hat = x * inverse_norm(x)
         if ema is None:
-            nan = x.new_full((1,), math.nan)
-            return x_hat, norm, nan, nan.clone()
+            return x_hat, norm, x.new_empty(0), x.new_empty(0)
         return x_hat, norm, *advance(ema, moments(norm, labels, ema)[None])
 
     def _negatives(self, x_hat, weight, labels, hard, class_start):

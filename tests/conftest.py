@@ -1,0 +1,68 @@
+"""Shared by all tests: interpreter for Triton without a GPU, poisoned memory, backends."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # read when triton is imported, so before anything of fastmargin's Triton backend
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from fastmargin import backends
+from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills what ``torch.empty`` returns with NaN, so that reading it before writing shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def device_for(backend: str) -> str:
+    """Where tests run this backend; skips with the backend's reason if it cannot run."""
+    device = "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    instance = backends.get(backend)
+    reason = instance.unavailable() or instance.refuses(torch.device(device), torch.float32)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+    return device
+
+
+# name -> margin; made anew for every test, since margins carry state
+MARGINS = {
+    "softmax": lambda: CosFace(m=0.0, s=32),
+    "cosface": lambda: CosFace(m=0.4, s=64),
+    "arcface": lambda: ArcFace(),
+    "arcface_none": lambda: ArcFace(guard="none"),
+    "arcface_clip": lambda: ArcFace(guard="clip", cos_eps=1e-4, angle_eps=1e-4),
+    "arcface_mmm": lambda: ArcFace(guard="mmm", s=16),
+    "arcface_easy": lambda: ArcFace(guard="easy", m=0.7),
+    "arcface_insightface": lambda: ArcFace(guard="none", grad="straight_through"),
+    "arcface_cold": lambda: ArcFace(s=1.0),
+    "arcface_hot": lambda: ArcFace(s=256.0),
+    "adaface": lambda: AdaFace(t_alpha=0.5),
+    "adaface_cvlface": lambda: AdaFace(
+        t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
+    ),
+    "kappaface": lambda: KappaFace(m=0.8),
+    "npt": lambda: NPT(),
+    "npt_3": lambda: NPT(delta=0.3, top_k=3, r=2.0),
+    "npt_zero_slot": lambda: NPT(top_k=2, zero_slot=True),
+}
+
+
+@pytest.fixture(params=MARGINS)
+def margin(request):
+    return MARGINS[request.param]()
