@@ -1,0 +1,81 @@
+"""CUDA C++ kernels.
+
+``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). The passes over
+the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) run on the kernels of the
+Triton backend for now, so this backend needs Triton too; :data:`CudaBackend.note` says so at run
+time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin import backends
+from fastmargin.backends import _extension, _rows
+from fastmargin.spec import MarginForm, NormEma, RowStats
+
+REMEDY = "reinstall from source with nvcc present: FASTMARGIN_CUDA=1 pip install <fastmargin>"
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+class CudaBackend:
+    name = "cuda"
+    note = (
+        "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward "
+        "and row_topk run on Triton's"
+    )
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return self._heavy.precisions
+
+    @property
+    def _heavy(self):
+        """The backend of the passes over the centres."""
+        return backends.get("triton")
+
+    def unavailable(self) -> str | None:
+        not_loaded = _extension.reason("_cuda")
+        if not_loaded and _extension.reason("_C") is None:
+            return f"the extension is compiled without CUDA; {REMEDY} ({not_loaded})"
+        if not_loaded:
+            return not_loaded
+        if torch.version.cuda is None:
+            return "this torch is built without CUDA; install a CUDA build, see pytorch.org"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        reason = self._heavy.unavailable()
+        return f"its passes over the class centres run on Triton: {reason}" if reason else None
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cuda":
+            return f"it takes CUDA tensors, got {device}"
+        if dtype == torch.float64:
+            return "it has no float64; use backend='reference'"
+        return self._heavy.refuses(device, dtype)
+
+    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+        op = torch.ops.fastmargin.cuda_row_prologue
+        return _rows.row_prologue(op, x, labels, ema, _stream(x))
+
+    def margin_rows(
+        self, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
+    ):
+        op = torch.ops.fastmargin.cuda_margin_rows
+        return _rows.margin_rows(op, cos_y, lse_neg, norm, labels, form, _stream(cos_y))
+
+    def row_stats(self, *args) -> RowStats:
+        return self._heavy.row_stats(*args)
+
+    def row_stats_backward(self, *args) -> Tensor:
+        return self._heavy.row_stats_backward(*args)
+
+    def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heavy.row_topk(*args)
+
+
+BACKEND = CudaBackend()
