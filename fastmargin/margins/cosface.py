@@ -14,18 +14,19 @@ class CosFace(SoftmaxMargin):
     Args:
         m: margin in cosine units. 0 gives the normalised softmax (NormFace).
         s: scale.
+        cos_eps: the target cosine is clamped to ``+-(1 - cos_eps)``; 1e-4 in AdaFace's repository.
     """
 
-    def __init__(self, m: float = 0.4, s: float = 64.0) -> None:
+    def __init__(self, m: float = 0.4, s: float = 64.0, cos_eps: float = 0.0) -> None:
         super().__init__(s)
-        self.m = m
+        self.m, self.cos_eps = m, cos_eps
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        return cos_y.clamp(-1, 1) - self.m
+        return cos_y.clamp(-(1 - self.cos_eps), 1 - self.cos_eps) - self.m
 
     def form(self) -> MarginForm:
         # a margin of 0 radians leaves cos(theta), and the straight-through slope of 1 is exact
-        return MarginForm(self.s, m3=self.m, grad="straight_through")
+        return MarginForm(self.s, m3=self.m, grad="straight_through", cos_eps=self.cos_eps)
 
     def extra_repr(self) -> str:
         return f"m={self.m}, s={self.s}"
