@@ -1,0 +1,339 @@
+"""Every margin against its paper's formula, its kernel form against itself, and its state."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import MARGINS, device_for
+
+import fastmargin as fm
+from fastmargin import ops, testing
+from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace, MomentumEncoder
+from fastmargin.margins.kappaface import concentration
+from fastmargin.spec import GRAD_MODES, GUARDS
+
+ANGLES = torch.linspace(0.02, math.pi - 0.02, 301, dtype=torch.double)
+
+
+def psi(margin, theta, norm=20.0, label=0):
+    norm = torch.full_like(theta, norm)
+    return margin(theta.cos(), norm, torch.full(theta.shape, label))
+
+
+def test_cosface_formula():
+    torch.testing.assert_close(psi(CosFace(m=0.35), ANGLES), ANGLES.cos() - 0.35)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_arcface_formula(guard):
+    m = 0.5
+    inside, past = ANGLES + m < math.pi, ANGLES + m > math.pi
+    value = psi(ArcFace(m=m, guard=guard), ANGLES)
+    if guard != "easy":
+        torch.testing.assert_close(value[inside], (ANGLES + m).cos()[inside])
+    cos = ANGLES.cos()
+    beyond = {
+        "none": (ANGLES + m).cos(),
+        "clip": torch.full_like(cos, -math.cos(1e-3)),
+        "mm": cos - m * math.sin(m),
+        "mmm": cos - 1 + math.cos(m),
+        "easy": cos,
+    }[guard]
+    torch.testing.assert_close(value[past], beyond[past])
+    if guard == "easy":
+        low = cos > 0
+        torch.testing.assert_close(value[low], (ANGLES + m).cos()[low])
+        torch.testing.assert_close(value[~low], cos[~low])
+
+
+@pytest.mark.parametrize("z", [-1.0, -0.3, 0.0, 0.6, 1.0])
+def test_adaface_formula(z):
+    """High norm moves the margin to the cosine, low norm to the angle, z = 0 is CosFace."""
+    margin = AdaFace(m=0.4, h=0.5)
+    margin.batch_mean.fill_(20)
+    margin.batch_std.fill_(4 - 1e-3)
+    value = psi(margin, ANGLES, norm=20 + z * 4 / 0.5)
+    angle = (ANGLES - 0.4 * z).clamp(1e-3, math.pi - 1e-3)
+    expected = angle.cos() - (0.4 + 0.4 * z)
+    ends = ANGLES.cos().abs() < 1 - 1e-3
+    torch.testing.assert_close(value[ends], expected[ends], rtol=1e-6, atol=1e-6)
+
+
+def test_kappaface_formula():
+    margin = testing.shape_table(KappaFace(m=0.8, guard="none"), 5, 3)
+    for label in range(5):
+        expected = (ANGLES + 0.8 * margin.class_weights[label].double()).cos()
+        torch.testing.assert_close(psi(margin, ANGLES, label=label), expected)
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("grad", GRAD_MODES)
+@pytest.mark.parametrize("kind", ["arcface", "adaface", "kappaface"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+def test_kernel_form_is_the_margin(kind, guard, grad, backend):
+    """``margin_rows`` of every backend equals autograd through the Python margin."""
+    device = device_for(backend)
+    dtype = torch.double if backend in ("reference", "cpu") else torch.float32
+    kwargs = {"guard": guard, "grad": grad, "s": 12.0}
+    margin = {
+        "arcface": lambda: ArcFace(0.6, **kwargs),
+        "adaface": lambda: AdaFace(0.4, h=0.333, **kwargs),
+        "kappaface": lambda: testing.shape_table(KappaFace(m=0.9, **kwargs), 7, 3),
+    }[kind]().to(device)
+    theta = torch.linspace(0.1, math.pi - 0.1, 97)
+    cos = theta.cos().to(device, dtype).requires_grad_()
+    lse = torch.linspace(-3, 12, 97, device=device, dtype=dtype).roll(40).requires_grad_()
+    norm = torch.linspace(-0.1, 400, 97, device=device, dtype=dtype).abs()
+    labels = torch.arange(97, device=device) % 8 - 1
+    if kind == "adaface":
+        margin.set_norm_ema(torch.tensor([80.0]), torch.tensor([60.0]))
+    spec = -torch.nn.functional.logsigmoid(margin.s * margin(cos, norm, labels) - lse)
+    spec = torch.where(labels >= 0, spec, 0)
+    expected = torch.autograd.grad(spec.sum(), (cos, lse))
+    loss, applied = ops.margin_rows(cos, lse, norm, labels, margin.form(), backend=backend)
+    actual = torch.autograd.grad(loss.sum(), (cos, lse))
+    close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.double else {"rtol": 2e-4, "atol": 2e-4}
+    torch.testing.assert_close(loss, spec, **close)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **close)
+    margin_of = (cos - margin(cos, norm, labels)) * (labels >= 0)
+    torch.testing.assert_close(applied, margin_of.detach(), **close)
+
+
+@pytest.mark.gradcheck
+@pytest.mark.parametrize("name", [n for n in MARGINS if "insight" not in n and "cvl" not in n])
+def test_gradcheck_of_the_loss(name):
+    """The whole path in float64; straight-through margins have no gradient to check."""
+    margin = testing.shape_table(MARGINS[name](), 9, 5).double().eval()
+    case = testing.make_case("some_ignored", batch=6, classes=9, dim=5, seed=3)
+    margin.s = min(margin.s, 16.0)
+
+    def loss(x, w):
+        return fm.margin_loss(x, w, case.labels, margin, backend="reference")
+
+    inputs = case.x.requires_grad_(), case.weight.requires_grad_()
+    if name.startswith("adaface"):  # its margin sees the norm without gradient, by definition
+        margin.h = 0.0
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_straight_through_is_the_softmax_gradient():
+    """d loss / d cos_y = s (p_y - 1), as insightface computes it."""
+    case = testing.make_case("random", batch=5, classes=11, dim=6)
+    x_hat = torch.nn.functional.normalize(case.x)
+    cos = (x_hat @ torch.nn.functional.normalize(case.weight).t()).requires_grad_()
+    cos_y = cos.gather(1, case.labels[:, None])[:, 0]
+    margin = ArcFace(s=8, guard="none", grad="straight_through")
+    value = margin(cos_y, cos_y, case.labels)
+    torch.testing.assert_close(value, (cos_y.acos() + 0.5).cos())
+    logits = 8 * cos.scatter(1, case.labels[:, None], value[:, None])
+    torch.nn.functional.cross_entropy(logits, case.labels, reduction="sum").backward()
+    onehot = torch.nn.functional.one_hot(case.labels, 11)
+    torch.testing.assert_close(cos.grad, 8 * (logits.softmax(1) - onehot).detach())
+
+
+def test_unknown_options_are_refused():
+    for make in (
+        lambda: ArcFace(guard="what"),
+        lambda: ArcFace(grad="what"),
+        lambda: ArcFace(s=0),
+        lambda: AdaFace(stats="some"),
+        lambda: AdaFace(t_alpha=2),
+        lambda: KappaFace(features="memory"),
+        lambda: KappaFace(gamma=-1),
+        lambda: NPT(top_k=0),
+    ):
+        with pytest.raises(ValueError):
+            make()
+
+
+# ---- AdaFace's state ----------------------------------------------------------------------------
+
+
+def test_adaface_statistics_move_in_training_only():
+    head = fm.MarginHead(4, 6, AdaFace(t_alpha=0.25))
+    x, y = torch.randn(8, 4) * 30, torch.arange(8) % 6
+    head.eval()(x, y)
+    assert head.margin.batch_mean.item() == 20 and head.margin.batch_std.item() == 100
+    head.train()(x, y)
+    norm = x.norm(dim=1).clamp(1e-3, 100)
+    torch.testing.assert_close(head.margin.batch_mean, 0.25 * norm.mean()[None] + 0.75 * 20)
+    torch.testing.assert_close(head.margin.batch_std, 0.25 * norm.std()[None] + 0.75 * 100)
+    # the step used the statistics it made
+    loss = head.eval()(x, y)
+    torch.testing.assert_close(loss, testing.plain_loss(x, head.weight, y, head.margin))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_adaface_survives_tiny_batches(batch):
+    head = fm.MarginHead(4, 6, AdaFace(t_alpha=1.0))
+    for _ in range(3):
+        loss = head(torch.randn(batch, 4) * 20, torch.arange(batch))
+        assert torch.isfinite(loss)
+    assert torch.isfinite(head.margin.batch_std).all()
+    assert (head.margin.batch_std == 100) == (batch == 1)
+
+
+# ---- KappaFace's state --------------------------------------------------------------------------
+
+
+def kappa_head(counts, dim=16, **kwargs):
+    margin = KappaFace(temperature=0.5, **kwargs)
+    margin.bind(len(counts), dim)
+    return margin
+
+
+def spread(n, direction, width):
+    return torch.nn.functional.normalize(direction + width * torch.randn(n, len(direction)))
+
+
+def test_concentration_grows_with_the_resultant():
+    r = torch.tensor([0.0, 0.5, 0.9, 0.99])
+    torch.testing.assert_close(concentration(r, 3)[1], torch.tensor(0.5 * 2.75 / 0.75))
+    assert (concentration(r, 128).diff() > 0).all()
+
+
+def test_scattered_and_small_classes_get_the_larger_margin():
+    counts = [40, 40, 8]
+    margin = kappa_head(counts, class_counts=counts, gamma=0.5)
+    centers = torch.eye(16)
+    for c, (n, width) in enumerate(zip(counts, (0.05, 0.3, 0.05), strict=True)):
+        margin.accumulate(spread(n, centers[c], width), torch.full((n,), c))
+    assert (margin.class_weights == 1).all()
+    margin.end_epoch()
+    tight, scattered, small = margin.class_weights
+    assert scattered > tight and small > tight
+    assert margin.kappa[0] > margin.kappa[1]
+    assert (margin.class_sums == 0).all() and (margin.class_seen == 0).all()
+
+
+@pytest.mark.parametrize("odd", ["singleton", "duplicates", "seen_twice"])
+def test_degenerate_classes_leave_the_others_alone(odd):
+    """One image, or copies of one, makes 1 - r^2 rounding noise: it must not set the scale."""
+
+    def weights(with_odd):
+        torch.manual_seed(5)
+        margin = kappa_head([9] * 5, class_counts=[9, 9, 9, 9, 9])
+        for c in range(4):
+            features = spread(9, torch.eye(16)[c], 0.1 * (c + 1))
+            margin.accumulate(features, torch.full((9,), c))
+        if with_odd:
+            image = spread(1, torch.eye(16)[5], 1.0)
+            copies = {"singleton": 1, "duplicates": 7, "seen_twice": 2}[odd]
+            margin.accumulate(image.expand(copies, -1), torch.full((copies,), 4))
+        margin.end_epoch()
+        assert torch.isfinite(margin.class_weights).all()
+        return margin
+
+    with_odd, without = weights(True), weights(False)
+    torch.testing.assert_close(with_odd.class_weights[:4], without.class_weights[:4])
+    assert with_odd.kappa[4] == with_odd.kappa[:4].max()
+    assert without.class_weights[4] == 1  # not seen: as it was
+
+
+def test_equal_classes_and_nothing_seen():
+    margin = kappa_head([2, 2])
+    with pytest.raises(RuntimeError, match="no feature was seen"):
+        margin.end_epoch()
+    pair = torch.eye(16)[:2]
+    for c in range(2):
+        margin.accumulate(pair, torch.full((2,), c))
+    margin.end_epoch()
+    by_count = (math.cos(math.pi / 1.05) + 1) / 2
+    torch.testing.assert_close(margin.class_weights, torch.full((2,), 0.7 * 0.5 + 0.3 * by_count))
+
+
+def test_kappaface_learns_from_the_training_steps():
+    """Online features: the head's own unit embeddings, ignored rows left out, not in eval()."""
+    head = fm.MarginHead(8, 4, KappaFace())
+    x, y = torch.randn(12, 8) * 5, torch.arange(12) % 5 - 1
+    head(x, y)
+    head.eval()(x, y)
+    unit = torch.nn.functional.normalize(x)
+    expected = torch.stack([unit[y == c].sum(0) for c in range(4)])
+    torch.testing.assert_close(head.margin.class_sums, expected)
+    assert head.margin.class_seen.tolist() == [(y == c).sum().item() for c in range(4)]
+
+
+def test_kappaface_memory_averages_a_sample_with_its_past():
+    margin = KappaFace(features="memory", num_samples=3, memory_momentum=0.25)
+    margin.bind(2, 4)
+    with pytest.raises(ValueError, match="index"):
+        margin.accumulate(torch.eye(4)[:2], torch.tensor([0, 1]))
+    margin.accumulate(torch.eye(4)[:2], torch.tensor([0, -1]), torch.tensor([2, 1]))
+    assert margin.memory_filled.tolist() == [False, False, True]
+    torch.testing.assert_close(margin.memory[2], torch.eye(4)[0])
+    margin.accumulate(torch.eye(4)[1:2], torch.tensor([0]), torch.tensor([2]))
+    mixed = torch.nn.functional.normalize(torch.tensor([0.75, 0.25, 0, 0]), dim=0)
+    torch.testing.assert_close(margin.memory[2], mixed)
+    torch.testing.assert_close(margin.class_sums[0], torch.eye(4)[0] + mixed)
+
+
+@pytest.mark.parametrize("features", ["online", "memory"])
+def test_kappaface_resumes_from_its_state_dict(features):
+    def head():
+        margin = KappaFace(features=features, num_samples=20 if features == "memory" else None)
+        return fm.MarginHead(8, 4, margin)
+
+    first = head()
+    x, y = torch.randn(20, 8), torch.arange(20) % 4
+    first(x, y)
+    if features == "memory":
+        first.margin.accumulate(x, y, torch.arange(20))
+    first.margin.end_epoch()
+    first.margin.class_sums.add_(0.5)
+    second = head()
+    second.load_state_dict(first.state_dict())
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    torch.testing.assert_close(second.eval()(x, y), first.eval()(x, y))
+
+
+def test_one_kappaface_serves_one_classifier():
+    margin = KappaFace()
+    fm.MarginHead(8, 4, margin)
+    with pytest.raises(ValueError, match="make a new KappaFace"):
+        fm.MarginHead(8, 5, margin)
+    with pytest.raises(ValueError, match="class_counts"):
+        fm.MarginHead(8, 5, KappaFace(class_counts=[1, 2]))
+
+
+def test_momentum_encoder_follows_parameters_and_buffers():
+    backbone = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    follower = MomentumEncoder(backbone, momentum=0.75)
+    before = backbone[0].weight.detach().clone()
+    with torch.no_grad():
+        backbone[0].weight.add_(1)
+    backbone(torch.randn(10, 3) + 5)
+    follower.train().update(backbone)
+    torch.testing.assert_close(follower.encoder[0].weight, before + 0.25)
+    assert torch.equal(follower.encoder[1].running_mean, backbone[1].running_mean)
+    out = follower(torch.randn(2, 3))
+    assert not out.requires_grad and not follower.encoder.training
+
+
+# ---- NPT ----------------------------------------------------------------------------------------
+
+
+def test_npt_formula_and_zero_slot():
+    """A worked example: own 0.3 among -0.2, -0.1, -0.4; delta 0.5, r 1."""
+    nearest = torch.tensor([[-0.1, -0.2, -0.4]])
+    cos_y = torch.tensor([0.3])
+
+    def loss(**kwargs):
+        margin = NPT(delta=0.5, **kwargs)
+        return margin(cos_y, nearest[:, : margin.top_k]).item()
+
+    assert loss() == pytest.approx(2 * 0.1)
+    assert loss(zero_slot=True) == pytest.approx(2 * 0.2)
+    assert loss(top_k=3) == pytest.approx(2 * 0.1)
+    assert loss(top_k=3, zero_slot=True) == pytest.approx(2 * (0.2 + 0.1))
+    assert loss(r=3.0) == pytest.approx(3 * 2 * 0.1)
+
+
+def test_npt_keeps_the_gradient_at_a_tie():
+    cos_y = torch.tensor([0.5], requires_grad=True)
+    NPT(delta=0.5)(cos_y, torch.tensor([[0.0]])).sum().backward()
+    assert cos_y.grad.item() == -2
