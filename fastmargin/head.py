@@ -13,6 +13,8 @@ from fastmargin.functional import LossRows
 from fastmargin.margins import Margin
 
 INIT_STD = 0.01
+KERNEL_TOPK = 16
+PREDICT_CHUNK = 1 << 14
 
 
 class Prediction(NamedTuple):
@@ -138,10 +140,25 @@ class MarginHead(nn.Module):
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
         no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
         x_hat, *_ = ops.row_prologue(embeddings, no_label, backend=self.backend)
-        cosine, label, _ = ops.row_topk(
-            x_hat, self.weight, no_label, topk, precision=self.precision, backend=self.backend
-        )
-        return Prediction(cosine, label)
+        if topk <= KERNEL_TOPK:
+            cosine, label, _ = ops.row_topk(
+                x_hat, self.weight, no_label, topk, precision=self.precision, backend=self.backend
+            )
+            return Prediction(cosine, label)
+        return self._predict_many(x_hat, topk)
+
+    def _predict_many(self, x_hat: Tensor, topk: int) -> Prediction:
+        """More than the kernels keep in registers: chunks of classes, merged as they come."""
+        best = Prediction(x_hat[:, :0], torch.empty_like(x_hat[:, :0], dtype=torch.int64))
+        for start in range(0, self.num_classes, PREDICT_CHUNK):
+            centers = self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype)
+            cosine = (x_hat @ centers.t()) * inverse_norm(centers).t()
+            label = torch.arange(start, start + len(centers), device=x_hat.device)
+            cosine = torch.cat([best.cosine, cosine], dim=1)
+            label = torch.cat([best.label, label.expand(len(x_hat), -1)], dim=1)
+            top = cosine.topk(min(topk, cosine.shape[1]))
+            best = Prediction(top.values, label.gather(1, top.indices))
+        return best
 
     @torch.no_grad()
     def export_centers(self, normalized: bool = True) -> Tensor:

@@ -52,6 +52,16 @@ def test_inference(backend):
     assert torch.equal(everything.sort(1).values[0].cpu(), torch.arange(11))
 
 
+def test_many_predictions_are_streamed(monkeypatch):
+    """More than the kernels keep: chunks of classes merge to what the logits say."""
+    monkeypatch.setattr("fastmargin.head.PREDICT_CHUNK", 13)
+    head, x, _ = head_and_batch(classes=40)
+    best = head.logits(x).topk(30)
+    prediction = head.predict(x, topk=30)
+    assert torch.equal(prediction.label, best.indices)
+    torch.testing.assert_close(prediction.cosine * 64, best.values)
+
+
 def test_export_centers():
     head, _, _ = head_and_batch()
     unit = head.export_centers()
