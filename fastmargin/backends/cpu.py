@@ -1,21 +1,129 @@
-"""C++ on the CPU."""
+"""C++ on the CPU: passes over the class centres that hold no (B, C) matrix (``csrc/cpu``).
+
+Peak memory beyond inputs and results is a few packed copies of the batch and one block of centres
+per thread, whatever the number of classes. The environment variable ``FASTMARGIN_CPU_CAPABILITY``
+(scalar, avx2 or avx512) chooses the instruction set, read once; by default the best there is.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch import Tensor
 
-from fastmargin.backends import _extension
-from fastmargin.backends.reference import ReferenceBackend
+from fastmargin.backends import _extension, _rows
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 
-class CpuBackend(ReferenceBackend):
+@functools.cache
+def _unavailable() -> str | None:
+    reason = _extension.reason("_C")
+    if reason:
+        return reason
+    try:
+        torch.ops.fastmargin.cpu_capability()
+    except RuntimeError as error:  # a wrong FASTMARGIN_CPU_CAPABILITY
+        return str(error).splitlines()[0]
+    return None
+
+
+def _hard(hard: HardRule | None, dtype: torch.dtype):
+    if hard is None:
+        return None, 0.0, 0.0, 0.0
+    return hard.threshold.to(dtype).contiguous(), float(hard.a), float(hard.b), float(hard.d)
+
+
+class CpuBackend:
     name = "cpu"
+    precisions = ("fp32",)
 
     def unavailable(self) -> str | None:
-        return _extension.reason("_C")
+        return _unavailable()
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"it takes CPU tensors, got {device}"
+
+    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+        return _rows.row_prologue(torch.ops.fastmargin.cpu_row_prologue, x, labels, ema)
+
+    def margin_rows(
+        self, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
+    ):
+        op = torch.ops.fastmargin.cpu_margin_rows
+        return _rows.margin_rows(op, cos_y, lse_neg, norm, labels, form)
+
+    def row_stats(
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        want_pull: bool,
+        precision: str,
+    ) -> RowStats:
+        lse_neg, cos_y, max_neg = (x_hat.new_empty(x_hat.shape[0]) for _ in range(3))
+        pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
+        torch.ops.fastmargin.cpu_row_stats(
+            x_hat.contiguous(),
+            weight,
+            labels.contiguous(),
+            scale,
+            *_hard(hard, x_hat.dtype),
+            class_start,
+            lse_neg,
+            cos_y,
+            max_neg,
+            pull if want_pull else None,
+        )
+        return RowStats(lse_neg, cos_y, max_neg, pull)
+
+    def row_stats_backward(
+        self,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+    ) -> Tensor:
+        d_weight = torch.empty(weight.shape, dtype=weight.dtype)
+        torch.ops.fastmargin.cpu_row_stats_backward(
+            d_lse.contiguous(),
+            d_cos.contiguous(),
+            x_hat.contiguous(),
+            weight,
+            labels.contiguous(),
+            lse_neg.contiguous(),
+            scale,
+            *_hard(hard, x_hat.dtype),
+            class_start,
+            d_weight,
+        )
+        return d_weight
+
+    def row_topk(
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        k: int,
+        class_start: int,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values = x_hat.new_empty((x_hat.shape[0], k))
+        index = x_hat.new_empty(values.shape, dtype=torch.int64)
+        cos_y = x_hat.new_empty(x_hat.shape[0])
+        torch.ops.fastmargin.cpu_row_topk(
+            x_hat.contiguous(), weight, labels.contiguous(), class_start, values, index, cos_y
+        )
+        return values, index, cos_y
 
 
 BACKEND = CpuBackend()

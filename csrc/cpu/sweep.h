@@ -1,0 +1,85 @@
+// The passes over the class centres, as the operators (row_stats.cpp) call them: plain structs and
+// a table of functions for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmargin::cpu {
+
+enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
+
+// Raw class centres (C, D); strides in elements.
+struct Centres {
+  const void* data;
+  Element element;
+  int64_t row_stride;
+  int64_t col_stride;
+  int64_t dim;
+};
+
+// Unit embeddings in the two layouts of the products, padded with zeros, and what belongs to each
+// row. `lanes` rows, or `lanes` of the D columns, are a panel; `dim` and `rows` are rounded up.
+template <typename T>
+struct Batch {
+  int64_t rows;
+  int64_t dim;
+  const T* by_column;     // [rows / lanes][dim][lanes]: lanes are embeddings
+  const T* by_row;        // [dim / lanes][rows][lanes]: lanes are columns; backward only
+  const int64_t* label;   // [rows] row of the centres, negative where it has none here
+  T scale;
+  const T* threshold;     // [rows] of the hard rule a c^2 + b c + d, or null
+  T a, b, d;
+};
+
+// Partial results of one slot of classes. `sum` and `pull` are relative to exp(max_logit).
+template <typename T>
+struct Partial {
+  T* max_logit;  // [rows]
+  T* max_neg;    // [rows]
+  double* sum;   // [rows]
+  T* pull;       // [rows][dim], or null
+};
+
+// Upstream gradients, padded.
+template <typename T>
+struct Upstream {
+  const T* exp_weight;  // [rows] scale * d_lse
+  const T* lse;         // [rows] lse_neg, +inf in a row without negatives
+  const T* d_cos;       // [rows]
+};
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+template <typename T>
+struct Kernels {
+  int64_t lanes;
+
+  // Elements of T that a call needs as scratch, aligned to 64 bytes.
+  int64_t (*scratch)(int64_t dim);
+
+  // Adds the centres `classes` to the partial results of the rows in `panels`, and writes cos_y of
+  // the rows whose label is among them.
+  void (*forward)(const Batch<T>&, const Centres&, Range panels, Range classes, const Partial<T>&,
+                  T* cos_y, T* scratch);
+
+  // Writes the gradient of the centres `classes` into the contiguous (C, D) of their type.
+  void (*backward)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&,
+                   void* d_centres, T* scratch);
+
+  // Merges the centres `classes` into the k best negatives, values [rows][k] and index [rows][k],
+  // in descending order; writes cos_y as `forward` does.
+  void (*nearest)(const Batch<T>&, const Centres&, Range panels, Range classes, int64_t k,
+                  T* values, int64_t* index, T* cos_y, T* scratch);
+};
+
+template <typename T>
+Kernels<T> scalar_kernels();
+template <typename T>
+Kernels<T> avx2_kernels();
+template <typename T>
+Kernels<T> avx512_kernels();
+
+}  // namespace fastmargin::cpu

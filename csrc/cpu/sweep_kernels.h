@@ -1,0 +1,453 @@
+// The passes over the class centres for one vector width. Included by sweep_scalar.cpp,
+// sweep_avx2.cpp and sweep_avx512.cpp, which set FM_VECTOR_BYTES, FM_ROWS and FM_COLUMNS (rows of
+// the register tiles below) and compile it for their instruction set.
+//
+// A block of centres is made unit rows in scratch that stays in the L2 cache. Its cosines with a
+// panel of embeddings are a tile of [classes][lanes] in the L1 cache: each lane is one embedding,
+// so that sums over classes need no shuffles. The tile becomes probabilities in place, and is the
+// left operand of the second product while it is still there; no (B, C) matrix exists.
+#pragma once
+
+#include "simd.h"
+#include "sweep.h"
+
+namespace fastmargin::cpu {
+namespace {
+
+constexpr int64_t kBlockBytes = 256 * 1024;  // unit centres of a block, in the L2 cache
+constexpr int64_t kMaxClasses = 16 * FM_ROWS;
+constexpr int64_t kGroupPanels = 4;  // embeddings between two visits of the gradient, backward
+
+static_assert(kLanes<float> % FM_COLUMNS == 0 && kLanes<double> % FM_COLUMNS == 0);
+
+template <typename T>
+constexpr T kInfinity = __builtin_huge_val();
+
+template <typename T>
+int64_t block_classes(int64_t dim) {
+  const int64_t fit = kBlockBytes / (static_cast<int64_t>(sizeof(T)) * dim) / FM_ROWS * FM_ROWS;
+  return fit < FM_ROWS ? FM_ROWS : fit > kMaxClasses ? kMaxClasses : fit;
+}
+
+FM_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// ---- products -----------------------------------------------------------------------------------
+
+// c[m][lane] (+)= sum_k a[k / lanes][m][k % lanes] * b[k][lane] for FM_ROWS rows m.
+template <typename T, bool kAccumulate>
+[[gnu::noinline]] void multiply_rows(const T* a, int64_t a_panel, int64_t panels, const T* b, T* c,
+                                     int64_t c_row) {
+  constexpr int64_t kWidth = Simd<T>::kWidth, kPanel = kLanes<T>;
+  Vec<T> sum[FM_ROWS][2] = {};
+  if (kAccumulate) {
+#pragma GCC unroll 16
+    for (int m = 0; m < FM_ROWS; ++m) {
+      sum[m][0] = load(c + m * c_row);
+      sum[m][1] = load(c + m * c_row + kWidth);
+    }
+  }
+  for (int64_t panel = 0; panel < panels; ++panel, a += a_panel) {
+    for (int64_t k = 0; k < kPanel; ++k, b += kPanel) {
+      const Vec<T> b0 = load(b), b1 = load(b + kWidth);
+#pragma GCC unroll 16
+      for (int m = 0; m < FM_ROWS; ++m) {
+        const Vec<T> value = broadcast(a[m * kPanel + k]);
+        sum[m][0] += value * b0;
+        sum[m][1] += value * b1;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < FM_ROWS; ++m) {
+    store(c + m * c_row, sum[m][0]);
+    store(c + m * c_row + kWidth, sum[m][1]);
+  }
+}
+
+// c[m][lane] += sum_k a[k][m] * b[k][lane] for FM_COLUMNS rows m.
+template <typename T>
+[[gnu::noinline]] void multiply_columns(const T* a, int64_t count, const T* b, T* c,
+                                        int64_t c_row) {
+  constexpr int64_t kWidth = Simd<T>::kWidth, kPanel = kLanes<T>;
+  Vec<T> sum[FM_COLUMNS][2] = {};
+  for (int64_t k = 0; k < count; ++k, a += kPanel, b += kPanel) {
+    const Vec<T> b0 = load(b), b1 = load(b + kWidth);
+#pragma GCC unroll 16
+    for (int m = 0; m < FM_COLUMNS; ++m) {
+      const Vec<T> value = broadcast(a[m]);
+      sum[m][0] += value * b0;
+      sum[m][1] += value * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < FM_COLUMNS; ++m) {
+    store(c + m * c_row, load(c + m * c_row) + sum[m][0]);
+    store(c + m * c_row + kWidth, load(c + m * c_row + kWidth) + sum[m][1]);
+  }
+}
+
+// ---- centres ------------------------------------------------------------------------------------
+
+// A block of unit centres, [dim / lanes][capacity][lanes], and 1 / norm (0 for a zero centre).
+template <typename T>
+struct Block {
+  T* unit;
+  T* inverse_norm;
+  int64_t capacity;
+  int64_t count;
+};
+
+template <typename T, typename In>
+void read_block(const Centres& centres, int64_t first, int64_t dim, Block<T>& block) {
+  constexpr int64_t kPanel = kLanes<T>;
+  const In* data = static_cast<const In*>(centres.data) + first * centres.row_stride;
+  const int64_t used = round_up(block.count, FM_ROWS), stride = block.capacity * kPanel;
+  for (int64_t start = 0; start < dim; start += kPanel) {
+    T* panel = block.unit + start / kPanel * stride;
+    const int64_t width = centres.dim - start < kPanel ? centres.dim - start : kPanel;
+    const In* from = data + start * centres.col_stride;
+    if (width < kPanel || block.count < used) {
+      for (int64_t i = 0; i < used * kPanel; ++i) panel[i] = 0;
+    }
+    if (centres.col_stride == 1) {
+      for (int64_t j = 0; j < block.count; ++j) {
+        for (int64_t k = 0; k < width; ++k) {
+          panel[j * kPanel + k] = static_cast<T>(widen(from[j * centres.row_stride + k]));
+        }
+      }
+    } else {  // a transposed matrix: neighbours in memory are rows
+      for (int64_t k = 0; k < width; ++k) {
+        for (int64_t j = 0; j < block.count; ++j) {
+          panel[j * kPanel + k] =
+              static_cast<T>(widen(from[j * centres.row_stride + k * centres.col_stride]));
+        }
+      }
+    }
+  }
+  for (int64_t j = 0; j < block.count; ++j) {
+    double partial[8] = {};
+    for (int64_t start = 0; start < dim; start += kPanel) {
+      const T* row = block.unit + start / kPanel * stride + j * kPanel;
+      for (int64_t k = 0; k < kPanel; ++k) {
+        partial[k % 8] += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+      }
+    }
+    double square = 0;
+    for (double part : partial) square += part;
+    const double norm = __builtin_sqrt(square);
+    const T inverse = norm > 1e-12 ? static_cast<T>(1 / norm) : T(0);
+    block.inverse_norm[j] = inverse;
+    for (int64_t start = 0; start < dim; start += kPanel) {
+      T* row = block.unit + start / kPanel * stride + j * kPanel;
+      for (int64_t k = 0; k < kPanel; ++k) row[k] *= inverse;
+    }
+  }
+}
+
+// Calls f with a pointer to the element type of the centres.
+template <typename F>
+FM_INLINE void with_element(Element element, F&& f) {
+  switch (element) {
+    case Element::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case Element::kDouble:
+      return f(static_cast<double*>(nullptr));
+    case Element::kHalf:
+      return f(static_cast<Half16*>(nullptr));
+    case Element::kBFloat16:
+      return f(static_cast<Brain16*>(nullptr));
+  }
+}
+
+template <typename T>
+void read_block(const Centres& centres, int64_t first, int64_t dim, Block<T>& block) {
+  with_element(centres.element, [&](auto* in) {
+    read_block<T, std::remove_pointer_t<decltype(in)>>(centres, first, dim, block);
+  });
+}
+
+// ---- cosines of a block with a panel ------------------------------------------------------------
+
+// tile[class][lane]; the rows up to the next multiple of FM_ROWS are zero.
+template <typename T>
+void cosines(const Batch<T>& batch, const Block<T>& block, int64_t panel, T* tile) {
+  constexpr int64_t kPanel = kLanes<T>;
+  const T* x = batch.by_column + panel * batch.dim * kPanel;
+  for (int64_t j = 0; j < block.count; j += FM_ROWS) {
+    multiply_rows<T, false>(block.unit + j * kPanel, block.capacity * kPanel, batch.dim / kPanel, x,
+                            tile + j * kPanel, kPanel);
+  }
+}
+
+// Calls f(lane, element of the tile) for each row whose target is in this block.
+template <typename T, typename F>
+FM_INLINE void for_targets(const Batch<T>& batch, int64_t panel, int64_t first, int64_t count,
+                           T* tile, F&& f) {
+  constexpr int64_t kPanel = kLanes<T>;
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    const int64_t j = batch.label[panel * kPanel + lane] - first;
+    if (j >= 0 && j < count) f(lane, tile[j * kPanel + lane]);
+  }
+}
+
+// The hard rule: f(c), and its slope by c where asked for.
+template <typename T>
+struct Rule {
+  Vec<T> threshold;
+  T a, b, d;
+
+  FM_INLINE Vec<T> value(Vec<T> c) const {
+    return c > threshold ? (a * c + b) * c + d : c;
+  }
+  FM_INLINE Vec<T> slope(Vec<T> c) const {
+    return c > threshold ? 2 * a * c + b : broadcast<T>(1);
+  }
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// Turns one vector column of the tile into exponentials (times the slope) relative to the running
+// maximum, and returns by how much earlier sums shrink.
+template <typename T, bool kHard>
+FM_INLINE Vec<T> exponentials(T* tile, int64_t count, T scale, const Rule<T>& rule, T* max_logit,
+                              T* max_neg, double* sum) {
+  constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
+  Vec<T> top = broadcast<T>(-kInfinity<T>), top_value = top;
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec<T> c = load(tile + j * kPanel);
+    top = c > top ? c : top;
+    if (kHard) {
+      const Vec<T> value = rule.value(c);
+      top_value = value > top_value ? value : top_value;
+    }
+  }
+  const Vec<T> old_neg = load(max_neg), old = load(max_logit);
+  store(max_neg, top > old_neg ? top : old_neg);
+  const Vec<T> block_max = (kHard ? top_value : top) * scale;
+  const Vec<T> now = block_max > old ? block_max : old;
+  store(max_logit, now);
+  // without any negative so far there is nothing to shift, and -inf - -inf is not a number
+  const Vec<T> shift = now == -kInfinity<T> ? Vec<T>{} : now;
+  const Vec<T> shrink = exp<T>(old - shift);
+
+  Vec<T> total = {}, total_odd = {};
+  for (int64_t j = 0; j < count; ++j) {
+    T* at = tile + j * kPanel;
+    const Vec<T> c = load(at);
+    const Vec<T> e = exp<T>((kHard ? rule.value(c) : c) * scale - shift);
+    // two sums: half the roundings of one
+    (j & 1 ? total_odd : total) += e;
+    store(at, kHard ? e * rule.slope(c) : e);
+  }
+  total += total_odd;
+  for (int64_t i = 0; i < kWidth; ++i) {
+    sum[i] = sum[i] * static_cast<double>(shrink[i]) + static_cast<double>(total[i]);
+  }
+  return shrink;
+}
+
+template <typename T, bool kHard>
+void forward_tile(const Batch<T>& batch, int64_t row, int64_t count, T* tile,
+                  const Partial<T>& partial) {
+  constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
+  for (int64_t half = 0; half < kPanel; half += kWidth) {
+    const int64_t at = row + half;
+    Rule<T> rule = {};
+    if (kHard) rule = {load(batch.threshold + at), batch.a, batch.b, batch.d};
+    const Vec<T> shrink =
+        exponentials<T, kHard>(tile + half, count, batch.scale, rule, partial.max_logit + at,
+                               partial.max_neg + at, partial.sum + at);
+    if (partial.pull == nullptr) continue;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      if (shrink[i] == 1) continue;
+      T* pull = partial.pull + (at + i) * batch.dim;
+      for (int64_t k = 0; k < batch.dim; ++k) pull[k] *= shrink[i];
+    }
+  }
+}
+
+template <typename T>
+void forward(const Batch<T>& batch, const Centres& centres, Range panels, Range classes,
+             const Partial<T>& partial, T* cos_y, T* scratch) {
+  constexpr int64_t kPanel = kLanes<T>;
+  const int64_t capacity = block_classes<T>(batch.dim);
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  T* tile = block.inverse_norm + round_up(capacity, kPanel);
+  for (int64_t first = classes.begin; first < classes.end; first += capacity) {
+    const int64_t rest = classes.end - first;
+    block.count = rest < capacity ? rest : capacity;
+    read_block(centres, first, batch.dim, block);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t row = panel * kPanel;
+      cosines(batch, block, panel, tile);
+      for_targets(batch, panel, first, block.count, tile, [&](int64_t lane, T& c) {
+        cos_y[row + lane] = c;
+        c = -kInfinity<T>;
+      });
+      if (batch.threshold != nullptr) {
+        forward_tile<T, true>(batch, row, block.count, tile, partial);
+      } else {
+        forward_tile<T, false>(batch, row, block.count, tile, partial);
+      }
+      if (partial.pull == nullptr) continue;
+      for (int64_t k = 0; k < batch.dim; k += kPanel) {
+        for (int64_t i = 0; i < kPanel; i += FM_COLUMNS) {
+          multiply_columns<T>(tile + i, block.count, block.unit + k * capacity,
+                              partial.pull + (row + i) * batch.dim + k, batch.dim);
+        }
+      }
+    }
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// Turns the tile of cosines into the gradient of the cosines.
+template <typename T, bool kHard>
+void backward_tile(const Batch<T>& batch, int64_t row, int64_t count, const Upstream<T>& upstream,
+                   T* tile) {
+  constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
+  for (int64_t half = 0; half < kPanel; half += kWidth) {
+    const int64_t at = row + half;
+    Rule<T> rule = {};
+    if (kHard) rule = {load(batch.threshold + at), batch.a, batch.b, batch.d};
+    const Vec<T> lse = load(upstream.lse + at), weight = load(upstream.exp_weight + at);
+    for (int64_t j = 0; j < count; ++j) {
+      T* to = tile + half + j * kPanel;
+      const Vec<T> c = load(to);
+      const Vec<T> p = exp<T>((kHard ? rule.value(c) : c) * batch.scale - lse);
+      store(to, kHard ? p * weight * rule.slope(c) : p * weight);
+    }
+  }
+}
+
+// d_centre = (d_unit - <d_unit, unit> unit) / norm, in the type of the centres.
+template <typename T, typename Out>
+void write_gradient(const Block<T>& block, int64_t dim, int64_t columns, const T* d_unit, Out* to) {
+  constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
+  for (int64_t j = 0; j < block.count; ++j, d_unit += dim, to += columns) {
+    const T* unit = block.unit + j * kPanel;
+    Vec<T> dot = {};
+    for (int64_t k = 0; k < dim; k += kPanel) {
+      const T* u = unit + k * block.capacity;
+      dot += load(d_unit + k) * load(u) + load(d_unit + k + kWidth) * load(u + kWidth);
+    }
+    const T radial = horizontal_sum<T>(dot), inverse = block.inverse_norm[j];
+    for (int64_t k = 0; k < columns; k += kPanel) {
+      const T* u = unit + k * block.capacity;
+      const int64_t width = columns - k < kPanel ? columns - k : kPanel;
+      for (int64_t i = 0; i < width; ++i) {
+        narrow((d_unit[k + i] - radial * u[i]) * inverse, to + k + i);
+      }
+    }
+  }
+}
+
+template <typename T>
+void backward(const Batch<T>& batch, const Centres& centres, Range classes,
+              const Upstream<T>& upstream, void* d_centres, T* scratch) {
+  constexpr int64_t kPanel = kLanes<T>;
+  const int64_t capacity = block_classes<T>(batch.dim), tile_size = capacity * kPanel;
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  T* d_unit = block.inverse_norm + round_up(capacity, kPanel);
+  T* tiles = d_unit + capacity * batch.dim;
+  const int64_t panels = batch.rows / kPanel;
+  for (int64_t first = classes.begin; first < classes.end; first += capacity) {
+    const int64_t rest = classes.end - first;
+    block.count = rest < capacity ? rest : capacity;
+    read_block(centres, first, batch.dim, block);
+    for (int64_t i = 0; i < capacity * batch.dim; ++i) d_unit[i] = 0;
+    for (int64_t start = 0; start < panels; start += kGroupPanels) {
+      const int64_t group = panels - start < kGroupPanels ? panels - start : kGroupPanels;
+      for (int64_t panel = start; panel < start + group; ++panel) {
+        T* tile = tiles + (panel - start) * tile_size;
+        const int64_t row = panel * kPanel;
+        cosines(batch, block, panel, tile);
+        if (batch.threshold != nullptr) {
+          backward_tile<T, true>(batch, row, block.count, upstream, tile);
+        } else {
+          backward_tile<T, false>(batch, row, block.count, upstream, tile);
+        }
+        for_targets(batch, panel, first, block.count, tile,
+                    [&](int64_t lane, T& g) { g = upstream.d_cos[row + lane]; });
+      }
+      for (int64_t k = 0; k < batch.dim; k += kPanel) {
+        const T* x = batch.by_row + k * batch.rows + start * kPanel * kPanel;
+        for (int64_t j = 0; j < block.count; j += FM_ROWS) {
+          multiply_rows<T, true>(tiles + j * kPanel, tile_size, group, x,
+                                 d_unit + j * batch.dim + k, batch.dim);
+        }
+      }
+    }
+    with_element(centres.element, [&](auto* out) {
+      write_gradient(block, batch.dim, centres.dim, d_unit,
+                     static_cast<decltype(out)>(d_centres) + first * centres.dim);
+    });
+  }
+}
+
+// ---- nearest negatives --------------------------------------------------------------------------
+
+// Keeps values[k] in descending order. Classes come in ascending order and equal ones stay behind.
+template <typename T>
+void insert(T value, int64_t index, int64_t k, T* values, int64_t* indices) {
+  int64_t at = k - 1;
+  for (; at > 0 && value > values[at - 1]; --at) {
+    values[at] = values[at - 1];
+    indices[at] = indices[at - 1];
+  }
+  values[at] = value;
+  indices[at] = index;
+}
+
+template <typename T>
+void nearest(const Batch<T>& batch, const Centres& centres, Range panels, Range classes, int64_t k,
+             T* values, int64_t* index, T* cos_y, T* scratch) {
+  constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
+  const int64_t capacity = block_classes<T>(batch.dim);
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  T* tile = block.inverse_norm + round_up(capacity, kPanel);
+  for (int64_t first = classes.begin; first < classes.end; first += capacity) {
+    const int64_t rest = classes.end - first;
+    block.count = rest < capacity ? rest : capacity;
+    read_block(centres, first, batch.dim, block);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t row = panel * kPanel;
+      cosines(batch, block, panel, tile);
+      for_targets(batch, panel, first, block.count, tile, [&](int64_t lane, T& c) {
+        cos_y[row + lane] = c;
+        c = -kInfinity<T>;
+      });
+      for (int64_t half = 0; half < kPanel; half += kWidth) {
+        Vec<T> top = broadcast<T>(-kInfinity<T>);
+        for (int64_t j = 0; j < block.count; ++j) {
+          const Vec<T> c = load(tile + half + j * kPanel);
+          top = c > top ? c : top;
+        }
+        for (int64_t i = 0; i < kWidth; ++i) {
+          T* best = values + (row + half + i) * k;
+          int64_t* best_index = index + (row + half + i) * k;
+          if (!(top[i] > best[k - 1])) continue;
+          for (int64_t j = 0; j < block.count; ++j) {
+            const T c = tile[half + i + j * kPanel];
+            if (c > best[k - 1]) insert(c, first + j, k, best, best_index);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+int64_t scratch_size(int64_t dim) {
+  const int64_t capacity = block_classes<T>(dim);
+  return capacity * (2 * dim + kGroupPanels * kLanes<T>) + round_up(capacity, kLanes<T>);
+}
+
+template <typename T>
+Kernels<T> kernels() {
+  return {kLanes<T>, &scratch_size<T>, &forward<T>, &backward<T>, &nearest<T>};
+}
+
+}  // namespace
+}  // namespace fastmargin::cpu
