@@ -38,7 +38,7 @@ FM_INLINE void store(T* to, Vec<T> value) {
 
 template <typename T>
 FM_INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // not a sum, which would have to turn -0 into 0
 }
 
 template <typename T>
