@@ -37,8 +37,10 @@ def add_angle(
     With ``grad="straight_through"`` the derivative by ``cos`` is 1 (insightface since 2022).
     """
     clamped = cos.clamp(-(1 - cos_eps), 1 - cos_eps)
-    # sqrt has no slope at 0; the floor keeps 1/sin(theta) finite where sin(theta) is rounding noise
-    sin = ((1 - clamped) * (1 + clamped)).clamp_min(torch.finfo(cos.dtype).eps).sqrt()
+    square = (1 - clamped) * (1 + clamped)
+    # the value of sqrt is exact, its slope bounded where sin(theta) is rounding noise
+    sloped = square.clamp_min(torch.finfo(cos.dtype).eps).sqrt()
+    sin = square.detach().clamp_min(0).sqrt() + (sloped - sloped.detach())
     value = clamped * m.cos() - sin * m.sin()
     theta = torch.acos(clamped.detach())
     if guard == "clip":
