@@ -1,0 +1,209 @@
+"""Kernels in Triton, for NVIDIA GPUs from compute capability 8.0 on.
+
+Importing this package needs neither Triton nor a GPU: the kernels are imported when an operation
+is first run. Under ``TRITON_INTERPRET=1``, set before Python starts, they run on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+
+_LEAST_CAPABILITY = (8, 0)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+class TritonBackend:
+    """Fused passes over the class centres; see the files of this package, one per kernel."""
+
+    name = "triton"
+    precisions = ("fp32", "tf32", "bf16", "fp16")
+
+    def unavailable(self) -> str | None:
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed; `pip install triton` on Linux"
+        if _interpreted() or torch.cuda.is_available():
+            return None
+        return (
+            "there is no CUDA device; TRITON_INTERPRET=1, set before Python starts, runs the"
+            " kernels on the CPU, slowly, for tests"
+        )
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype == torch.float64:
+            return "the kernels compute in float32; use backend='reference' for float64"
+        if device.type == "cuda":
+            found = torch.cuda.get_device_capability(device)
+            if torch.version.hip is None and found < _LEAST_CAPABILITY:
+                return f"it needs compute capability 8.0, {device} has {found[0]}.{found[1]}"
+            return None
+        if device.type == "cpu" and _interpreted():
+            return None
+        return (
+            f"it takes CUDA tensors, got {device.type}; CPU tensors only under TRITON_INTERPRET=1,"
+            " set before Python starts"
+        )
+
+    def row_prologue(
+        self, x: Tensor, labels: Tensor, ema: NormEma | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.row_prologue import row_prologue
+
+        _check_width(x.shape[1])
+        return row_prologue(x, labels.contiguous(), ema)
+
+    def row_stats(
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        want_pull: bool,
+        precision: str,
+    ) -> RowStats:
+        from fastmargin.backends.triton.centre_norms import centre_norms
+        from fastmargin.backends.triton.configs import needs_shift
+        from fastmargin.backends.triton.stats_finish import stats_finish
+        from fastmargin.backends.triton.stats_forward import stats_forward
+
+        _check_width(weight.shape[1])
+        b, c = x_hat.shape[0], weight.shape[0]
+        if b == 0 or c == 0:
+            none = x_hat.new_full((b,), -math.inf)
+            pull = x_hat.new_zeros(x_hat.shape if want_pull else (0, x_hat.shape[1]))
+            return RowStats(none, x_hat.new_zeros(b), none.clone(), pull)
+        precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
+        bound = scale * (1.0 if hard is None else hard.bound())
+        online = needs_shift(bound, c, weight.dtype, precision, want_pull)
+        partials = stats_forward(
+            _cast(x_hat, precision),
+            weight,
+            centre_norms(weight),
+            labels,
+            scale,
+            hard,
+            class_start,
+            precision,
+            want_pull,
+            online,
+        )
+        return RowStats(*stats_finish(x_hat, weight, labels, class_start, partials, hard))
+
+    def row_stats_backward(
+        self,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+    ) -> Tensor:
+        from fastmargin.backends.triton.centre_pass import centre_pass
+
+        _check_width(weight.shape[1])
+        if x_hat.shape[0] == 0 or weight.shape[0] == 0:
+            return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+        precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
+        return centre_pass(
+            d_lse.contiguous(),
+            d_cos.contiguous(),
+            _cast(x_hat, precision),
+            weight,
+            labels,
+            lse_neg.contiguous(),
+            scale,
+            hard,
+            class_start,
+            precision,
+        )
+
+    def row_topk(
+        self,
+        x_hat: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        k: int,
+        class_start: int,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.centre_norms import centre_norms
+        from fastmargin.backends.triton.configs import MAX_K
+        from fastmargin.backends.triton.topk import topk
+
+        _check_width(weight.shape[1])
+        if not 1 <= k <= MAX_K:
+            raise _refusal(f"row_topk takes k from 1 to {MAX_K}, got {k}")
+        b = x_hat.shape[0]
+        if b == 0 or weight.shape[0] == 0:
+            index = torch.full((b, k), -1, dtype=torch.int64, device=x_hat.device)
+            return x_hat.new_full((b, k), -math.inf), index, x_hat.new_zeros(b)
+        precision, x_hat, labels, _ = _operands(precision, x_hat, weight, labels, None)
+        inverse = centre_norms(weight)
+        return topk(
+            x_hat, _cast(x_hat, precision), weight, inverse, labels, k, class_start, precision
+        )
+
+    def margin_rows(
+        self, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.margin_rows import margin_rows
+
+        return margin_rows(
+            cos_y.contiguous(), lse_neg.contiguous(), norm.contiguous(), labels.contiguous(), form
+        )
+
+
+def _refusal(reason: str) -> Exception:
+    from fastmargin.backends import BackendError
+
+    return BackendError(f"backend='triton' cannot run: {reason}. Use backend='reference'")
+
+
+def _check_width(d: int) -> None:
+    from fastmargin.backends.triton.configs import MAX_D
+
+    if d > MAX_D:
+        raise _refusal(f"its tiles hold embeddings of up to {MAX_D} columns, got {d}")
+
+
+def _operands(
+    precision: str, x_hat: Tensor, weight: Tensor, labels: Tensor, hard: HardRule | None
+) -> tuple[str, Tensor, Tensor, HardRule | None]:
+    """Precision without "auto", and the per-row tensors as the kernels take them."""
+    from fastmargin.backends.triton.configs import resolve_precision
+
+    precision = resolve_precision(precision, weight.dtype, _tf32_allowed(), _interpreted())
+    if hard is not None:
+        threshold = hard.threshold.to(torch.float32).contiguous()
+        hard = HardRule(threshold, hard.a, hard.b, hard.d)
+    return precision, x_hat.contiguous(), labels.contiguous(), hard
+
+
+def _cast(x_hat: Tensor, precision: str) -> Tensor:
+    """Unit rows in the operand type, once: cast in the kernels they would take its registers."""
+    from fastmargin.backends.triton.configs import OPERAND_DTYPES
+
+    return x_hat.to(OPERAND_DTYPES[precision])
+
+
+BACKEND = TritonBackend()

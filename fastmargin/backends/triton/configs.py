@@ -1,0 +1,157 @@
+"""Tile shapes and the pure functions that choose them. Later tuning changes this file only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmargin.spec import HardRule
+
+MAX_D = 1024
+MAX_K = 16
+STREAM_TYPES = {"fp32": tl.float32, "tf32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+OPERAND_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+DOT_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee", "fp16": "ieee"}
+PLAIN_LIMIT = 85.0
+"""``|logit| + log C`` up to which plain fp32 sums of exponentials neither overflow nor vanish."""
+
+
+def block_of(d: int) -> int:
+    """Smallest block that holds D columns; 16 is the least a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(d))
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Shape of one program's work.
+
+    block_b, block_c: rows and classes of a tile.
+    block_k: columns of D that the cosines are formed from at a time.
+    block_d: columns of the accumulator; more programs share a tile if it is less than D.
+    """
+
+    block_b: int
+    block_c: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def arguments(self) -> dict:
+        """As a kernel takes it."""
+        return {
+            "BLOCK_B": self.block_b,
+            "BLOCK_C": self.block_c,
+            "BLOCK_K": self.block_k,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def is_packed(rows: Tensor) -> bool:
+    """Whether the rows lie one after the other without gaps."""
+    return rows.stride() == (rows.shape[1], 1)
+
+
+def is_raw(weight_dtype: torch.dtype, precision: str) -> bool:
+    """Whether a tile of centres is an operand as it lies: 16 bits, and the operand's 16 bits."""
+    return weight_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
+
+def split_classes(row_programs: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Number of splits of the classes and tiles in each: about one program per processor."""
+    splits = max(1, min(processors // row_programs, tiles))
+    per_split = -(-tiles // splits)
+    return -(-tiles // per_split), per_split
+
+
+def needs_shift(
+    bound: float, classes: int, weight_dtype: torch.dtype, precision: str, want_pull: bool
+) -> bool:
+    """Whether a row's exponentials need a running power of two.
+
+    Plain sums serve bounded logits. The weights of the second product need it in fp16, which
+    cannot hold them, and where they carry 1 / ||w||, which has no bound.
+    """
+    fits = abs(bound) + math.log(max(classes, 1)) <= PLAIN_LIMIT
+    weights_fit = precision != "fp16" and not is_raw(weight_dtype, precision)
+    return not (fits and (weights_fit or not want_pull))
+
+
+def slope_power(hard: HardRule | None) -> float:
+    """Power of two at least as large as any ``|f'(c)|``."""
+    if hard is None:
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(max(1.0, 2 * abs(hard.a) + abs(hard.b))))
+
+
+def resolve_precision(
+    requested: str, weight_dtype: torch.dtype, tf32_allowed: bool, interpreted: bool
+) -> str:
+    """What "auto" means.
+
+    Unit vectors are bounded, so fp16 has three more useful bits than bf16 at the same speed. It
+    does not depend on autocast: an operator's implementation cannot rely on seeing that state.
+    """
+    if requested != "auto":
+        return requested
+    if interpreted:
+        return "fp32"
+    if weight_dtype in (torch.float16, torch.bfloat16):
+        return "fp16"
+    return "tf32" if tf32_allowed else "fp32"
+
+
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KB of shared memory that a program can have, by compute capability."""
+
+# Fits every chip from compute capability 8.0 on, every width and every layout of the weights.
+# Cuts the accumulator into columns of 128, so that D = 512 forms its cosines four times.
+_SMALL = {
+    ("stats_pull", "half"): TileConfig(64, 64, 32, 128, 8, 2),
+    ("stats_pull", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
+    ("stats_pull", "fp32"): TileConfig(32, 32, 16, 64, 4, 2),
+    ("centre_pass", "half"): TileConfig(64, 64, 32, 128, 8, 2),
+    ("centre_pass", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
+    ("centre_pass", "fp32"): TileConfig(32, 32, 16, 64, 4, 2),
+    ("stats_sum", "half"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("stats_sum", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("stats_sum", "fp32"): TileConfig(32, 32, 16, 128, 4, 2),
+}
+
+# (kernel, operand, architecture) -> {widest D: tile}, packed weights only. "raw": 16-bit operands
+# from weights that lie in that type; "half": 16-bit operands cast from other weights.
+_TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {}
+
+
+def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: int) -> TileConfig:
+    """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
+
+    Args:
+        d: width of the embeddings.
+        precision: one of "fp32", "tf32", "bf16", "fp16".
+        raw: whether weights are operands as they lie.
+        packed: whether the rows of the weights lie one after the other.
+        arch: compute capability, 90 for 9.0; 0 for the interpreter.
+    """
+    block = block_of(d)
+    if arch == 0:
+        # small enough to be quick, and cuts D where D > 32
+        return TileConfig(16, 16, *((block, block) if d <= 32 else (16, 32)), 4, 1)
+    kernel = "stats_sum" if kernel == "topk" else kernel
+    operand = precision if precision in ("fp32", "tf32") else "half"
+    tuned = _TUNED.get((kernel, "raw" if raw else operand, arch), {}) if packed else {}
+    tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
+    tile = tile or _SMALL[kernel, operand]
+    return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

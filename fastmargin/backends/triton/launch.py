@@ -1,0 +1,42 @@
+"""What a launcher asks about the machine; nothing here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmargin.backends.triton.tile import INTERPRETED
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Compute capability (90 for 9.0; 0 in the interpreter) and number of multiprocessors."""
+
+    arch: int
+    processors: int
+
+
+INTERPRETER = Chip(arch=0, processors=8)
+"""In the interpreter; more than one processor, so that splits of the classes are run."""
+
+
+def chip(device: torch.device) -> Chip:
+    """The chip that kernels for tensors of this device run on."""
+    return INTERPRETER if INTERPRETED else _cuda_chip(device)
+
+
+@functools.cache
+def _cuda_chip(device: torch.device) -> Chip:
+    found = torch.cuda.get_device_properties(device)
+    return Chip(found.major * 10 + found.minor, found.multi_processor_count)
+
+
+def on_device(tensor: Tensor):
+    """Makes the tensor's device current: Triton launches on the current device's stream."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()

@@ -1,0 +1,137 @@
+"""Norms, unit rows and, for AdaFace, the running statistics of the norms."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmargin.backends.triton.configs import block_of
+from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.tile import inverse
+from fastmargin.spec import NormEma
+
+ROWS_PER_STEP = 1024
+
+
+@triton.jit(do_not_specialize=["B"])
+def row_prologue_kernel(
+    p_x,  # (B, D) strided
+    p_x_hat,  # (B, D) contiguous, fp32, out
+    p_norm,  # (B,) out
+    B,
+    stride_xb,
+    stride_xd,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    m_b = o_b < B
+    m_tile = m_b[:, None] & (o_d < D)[None, :]
+    p_tile = p_x + o_b[:, None] * stride_xb + o_d[None, :] * stride_xd
+    b_x = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, 1))
+    b_x_hat = b_x * inverse(b_norm)[:, None]
+    tl.store(p_x_hat + o_b[:, None] * D + o_d[None, :], b_x_hat, mask=m_tile)
+    tl.store(p_norm + o_b, b_norm, mask=m_b)
+
+
+@triton.jit(do_not_specialize=["B"])
+def norm_statistics_kernel(
+    p_norm,  # (B,)
+    p_label,  # (B,) int64
+    p_old_mean,  # (1,)
+    p_old_std,  # (1,)
+    p_mean,  # (1,) out
+    p_std,  # (1,) out
+    B,
+    alpha,
+    low,
+    high,
+    BLOCK: tl.constexpr,
+):
+    """One program: two passes over the norms, in one order, so the result is always the same."""
+    b_count = tl.zeros([BLOCK], tl.float32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B, BLOCK):
+        o_b = start + tl.arange(0, BLOCK)
+        m_row = tl.load(p_label + o_b, mask=o_b < B, other=-1) >= 0
+        b_norm = _clip(tl.load(p_norm + o_b, mask=m_row, other=0.0), low, high)
+        b_count += m_row.to(tl.float32)
+        b_sum += tl.where(m_row, b_norm, 0.0)
+    count = tl.sum(b_count, 0)
+    mean = tl.sum(b_sum, 0) / tl.maximum(count, 1.0)
+
+    b_square = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B, BLOCK):
+        o_b = start + tl.arange(0, BLOCK)
+        m_row = tl.load(p_label + o_b, mask=o_b < B, other=-1) >= 0
+        b_off = _clip(tl.load(p_norm + o_b, mask=m_row, other=0.0), low, high) - mean
+        b_square += tl.where(m_row, b_off * b_off, 0.0)
+    std = tl.sqrt_rn(tl.sum(b_square, 0) / tl.maximum(count - 1.0, 1.0))
+
+    old_mean = tl.load(p_old_mean).to(tl.float32)
+    old_std = tl.load(p_old_std).to(tl.float32)
+    mean = tl.where(count >= 1.0, old_mean + alpha * (mean - old_mean), old_mean)
+    std = tl.where(count >= 2.0, old_std + alpha * (std - old_std), old_std)
+    tl.store(p_mean, mean)
+    tl.store(p_std, std)
+
+
+@triton.jit
+def _clip(b_x, low, high):
+    """clamp that keeps NaN, as torch does."""
+    b_x = tl.maximum(b_x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(b_x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+def constants(d: int) -> dict:
+    """Compile-time arguments of the first kernel."""
+    block_d = block_of(d)
+    rows = max(1, min(16, 2048 // block_d))
+    return {"D": d, "BLOCK_R": rows, "BLOCK_D": block_d, "num_warps": 4}
+
+
+def statistics_constants() -> dict:
+    """Compile-time arguments of the second kernel."""
+    return {"BLOCK": ROWS_PER_STEP, "num_warps": 8}
+
+
+def row_prologue(
+    x: Tensor, labels: Tensor, ema: NormEma | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x_hat`` (B, D), norms (B,), and with ``ema``, in a second launch, mean and std (1,).
+
+    Args:
+        x: (B, D), any strides.
+        labels: (B,) contiguous, int64.
+        ema: running statistics to go on from.
+    """
+    b, d = x.shape
+    x_hat = torch.empty((b, d), dtype=torch.float32, device=x.device)
+    norm = torch.empty((b,), dtype=torch.float32, device=x.device)
+    mean, std = (x_hat.new_empty((0 if ema is None else 1,)) for _ in range(2))
+    fixed = constants(d)
+    with on_device(x):
+        if b > 0:
+            row_prologue_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](
+                x, x_hat, norm, b, x.stride(0), x.stride(1), **fixed
+            )
+        if ema is not None:
+            norm_statistics_kernel[(1,)](
+                norm,
+                labels,
+                ema.mean,
+                ema.std,
+                mean,
+                std,
+                b,
+                float(ema.alpha),
+                float(ema.low),
+                float(ema.high),
+                **statistics_constants(),
+            )
+    return x_hat, norm, mean, std

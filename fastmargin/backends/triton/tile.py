@@ -1,0 +1,214 @@
+"""Arithmetic that the kernels share.
+
+Names in kernels: ``p_`` pointer, ``i_`` index of a program or loop, ``o_`` offsets, ``m_`` mask,
+``b_`` value held by the program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+"""Whether the kernels run in Triton's interpreter; fixed when they are defined."""
+
+EMULATED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOG2E_TAIL: tl.constexpr = tl.constexpr(1.92596298909109e-8)  # what fp32 leaves of log2(e)
+NORM_FLOOR: tl.constexpr = tl.constexpr(1e-12)
+
+# The power of two that keeps weights of the second product inside fp16. A row's shift follows its
+# largest logit lazily: it moves when one passes 2**RISE and then puts that one at 2**START, so
+# that moves are rare and weights down to 2**-28 of the largest keep a digit.
+NO_SHIFT: tl.constexpr = tl.constexpr(-1048576.0)
+RISE: tl.constexpr = tl.constexpr(14.0)
+START: tl.constexpr = tl.constexpr(4.0)
+
+
+@triton.jit
+def load_rows(
+    p_first,
+    m_row,
+    stride_row,
+    stride_col,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Columns ``start .. start + BLOCK`` of ROWS rows of width D, the first one at ``p_first``.
+
+    Zero where ``m_row`` is false and past column D. PACKED rows lie one after the other, so their
+    offsets within the tile are known when compiling, which saves registers; the strides then do
+    not matter. Otherwise offsets are int64: the transposed view of (D, C) has strides of C.
+    """
+    o_row = tl.arange(0, ROWS)
+    o_col = start + tl.arange(0, BLOCK)
+    if PACKED:
+        p_tile = p_first + (o_row[:, None] * D + o_col[None, :])
+    else:
+        p_tile = (
+            p_first
+            + o_row.to(tl.int64)[:, None] * stride_row
+            + o_col.to(tl.int64)[None, :] * stride_col
+        )
+    if D % BLOCK == 0:
+        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    else:
+        return tl.load(p_tile, mask=m_row[:, None] & (o_col < D)[None, :], other=0.0)
+
+
+@triton.jit
+def row_pointer(p_rows, i_row, stride_row, D: tl.constexpr, PACKED: tl.constexpr):
+    """Where row ``i_row`` (int64) begins."""
+    if PACKED:
+        return p_rows + i_row * D
+    else:
+        return p_rows + i_row * stride_row
+
+
+@triton.jit
+def inverse_norms(
+    p_first,
+    m_row,
+    stride_row,
+    stride_col,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """1 / ||row|| of ROWS rows, 0 for a (nearly) zero row; fp32."""
+    b_square = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        b_tile = load_rows(p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED)
+        b_tile = b_tile.to(tl.float32)
+        b_square += b_tile * b_tile
+    return inverse(tl.sqrt_rn(tl.sum(b_square, 1)))
+
+
+@triton.jit
+def inverse(b_norm):
+    """1 / norm, 0 for a (nearly) zero norm."""
+    m_zero = b_norm <= NORM_FLOOR
+    return tl.where(m_zero, 0.0, tl.div_rn(1.0, tl.where(m_zero, 1.0, b_norm)))
+
+
+@triton.jit
+def centre_rows(
+    p_first,
+    m_row,
+    b_inverse,
+    stride_row,
+    stride_col,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """A tile of centres as an operand: as it lies if RAW, else normalised in fp32 and then cast.
+
+    Casting first would lose the digits of centres whose norm is far from 1 in fp16. RAW is for
+    weights stored in the operand type: the tile then needs no registers, and the products are
+    scaled by the inverse norms instead.
+    """
+    b_tile = load_rows(p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED)
+    if not RAW:
+        b_tile = (b_tile.to(tl.float32) * b_inverse[:, None]).to(OPERAND)
+    return b_tile
+
+
+@triton.jit
+def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """``b_sum + b_left @ b_right`` with fp32 accumulation."""
+    if EMULATED:
+        # the interpreter multiplies the bit patterns of bf16; in fp32 the products are the same
+        b_left = b_left.to(tl.float32)
+        b_right = b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def local_column(b_label, start, BLOCK: tl.constexpr):
+    """Where the label lies in the tile that begins at class ``start``; -1 if outside. int32."""
+    b_column = b_label - start
+    m_inside = (b_column >= 0) & (b_column < BLOCK)
+    return tl.where(m_inside, b_column, -1).to(tl.int32)
+
+
+@triton.jit
+def hard_rule(b_cos, b_threshold, a, b, d):
+    """``f(c)`` and ``f'(c)`` of :class:`fastmargin.spec.HardRule`."""
+    m_hard = b_cos > b_threshold
+    b_value = tl.where(m_hard, (a * b_cos + b) * b_cos + d, b_cos)
+    b_slope = tl.where(m_hard, 2 * a * b_cos + b, 1.0)
+    return b_value, b_slope
+
+
+@triton.jit
+def target_cosine(
+    p_x,
+    p_w,
+    i_row,
+    b_label,
+    C,
+    stride_wc,
+    stride_wd,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """fp32 cosine of row ``i_row`` and its centre ``b_label`` (a row of ``p_w``); 0 if not here."""
+    o_d = tl.arange(0, BLOCK).to(tl.int64)
+    m_d = o_d < D
+    m_here = (b_label >= 0) & (b_label < C)
+    b_x = tl.load(p_x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    p_row = p_w + tl.where(m_here, b_label, 0) * stride_wc + o_d * stride_wd
+    b_w = tl.load(p_row, mask=m_d & m_here, other=0.0).to(tl.float32)
+    return tl.sum(b_x * b_w, 0) * inverse(tl.sqrt_rn(tl.sum(b_w * b_w, 0)))
+
+
+@triton.jit
+def exp_precise(b_x):
+    """exp with the rounding error of ``x * log2(e)`` put back: a few ulp at any ``x``."""
+    b_high = b_x * LOG2E
+    b_low = tl.fma(b_x, LOG2E, -b_high) + b_x * LOG2E_TAIL
+    return tl.exp2(b_high) * (1.0 + b_low * LN2)
+
+
+@triton.jit
+def log1p_small(b_x):
+    """log(1 + x) for x in [0, 1], to a few ulp where 1 + x rounds."""
+    b_sum = 1.0 + b_x
+    m_lost = b_sum == 1.0
+    b_ratio = b_x / tl.where(m_lost, 1.0, b_sum - 1.0)
+    return tl.where(m_lost, b_x, tl.log(b_sum) * b_ratio)
+
+
+@triton.jit
+def sin_cos(b_x):
+    """sine and cosine in fp32 without the local memory that CUDA's ``sinf`` keeps for huge angles.
+
+    Reduction to [-pi/4, pi/4] with pi/2 in three parts, then the Cephes polynomials; 2 ulp for
+    \\|x\\| up to a few thousand, which no margin reaches.
+    """
+    b_turn = tl.floor(b_x * 0.6366197723675814 + 0.5)
+    b_r = tl.fma(b_turn, -1.5703125, b_x)
+    b_r = tl.fma(b_turn, -4.837512969970703125e-4, b_r)
+    b_r = tl.fma(b_turn, -7.54978995489188216e-8, b_r)
+    b_z = b_r * b_r
+    b_sin = ((-1.9515295891e-4 * b_z + 8.3321608736e-3) * b_z - 1.6666654611e-1) * b_z * b_r + b_r
+    b_cos = (2.443315711809948e-5 * b_z - 1.388731625493765e-3) * b_z + 4.166664568298827e-2
+    b_cos = b_cos * b_z * b_z - 0.5 * b_z + 1.0
+    b_quarter = b_turn.to(tl.int32) & 3
+    m_swap = (b_quarter & 1) == 1
+    b_s = tl.where(m_swap, b_cos, b_sin)
+    b_c = tl.where(m_swap, b_sin, b_cos)
+    b_s = tl.where(b_quarter >= 2, -b_s, b_s)
+    b_c = tl.where((b_quarter == 1) | (b_quarter == 2), -b_c, b_c)
+    return b_s, b_c

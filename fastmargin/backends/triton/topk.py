@@ -1,0 +1,271 @@
+"""The k nearest negatives of every row, exact, and the target cosine.
+
+A cosine and its class make one int64 key whose order is "larger cosine first, then lower class",
+so that the k largest keys are the answer whatever the order they were met in. The scan keeps k
+keys per row of a program's split and looks further into a tile only while it holds a better one;
+the merge picks from all splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmargin.backends.triton.configs import (
+    DOT_PRECISION,
+    STREAM_TYPES,
+    TileConfig,
+    block_of,
+    choose,
+    is_packed,
+    is_raw,
+    split_classes,
+)
+from fastmargin.backends.triton.launch import chip, on_device
+from fastmargin.backends.triton.tile import (
+    centre_rows,
+    load_rows,
+    local_column,
+    matmul,
+    row_pointer,
+    target_cosine,
+)
+
+LEAST: tl.constexpr = tl.constexpr(-(2**63))
+LOW_WORD: tl.constexpr = tl.constexpr(2**32 - 1)
+# keys of places not yet taken lie below the key of every float: -inf has high word -0x7f800001
+UNTAKEN: tl.constexpr = tl.constexpr(-(2**63) + 2**32)
+
+
+@triton.jit
+def make_key(b_value, b_class):
+    """Orders by value, then by lower class; -0.0 counts as 0.0."""
+    b_bits = tl.where(b_value == 0.0, 0.0, b_value).to(tl.int32, bitcast=True)
+    b_order = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+    return (b_order.to(tl.int64) << 32) | (b_class.to(tl.int64) ^ LOW_WORD)
+
+
+@triton.jit
+def key_value(b_key):
+    b_order = (b_key >> 32).to(tl.int32)
+    return (b_order ^ ((b_order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_class(b_key):
+    return (b_key & LOW_WORD) ^ LOW_WORD
+
+
+@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
+def topk_scan_kernel(
+    p_x,  # (B, D) contiguous unit rows
+    p_w,  # (C, D) strided centres
+    p_inverse,  # (C,) 1 / ||w||
+    p_label,  # (B,) int64
+    p_key,  # (splits, B, K) int64, out
+    B,
+    C,
+    class_start,
+    stride_wc,
+    stride_wd,
+    tiles_per_split,
+    PACKED: tl.constexpr,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    i_split = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    o_b = first + tl.arange(0, BLOCK_B)
+    m_b = o_b < B
+    p_xb = p_x + first * D
+    b_label = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
+    o_k = tl.arange(0, K)
+    # distinct, so that a better key replaces one of them at a time
+    b_best = tl.zeros([BLOCK_B, K], tl.int64) + (o_k.to(tl.int64) + (LEAST + 1))[None, :]
+
+    i_first = i_split * tiles_per_split
+    i_last = tl.minimum(i_first + tiles_per_split, tl.cdiv(C, BLOCK_C))
+    for i_c in range(i_first, i_last):
+        start = i_c * BLOCK_C
+        o_c = start + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
+        b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
+        b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+        for k in range(0, D, BLOCK_K):
+            b_xk = load_rows(p_xb, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
+            b_wk = centre_rows(
+                p_wc,
+                m_c,
+                b_inverse,
+                stride_wc,
+                stride_wd,
+                k,
+                D,
+                BLOCK_C,
+                BLOCK_K,
+                PACKED,
+                OPERAND,
+                RAW,
+            )
+            b_cos = matmul(b_xk, tl.trans(b_wk), b_cos, PRECISION)
+        if RAW:
+            b_cos *= b_inverse[None, :]
+
+        b_target = local_column(b_label, start, BLOCK_C)
+        m_negative = m_c[None, :] & (tl.arange(0, BLOCK_C)[None, :] != b_target[:, None])
+        b_key = tl.where(m_negative, make_key(b_cos, o_c[None, :]), LEAST)
+        b_top = tl.max(b_key, 1)
+        b_worst = tl.min(b_best, 1)
+        while tl.max((b_top > b_worst).to(tl.int32), 0) > 0:
+            m_place = (b_best == b_worst[:, None]) & (b_top > b_worst)[:, None]
+            b_best = tl.where(m_place, b_top[:, None], b_best)
+            b_key = tl.where(b_key == b_top[:, None], LEAST, b_key)
+            b_top = tl.max(b_key, 1)
+            b_worst = tl.min(b_best, 1)
+
+    p_row = p_key + (i_split * B + o_b) * K
+    tl.store(p_row[:, None] + o_k[None, :], b_best, mask=m_b[:, None])
+
+
+@triton.jit(do_not_specialize=["B", "C", "class_start", "splits", "wanted"])
+def topk_merge_kernel(
+    p_x,  # (B, D) contiguous unit rows, fp32
+    p_w,  # (C, D) strided centres
+    p_label,  # (B,) int64
+    p_key,  # (splits, B, K) int64
+    p_value,  # (B, wanted) out
+    p_index,  # (B, wanted) int64, out
+    p_cos,  # (B,) out
+    B,
+    C,
+    class_start,
+    stride_wc,
+    stride_wd,
+    splits,
+    wanted,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    i_b = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_S * K)
+    p_split = p_key + ((o_n // K).to(tl.int64) * B + i_b) * K + o_n % K
+    b_key = tl.load(p_split, mask=o_n // K < splits, other=LEAST)
+    for i_k in range(0, wanted):
+        b_top = tl.max(b_key, 0)
+        m_none = b_top < UNTAKEN
+        b_value = tl.where(m_none, float("-inf"), key_value(b_top))
+        tl.store(p_value + i_b * wanted + i_k, b_value)
+        tl.store(p_index + i_b * wanted + i_k, tl.where(m_none, -1, key_class(b_top)))
+        b_key = tl.where(b_key == b_top, LEAST, b_key)
+
+    b_label = tl.load(p_label + i_b) - class_start
+    b_cos = target_cosine(p_x, p_w, i_b, b_label, C, stride_wc, stride_wd, D, BLOCK_D)
+    tl.store(p_cos + i_b, b_cos)
+
+
+def scan_constants(
+    d: int, k: int, precision: str, packed: bool, raw: bool, tile: TileConfig
+) -> dict:
+    """Compile-time arguments of the scan."""
+    arguments = tile.arguments()
+    del arguments["BLOCK_D"]  # no accumulator over D
+    return {
+        "PACKED": packed,
+        "D": d,
+        # a tensor of one column is not worth its own case
+        "K": max(2, triton.next_power_of_2(k)),
+        "OPERAND": STREAM_TYPES[precision],
+        "PRECISION": DOT_PRECISION[precision],
+        "RAW": raw,
+        **arguments,
+    }
+
+
+def merge_constants(d: int, k: int, splits: int) -> dict:
+    """Compile-time arguments of the merge."""
+    return {
+        "D": d,
+        "K": max(2, triton.next_power_of_2(k)),
+        "BLOCK_D": block_of(d),
+        "BLOCK_S": triton.next_power_of_2(splits),
+        "num_warps": 4,
+    }
+
+
+def topk(
+    x_hat: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    labels: Tensor,
+    k: int,
+    class_start: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines (B, k) descending, rows of ``weight`` (B, k) int64, target cosine (B,).
+
+    Args:
+        x_hat: (B, D) contiguous unit rows, fp32.
+        x: the same in the operand type.
+        weight: (C, D), C > 0.
+        inverse: (C,) inverse norms of ``weight``.
+        labels: (B,) contiguous, int64.
+        k: at most 16.
+        class_start: global id of ``weight[0]``.
+        precision: one of "fp32", "tf32", "bf16", "fp16".
+    """
+    (b, d), c = x.shape, weight.shape[0]
+    here = chip(x.device)
+    packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
+    tile = choose("topk", d, precision, raw, packed, here.arch)
+    row_programs = triton.cdiv(b, tile.block_b)
+    splits, per_split = split_classes(row_programs, triton.cdiv(c, tile.block_c), here.processors)
+    fixed = scan_constants(d, k, precision, packed, raw, tile)
+    keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
+    value = torch.empty((b, k), dtype=torch.float32, device=x.device)
+    index = torch.empty((b, k), dtype=torch.int64, device=x.device)
+    cos_y = torch.empty_like(value[:, 0])
+    with on_device(x):
+        topk_scan_kernel[(row_programs, splits)](
+            x,
+            weight,
+            inverse,
+            labels,
+            keys,
+            b,
+            c,
+            class_start,
+            weight.stride(0),
+            weight.stride(1),
+            per_split,
+            **fixed,
+        )
+        topk_merge_kernel[(b,)](
+            x_hat,
+            weight,
+            labels,
+            keys,
+            value,
+            index,
+            cos_y,
+            b,
+            c,
+            class_start,
+            weight.stride(0),
+            weight.stride(1),
+            splits,
+            k,
+            **merge_constants(d, k, splits),
+        )
+    return value, index, cos_y
