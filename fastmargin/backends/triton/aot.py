@@ -1,0 +1,291 @@
+"""Compiles the shipped kernels without a GPU and reads what the compiler made of them.
+
+    python -m fastmargin.backends.triton.aot [--json] [--full] [--arch 90] [--match centre_pass]
+
+lists registers, stack (which must be 0: nothing spilled) and shared memory of every configuration
+per architecture, and exits with 1 if one does not fit. Without ``--full`` a representative part:
+two widths, weights in fp32 and in the operand type. TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastmargin.backends.triton import (
+    centre_norms,
+    centre_pass,
+    margin_rows,
+    row_prologue,
+    stats_finish,
+    stats_forward,
+    topk,
+)
+from fastmargin.backends.triton.configs import (
+    OPERAND_DTYPES,
+    SHARED_LIMIT,
+    TileConfig,
+    choose,
+    is_raw,
+    needs_shift,
+)
+from fastmargin.backends.triton.tile import INTERPRETED
+from fastmargin.spec import GRAD_MODES, GUARDS, SOURCES, MarginForm
+
+ARCHS = (80, 90, 100)
+WIDTHS = (128, 192, 256, 512, 1024)
+
+_POINTERS = {
+    **dict.fromkeys(("p_label", "p_key", "p_index"), "*i64"),
+    **dict.fromkeys(("p_threshold", "p_shift", "p_pull", "p_partial"), "*fp32"),
+}
+_FLOATS = (
+    *("scale", "hard_a", "hard_b", "hard_d", "slope_unit", "slope_limit", "alpha", "low", "high"),
+    *("m2", "m3", "m2_u", "m3_u", "cos_limit", "angle_eps", "angle_top", "cos_angle_eps", "h"),
+    "eps",
+)
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with its compile-time arguments, as a launcher would ask for it.
+
+    types: argument -> Triton type; None where the launcher passes None, 1 for a stride of 1.
+    """
+
+    name: str
+    kernel: triton.JITFunction
+    constants: dict
+    types: dict
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a build; sizes in bytes."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    shared_limit: int
+
+    @property
+    def fits(self) -> bool:
+        return self.stack == 0 and self.shared <= self.shared_limit
+
+
+def _signature(build: Build) -> tuple[dict, dict, dict, dict]:
+    """Types, constants, alignments and options as the compiler takes them."""
+    constants = dict(build.constants)
+    options = {k: constants.pop(k) for k in ("num_warps", "num_stages") if k in constants}
+    signature, fixed, aligned = {}, {}, {}
+    for i, name in enumerate(build.kernel.arg_names):
+        default = _POINTERS.get(name, "*fp32") if name.startswith("p_") else "i32"
+        kind = build.types.get(name, "fp32" if name in _FLOATS else default)
+        if name in constants or kind in (None, 1):
+            signature[name], fixed[(i,)] = "constexpr", constants.get(name, kind)
+            continue
+        signature[name] = kind
+        if kind.startswith("*") or name.startswith("stride"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return signature, fixed, aligned, options
+
+
+def compile_build(build: Build, arch: int) -> Report:
+    """Compiles for compute capability ``arch`` (90 for 9.0)."""
+    signature, fixed, aligned, options = _signature(build)
+    source = ASTSource(build.kernel, signature, fixed, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(part.split(":")[:2] for part in text.split() if part.count(":") == 1)
+    return Report(
+        build.name,
+        arch,
+        int(usage["REG"]),
+        int(usage["STACK"]),
+        compiled.metadata.shared,
+        SHARED_LIMIT[arch] * 1024,
+    )
+
+
+def _weights(weight: str, packed: bool) -> dict:
+    strides = (
+        {"stride_wc": "i32", "stride_wd": 1} if packed else {"stride_wc": 1, "stride_wd": "i32"}
+    )
+    return {"p_w": f"*{weight}", "p_dw": f"*{weight}", **strides}
+
+
+def _passes(
+    arch: int, d: int, precision: str, weight: str, packed: bool, every: bool
+) -> Iterator[Build]:
+    """The passes over the centres for one width, operand and weight type and layout."""
+    dtype = OPERAND_DTYPES[weight]
+    raw = is_raw(dtype, precision)
+    operand = {"fp32": "*fp32", "tf32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[precision]
+    base = {"p_x": operand, **_weights(weight, packed)}
+    label = f"D={d} {precision} W={weight}{'' if packed else ' transposed'}"
+
+    def tile(kernel: str) -> TileConfig:
+        return choose(kernel, d, precision, raw, packed, arch)
+
+    for hard in (True, False) if every else (True,):
+        rule = {} if hard else {"p_threshold": None}
+        suffix = " hard" if hard else ""
+        for pull, online in itertools.product((True, False), (True, False)):
+            if not online and needs_shift(64.0, 1000, dtype, precision, pull):
+                continue
+            outputs = {} if pull else {"p_pull": None}
+            if not online:
+                outputs["p_shift"] = None
+            yield Build(
+                f"stats_forward {label}{' pull' if pull else ''}{' online' if online else ''}"
+                f"{suffix}",
+                stats_forward.stats_forward_kernel,
+                stats_forward.constants(
+                    d,
+                    precision,
+                    packed,
+                    raw,
+                    tile("stats_pull" if pull else "stats_sum"),
+                    pull,
+                    online,
+                    hard,
+                ),
+                base | rule | outputs,
+            )
+        yield Build(
+            f"centre_pass {label}{suffix}",
+            centre_pass.centre_pass_kernel,
+            centre_pass.constants(d, precision, packed, raw, tile("centre_pass"), hard),
+            base | rule,
+        )
+    for k in (1, 16) if every else (16,):
+        yield Build(
+            f"topk_scan {label} k={k}",
+            topk.topk_scan_kernel,
+            topk.scan_constants(d, k, precision, packed, raw, tile("topk")),
+            base,
+        )
+
+
+def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
+    """The kernels that do not depend on an operand type."""
+    for d in widths:
+        for weight, packed in itertools.product(("fp32", "bf16"), (True, False)):
+            base = _weights(weight, packed)
+            label = f"D={d} W={weight}{'' if packed else ' transposed'}"
+            yield Build(
+                f"centre_norms {label}",
+                centre_norms.centre_norms_kernel,
+                centre_norms.constants(d, packed),
+                base,
+            )
+            if not every and weight == "bf16":
+                continue
+            yield Build(
+                f"stats_finish {label}",
+                stats_finish.stats_finish_kernel,
+                stats_finish.constants(d, 132, True, True),
+                base,
+            )
+            yield Build(
+                f"topk_merge {label}",
+                topk.topk_merge_kernel,
+                topk.merge_constants(d, 16, 132),
+                base,
+            )
+        for kind in ("fp32", "bf16"):
+            yield Build(
+                f"row_prologue D={d} x={kind}",
+                row_prologue.row_prologue_kernel,
+                row_prologue.constants(d),
+                {"p_x": f"*{kind}", "stride_xd": 1},
+            )
+    yield Build(
+        "norm_statistics",
+        row_prologue.norm_statistics_kernel,
+        row_prologue.statistics_constants(),
+        {},
+    )
+    forms = (
+        itertools.product(SOURCES, GUARDS, GRAD_MODES)
+        if every
+        else zip(SOURCES, ("clip", "mm", "mmm", "easy"), ("exact",) * 4, strict=True)
+    )
+    for source, guard, grad in forms:
+        yield Build(
+            f"margin_rows {source} {guard} {grad}",
+            margin_rows.margin_rows_kernel,
+            margin_rows.constants(MarginForm(64.0, source=source, guard=guard, grad=grad)),
+            {
+                "p_mean": "*fp32" if source == "adaface" else None,
+                "p_std": "*fp32" if source == "adaface" else None,
+                "p_table": "*fp32" if source == "class" else None,
+            },
+        )
+
+
+def builds(arch: int, full: bool = False) -> Iterator[Build]:
+    """Everything that ships for an architecture, or a representative part of it."""
+    if full:
+        pairs = list(itertools.product(OPERAND_DTYPES, ("fp32", "fp16", "bf16")))
+        for d, (precision, weight), packed in itertools.product(WIDTHS, pairs, (True, False)):
+            yield from _passes(arch, d, precision, weight, packed, every=True)
+        yield from _row_kernels(WIDTHS, every=True)
+        return
+    for d, precision in itertools.product((192, 512), ("fp16", "tf32")):
+        yield from _passes(arch, d, precision, "fp32", True, every=False)
+    yield from _passes(arch, 512, "fp16", "fp16", True, every=False)
+    yield from _passes(arch, 512, "fp32", "fp32", True, every=False)
+    yield from _passes(arch, 1024, "bf16", "bf16", False, every=False)
+    yield from _row_kernels((512,), every=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 if a configuration spills or needs too much shared memory."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON list")
+    parser.add_argument("--full", action="store_true", help="every configuration (an hour or so)")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--match", default="", help="only names that contain this")
+    chosen = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; nothing is compiled in the interpreter")
+    reports = []
+    for arch in chosen.arch or ARCHS:
+        for build in builds(arch, chosen.full):
+            if chosen.match not in build.name:
+                continue
+            reports.append(report := compile_build(build, arch))
+            if not chosen.json:
+                print(
+                    f"sm_{arch:<4}{report.registers:4} registers {report.stack:5} B stack"
+                    f" {report.shared / 1024:7.1f} KB shared  {build.name}"
+                    f"{'' if report.fits else '  DOES NOT FIT'}",
+                    flush=True,
+                )
+    if chosen.json:
+        print(json.dumps([asdict(r) | {"fits": r.fits} for r in reports], indent=1))
+    return 0 if all(report.fits for report in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
