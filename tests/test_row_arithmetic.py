@@ -259,6 +259,10 @@ def test_row_prologue(dtype, rows):
         check_row_prologue(host_prologue, dtype, rows, cols, layout)
 
 
+def test_row_prologue_of_many_rows():
+    check_row_prologue(host_prologue, torch.float32, 70_001, 3)
+
+
 def ema_rules(run, dtype=torch.float32) -> None:
     """Which batches may change the running statistics, and which may not."""
     x = make_x(6, 8, dtype)

@@ -31,7 +31,8 @@ struct UnitRowsLaunch {
 };
 
 // A warp per row, in two passes: the second finds the row in the cache. kPack > 1 needs contiguous
-// rows, a multiple of kPack columns, and every row aligned to its pack.
+// rows, a multiple of kPack columns, and every row aligned to its pack. Left alone, ptxas aims at
+// more than the four blocks asked for here, and spills.
 template <typename In, int kPack>
 __global__ void __launch_bounds__(kUnitRowsThreads, 4) unit_rows_kernel(UnitRowsLaunch<In> launch) {
   using T = Compute<In>;
