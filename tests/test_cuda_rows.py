@@ -29,6 +29,8 @@ from test_row_arithmetic import (
 )
 
 from fastmargin import backends
+from fastmargin.backends import _extension
+from fastmargin.backends import cuda as cuda_backend
 
 needs_compiler = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler (g++, c++)")
 
@@ -230,6 +232,41 @@ def test_backend_says_what_it_does():
             backends.select("cuda", torch.device("cuda"), torch.float32)
     assert "float64" in cuda.refuses(torch.device("cuda"), torch.float64)
     assert "cpu" in cuda.refuses(torch.device("cpu"), torch.float32)
+
+
+def test_operators_are_those_of_the_cpu_and_a_stream():
+    for module in ("_C", "_cuda"):
+        if _extension.reason(module):
+            pytest.skip(_extension.reason(module))
+    for name in ("row_prologue", "margin_rows"):
+        on_cpu = str(getattr(torch.ops.fastmargin, f"cpu_{name}").default._schema)
+        on_cuda = str(getattr(torch.ops.fastmargin, f"cuda_{name}").default._schema)
+        assert on_cuda == on_cpu.replace("cpu_", "cuda_").replace(") -> ()", ", int stream) -> ()")
+
+
+def test_backend_hands_over_the_current_stream(monkeypatch):
+    """The Python of the backend, with the CPU operators in place of the CUDA ones."""
+    if _extension.reason("_C"):
+        pytest.skip(_extension.reason("_C"))
+    streams = []
+
+    def stand_in(op):
+        def run(*args):
+            streams.append(args[-1])
+            op(*args[:-1])
+
+        return run
+
+    ops = torch.ops.fastmargin
+    for name in ("row_prologue", "margin_rows"):
+        monkeypatch.setattr(
+            ops, f"cuda_{name}", stand_in(getattr(ops, f"cpu_{name}")), raising=False
+        )
+    monkeypatch.setattr(cuda_backend, "_stream", lambda tensor: 4711)
+    backend = cuda_backend.BACKEND
+    check_row_prologue(backend.row_prologue, torch.bfloat16, 33, 31, "strided")
+    check_margin_rows(backend.margin_rows, "adaface", "clip", "exact", double=False)
+    assert set(streams) == {4711}
 
 
 @pytest.mark.gpu
