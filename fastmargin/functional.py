@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from fastmargin import ops
 from fastmargin.distributed import collectives
 from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.norm_stats import advance, moments
-from fastmargin.spec import PRECISIONS
+from fastmargin.spec import PRECISIONS, RowStats
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -88,16 +88,25 @@ def loss_rows(
     x_hat, norm, mean, std = ops.row_prologue(
         embeddings, labels, None if shared else ema, backend=backend
     )
-    run = _softmax_rows if isinstance(margin, SoftmaxMargin) else _nearest_rows
+    softmax = isinstance(margin, SoftmaxMargin)
+    pass_over_centres = _all_negatives if softmax else _nearest_negatives
+    negatives = pass_over_centres(x_hat, weight, labels, margin, backend, precision)
+
     # state changes after the passes that can still fail, and before the margin that uses it
-    stats = run(x_hat, weight, labels, margin, backend, precision)
     if shared:
         mean, std = advance(ema, collectives.gather_stacked(moments(norm, labels, ema)))
     if ema is not None:
         margin.set_norm_ema(mean, std)
     if margin.training:
         margin.observe(x_hat.detach(), labels)
-    return stats(norm)
+
+    if softmax:
+        rows = _softmax_rows(negatives, norm, labels, margin, backend)
+    else:
+        rows = _nearest_rows(*negatives, norm, labels, margin)
+    # a label out of range that was not checked: seen at once, at no synchronisation
+    known = labels < weight.shape[0]
+    return replace(rows, loss=torch.where(known, rows.loss, torch.nan))
 
 
 def reduce(rows: LossRows, reduction: str) -> Tensor:
@@ -108,53 +117,45 @@ def reduce(rows: LossRows, reduction: str) -> Tensor:
     return total if reduction == "sum" else total / rows.valid.sum().clamp_min(1)
 
 
-def _softmax_rows(x_hat, weight, labels, margin: SoftmaxMargin, backend, precision):
+def _all_negatives(x_hat, weight, labels, margin: SoftmaxMargin, backend, precision) -> RowStats:
     hard = None
     if type(margin).hard is not SoftmaxMargin.hard:
         hard = margin.hard(ops.target_cosine(x_hat, weight, labels))
-    stats = ops.row_stats(
+    return ops.row_stats(
         x_hat, weight, labels, margin.s, hard, precision=precision, backend=backend
     )
 
-    def finish(norm: Tensor) -> LossRows:
-        valid = labels >= 0
-        form = margin.form()
-        if form is not None:
-            loss, applied = ops.margin_rows(
-                stats.cos_y, stats.lse_neg, norm, labels, form, backend=backend
-            )
-        else:
-            psi = margin(stats.cos_y, norm, labels)
-            # not softplus, which drops what is below exp(-20)
-            loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
-            loss = torch.where(valid, loss, 0)
-            applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
-        penalty = margin.penalty(norm)
-        if penalty is not None:
-            loss = loss + torch.where(valid, penalty, 0)
-        loss = _spoil_unknown(loss, labels, weight)
-        return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
 
-    return finish
-
-
-def _nearest_rows(x_hat, weight, labels, margin: NearestMargin, backend, precision):
+def _nearest_negatives(x_hat, weight, labels, margin: NearestMargin, backend, precision):
     nearest, _, cos_y = ops.row_topk(
         x_hat, weight, labels, margin.top_k, precision=precision, backend=backend
     )
-
-    def finish(norm: Tensor) -> LossRows:
-        valid = labels >= 0
-        loss = torch.where(valid, margin(cos_y, nearest), 0)
-        loss = _spoil_unknown(loss, labels, weight)
-        return LossRows(loss, valid, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))
-
-    return finish
+    return nearest, cos_y
 
 
-def _spoil_unknown(loss: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    """NaN where an unchecked label is out of range: seen at once, at no synchronisation."""
-    return torch.where(labels < weight.shape[0], loss, torch.nan)
+def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend) -> LossRows:
+    valid = labels >= 0
+    form = margin.form()
+    if form is not None:
+        loss, applied = ops.margin_rows(
+            stats.cos_y, stats.lse_neg, norm, labels, form, backend=backend
+        )
+    else:
+        psi = margin(stats.cos_y, norm, labels)
+        # not softplus, which drops what is below exp(-20)
+        loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
+        loss = torch.where(valid, loss, 0)
+        applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
+    penalty = margin.penalty(norm)
+    if penalty is not None:
+        loss = loss + torch.where(valid, penalty, 0)
+    return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
+
+
+def _nearest_rows(nearest, cos_y, norm, labels, margin: NearestMargin) -> LossRows:
+    valid = labels >= 0
+    loss = torch.where(valid, margin(cos_y, nearest), 0)
+    return LossRows(loss, valid, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))
 
 
 def check_inputs(
