@@ -224,6 +224,7 @@ def test_norm_statistics(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager(backend, name):
     """One graph, state and ignored rows included; the kernels are the same, so are the bits."""
+    torch._dynamo.reset()  # its limit on recompilations counts over all the tests of a process
     case = tensors(backend)
     heads = []
     for _ in range(2):
