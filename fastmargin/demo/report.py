@@ -1,0 +1,85 @@
+"""The demo's figures as rich tables; nothing is computed here."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmargin.demo.run import RAW, Figures
+
+COLUMNS = (  # key in demo.json, heading, format
+    ("auc", "AUC", "{:.4f}"),
+    ("tar_at_far_1e-2", "TAR at\nFAR 1e-2", "{:.3f}"),
+    ("rank_1", "rank-1", "{:.3f}"),
+    ("final_loss", "final loss", "{:.3f}"),
+    ("seconds_per_epoch", "s/epoch", "{:.3f}"),
+)
+
+
+def print_report(console: Console, figures: Figures, out: str) -> None:
+    """Everything a reader of the terminal should know."""
+    console.print(_verification_table(figures))
+    console.print(
+        "Losses of different heads are not comparable; softmax is CosFace with m = 0. The ten\n"
+        "people decide more than the head does: --splits 3 shows how much.\n",
+        style="dim",
+    )
+    _print_twin(console, figures["twin"])
+    if figures["scaling"]:
+        console.print(_scaling_table(figures))
+        console.print(
+            "Peak: memory one forward and backward pass adds to the centres and features; the\n"
+            "gradient of the centres is part of it for both.\n",
+            style="dim",
+        )
+    console.print(
+        f"{figures['seconds']:.0f} s on {figures['device']}, backend {figures['backend']}. "
+        f"Written to {out}: {', '.join(figures['files'])}"
+    )
+
+
+def _verification_table(figures: Figures) -> Table:
+    splits = len(figures["unseen_people"])
+    title = "Verification on 10 people the network has never seen"
+    table = Table(title=title + (f", mean of {splits} splits" if splits > 1 else ""))
+    table.add_column("head")
+    for _, heading, _ in COLUMNS:
+        table.add_column(heading, justify="right")
+    for name, row in figures["heads"].items():
+        cells = [form.format(row[key]) if key in row else "" for key, _, form in COLUMNS]
+        table.add_row(name, *cells, style="dim" if name == RAW else "")
+    return table
+
+
+def _print_twin(console: Console, twin: Figures) -> None:
+    console.print(
+        f"[b]{twin['head']} trained twice[/b], fastmargin and plain PyTorch, {twin['steps']} "
+        "steps from the same seeds:\n"
+        f"  largest difference of the two loss curves {twin['largest_gap']:.1e}\n"
+        f"  (plain PyTorch against itself, centres started one bit apart: "
+        f"{twin['rounding_gap']:.1e})\n"
+        f"  largest difference of the losses of the same embeddings "
+        f"{twin['same_state_gap']:.1e}\n"
+    )
+
+
+def _scaling_table(figures: Figures) -> Table:
+    table = Table(title="One ArcFace step (forward and backward) as the identities grow")
+    table.add_column("identities", justify="right")
+    for heading in ("ms\nfastmargin", "ms\nplain", "time\nratio"):
+        table.add_column(heading, justify="right")
+    for heading in ("peak MiB\nfastmargin", "peak MiB\nplain", "of which\ngradient"):
+        table.add_column(heading, justify="right")
+    rows = {(row["implementation"], row["identities"]): row for row in figures["scaling"]}
+    for identities in dict.fromkeys(row["identities"] for row in figures["scaling"]):
+        fast, plain = rows["fastmargin", identities], rows["plain", identities]
+        table.add_row(
+            f"{identities:,}",
+            f"{fast['step_ms']:.1f}",
+            f"{plain['step_ms']:.1f}",
+            f"{fast['step_ms'] / plain['step_ms']:.2f}",
+            f"{fast['peak_mib']:,.1f}",
+            f"{plain['peak_mib']:,.1f}",
+            f"{fast['centers_gradient_mib']:,.1f}",
+        )
+    return table
