@@ -230,7 +230,7 @@ void row_stats(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, 
           share[slot] = own == -kInfinity ? 0 : std::exp(static_cast<double>(own - top_all));
           sum += share[slot] * sums[slot * rows + i];
         }
-        const bool any = top_all != -kInfinity;
+        const bool any = !(sum == 0);  // NaN is passed on
         lse_out[i] = any ? static_cast<T>(static_cast<double>(top_all) + std::log(sum)) : top_all;
         cos_out[i] = target[i];
         neg_out[i] = neg_all;
