@@ -81,8 +81,8 @@ class Ninja(build_ext):
         flags = [*FLAGS.split(), "-DFASTMARGIN_MODULE=" + module, *map("-I{}".format, include)]
         link = ["-shared", *["-undefined", "dynamic_lookup"] * (sys.platform == "darwin")]
         if module == "_host":
-            pybind = __import__("pybind11").get_include()
-            flags += [f"-I{pybind}", f'-DCUDA_RELEASE="{release}"', f'-DCUDA_ARCHS="{archs}"']
+            flags.insert(0, "-I" + __import__("pybind11").get_include())  # torch has an old one
+            flags += [f'-DCUDA_RELEASE="{release}"', f'-DCUDA_ARCHS="{archs}"']
         else:
             gpu = module == "_cuda" and any((torch / "lib").glob("*torch_cuda.*"))
             flags += ["-DPy_LIMITED_API=0x030A0000"]
