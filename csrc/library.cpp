@@ -8,8 +8,14 @@
 #define FASTMARGIN_NAME(name) FASTMARGIN_STRING(name)
 
 PyMODINIT_FUNC FASTMARGIN_INIT(FASTMARGIN_MODULE)() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, FASTMARGIN_NAME(FASTMARGIN_MODULE), nullptr, -1, nullptr, nullptr,
-      nullptr,               nullptr,                            nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   FASTMARGIN_NAME(FASTMARGIN_MODULE),
+                                   nullptr,
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   return PyModule_Create(&definition);
 }

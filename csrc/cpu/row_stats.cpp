@@ -200,8 +200,7 @@ void row_stats(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, 
     T* lse_out = checked<T>(lse_neg, count, x_hat, "lse_neg");
     T* cos_out = checked<T>(cos_y, count, x_hat, "cos_y");
     T* neg_out = checked<T>(max_neg, count, x_hat, "max_neg");
-    T* pull_out =
-        pull.has_value() ? checked<T>(pull, count * batch.dim(), x_hat, "pull") : nullptr;
+    T* pull_out = pull.has_value() ? checked<T>(pull, count * batch.dim(), x_hat, "pull") : nullptr;
 
     const Grid grid(batch.panels(), weight.size(0), kernel.lanes);
     const int64_t pull_size = pull_out == nullptr ? 0 : rows * dim;
@@ -273,8 +272,7 @@ void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& 
     const int64_t items = std::clamp<int64_t>(classes / kMinClasses, 1, threads);
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       const Buffer<T> scratch(kernel.scratch(batch.padded_dim()));
-      kernel.backward(batch.view(), centres,
-                      {classes * begin / items, classes * end / items},
+      kernel.backward(batch.view(), centres, {classes * begin / items, classes * end / items},
                       {exp_weight.get(), lse.get(), cos_grad.get()}, d_weight.mutable_data_ptr(),
                       scratch.get());
     });
@@ -330,7 +328,7 @@ void row_topk(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, i
 }  // namespace
 }  // namespace fastmargin::cpu
 
-#define FM_STATS_ARGS                                                              \
+#define FM_STATS_ARGS                                                               \
   "Tensor x_hat, Tensor weight, Tensor labels, float scale, Tensor? hard_threshold" \
   ", float a, float b, float d, int class_start"
 

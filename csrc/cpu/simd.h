@@ -58,9 +58,14 @@ struct ExpConstants<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr int kMantissa = 23, kBias = 127;
   // exp(r) on |r| <= ln(2) / 2, relative error 2e-8 (Cephes expf), highest power first
-  static constexpr float kPoly[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                    4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f,
-                                    1.0f,             1.0f};
+  static constexpr float kPoly[] = {1.9875691500e-4f,
+                                    1.3981999507e-3f,
+                                    8.3334519073e-3f,
+                                    4.1665795894e-2f,
+                                    1.6666665459e-1f,
+                                    5.0000001201e-1f,
+                                    1.0f,
+                                    1.0f};
 };
 template <>
 struct ExpConstants<double> {
@@ -70,11 +75,20 @@ struct ExpConstants<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int kMantissa = 52, kBias = 1023;
   // 1 / n!, n = 13 to 0: relative error 4e-18
-  static constexpr double kPoly[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800,
-                                     1.0 / 3628800,    1.0 / 362880,    1.0 / 40320,
-                                     1.0 / 5040,       1.0 / 720,       1.0 / 120,
-                                     1.0 / 24,         1.0 / 6,         1.0 / 2,
-                                     1.0,              1.0};
+  static constexpr double kPoly[] = {1.0 / 6227020800,
+                                     1.0 / 479001600,
+                                     1.0 / 39916800,
+                                     1.0 / 3628800,
+                                     1.0 / 362880,
+                                     1.0 / 40320,
+                                     1.0 / 5040,
+                                     1.0 / 720,
+                                     1.0 / 120,
+                                     1.0 / 24,
+                                     1.0 / 6,
+                                     1.0 / 2,
+                                     1.0,
+                                     1.0};
 };
 
 // exp(x) to about one unit in the last place; 0 for x = -inf, NaN for NaN.

@@ -23,11 +23,11 @@ template <typename T>
 struct Batch {
   int64_t rows;
   int64_t dim;
-  const T* by_column;     // [rows / lanes][dim][lanes]: lanes are embeddings
-  const T* by_row;        // [dim / lanes][rows][lanes]: lanes are columns; backward only
-  const int64_t* label;   // [rows] row of the centres, negative where it has none here
+  const T* by_column;    // [rows / lanes][dim][lanes]: lanes are embeddings
+  const T* by_row;       // [dim / lanes][rows][lanes]: lanes are columns; backward only
+  const int64_t* label;  // [rows] row of the centres, negative where it has none here
   T scale;
-  const T* threshold;     // [rows] of the hard rule a c^2 + b c + d, or null
+  const T* threshold;  // [rows] of the hard rule a c^2 + b c + d, or null
   T a, b, d;
 };
 

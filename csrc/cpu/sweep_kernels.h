@@ -196,12 +196,8 @@ struct Rule {
   Vec<T> threshold;
   T a, b, d;
 
-  FM_INLINE Vec<T> value(Vec<T> c) const {
-    return c > threshold ? (a * c + b) * c + d : c;
-  }
-  FM_INLINE Vec<T> slope(Vec<T> c) const {
-    return c > threshold ? 2 * a * c + b : broadcast<T>(1);
-  }
+  FM_INLINE Vec<T> value(Vec<T> c) const { return c > threshold ? (a * c + b) * c + d : c; }
+  FM_INLINE Vec<T> slope(Vec<T> c) const { return c > threshold ? 2 * a * c + b : broadcast<T>(1); }
 };
 
 // ---- forward ------------------------------------------------------------------------------------
@@ -441,7 +437,7 @@ void nearest(const Batch<T>& batch, const Centres& centres, Range panels, Range 
 template <typename T>
 int64_t scratch_size(int64_t dim) {
   const int64_t capacity = block_classes<T>(dim);
-  return capacity * (2 * dim + kGroupPanels * kLanes<T>) + round_up(capacity, kLanes<T>);
+  return capacity * (2 * dim + kGroupPanels * kLanes<T>)+round_up(capacity, kLanes<T>);
 }
 
 template <typename T>
