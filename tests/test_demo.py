@@ -329,6 +329,7 @@ def test_tiny_demo_writes_everything(tiny_demo):
     assert figures["heads"]["raw pixels"]["auc"] == pytest.approx(0.968, abs=1e-3)
     assert figures["unseen_people"] == [[f"s{i}" for i in range(1, 11)]]
     assert figures["twin"]["same_state_gap"] < 1e-4
+    assert figures["twin"]["double_gap"] < 1e-9
     assert figures["versions"]["torch"] == str(torch.__version__)
 
 

@@ -50,11 +50,10 @@ def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> 
     brightness = jitter.brightness * uniform(count, 1, 1, 1)
     erased = _rectangles(count, height, width, jitter.erase, generator)
 
-    device = pixels.device
-    grid = F.affine_grid(theta.to(device), list(pixels.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(pixels), list(pixels.shape), align_corners=False)
     views = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    views = views * contrast.to(device) + brightness.to(device)
-    return views.masked_fill(erased.to(device), pixels.mean().item())
+    views = views * contrast.to(pixels) + brightness.to(pixels)
+    return views.masked_fill(erased.to(pixels.device), pixels.mean().item())
 
 
 def _rectangles(

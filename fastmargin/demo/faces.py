@@ -54,6 +54,7 @@ class Faces:
         """Only the images of these people, relabelled 0..len(people)-1 in the order given."""
         if len(people.unique()) != len(people):
             raise ValueError("a person is listed twice")
+        people = people.to(self.people.device)
         match = self.people[:, None] == people[None, :]  # [N, len(people)]
         keep = match.any(dim=1)
         return Faces(self.pixels[keep], match[keep].int().argmax(dim=1))

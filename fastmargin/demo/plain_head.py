@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +21,7 @@ def plain_arcface_loss(
     target = cosines.gather(1, column)
     # where theta + m > pi: c - m sin m, as fm.ArcFace's default guard "mm"
     angle = target.clamp(-1 + 1e-7, 1 - 1e-7).acos()
-    moved = torch.where(
-        angle + m <= torch.pi, torch.cos(angle + m), target - m * torch.sin(torch.tensor(m)).item()
-    )
+    moved = torch.where(angle + m <= math.pi, torch.cos(angle + m), target - m * math.sin(m))
     return F.cross_entropy(s * cosines.scatter(1, column, moved), labels)
 
 

@@ -99,7 +99,7 @@ def plot_adaface(
         ):
             bottom.hist(values, bins, color=color, alpha=0.5, label=label, density=True)
         bottom.set(ylabel="density of\ntraining views", xlim=(norm[0], norm[-1]))
-        bottom.set_xlabel("norm of the raw embedding (left: low quality, right: high quality)")
+        bottom.set_xlabel("norm of the raw embedding, AdaFace's measure of image quality")
         bottom.legend(loc="upper right")
         figure.savefig(path, dpi=DPI)
 
@@ -133,6 +133,7 @@ def plot_kappaface(
                     xybox=at,
                     boxcoords="axes fraction",
                     frameon=False,
+                    pad=0.1,
                     arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
                 )
             )

@@ -20,16 +20,16 @@ def print_report(console: Console, figures: Figures, out: str) -> None:
     """Everything a reader of the terminal should know."""
     console.print(_verification_table(figures))
     console.print(
-        "Losses of different heads are not comparable; softmax is CosFace with m = 0. The ten\n"
-        "people decide more than the head does: --splits 3 shows how much.\n",
+        "Losses of different heads are not comparable; softmax is CosFace with m = 0.\n"
+        "The ten people decide more than the head does: --splits 3 shows how much.\n",
         style="dim",
     )
     _print_twin(console, figures["twin"])
     if figures["scaling"]:
         console.print(_scaling_table(figures))
         console.print(
-            "Peak: memory one forward and backward pass adds to the centres and features; the\n"
-            "gradient of the centres is part of it for both.\n",
+            "Peak: what one forward and backward pass adds to the centres and features;\n"
+            "the gradient of the centres is part of it for both.\n",
             style="dim",
         )
     console.print(
@@ -52,15 +52,19 @@ def _verification_table(figures: Figures) -> Table:
 
 
 def _print_twin(console: Console, twin: Figures) -> None:
-    console.print(
-        f"[b]{twin['head']} trained twice[/b], fastmargin and plain PyTorch, {twin['steps']} "
-        "steps from the same seeds:\n"
-        f"  largest difference of the two loss curves {twin['largest_gap']:.1e}\n"
-        f"  (plain PyTorch against itself, centres started one bit apart: "
-        f"{twin['rounding_gap']:.1e})\n"
-        f"  largest difference of the losses of the same embeddings "
-        f"{twin['same_state_gap']:.1e}\n"
-    )
+    table = Table(title=f"{twin['head']} trained twice, by fastmargin and in plain PyTorch")
+    table.add_column("largest difference of the losses")
+    table.add_column("steps", justify="right")
+    table.add_column("", justify="right")
+    for what, steps, gap in (
+        ("float64, the two loss curves", twin["double_steps"], twin["double_gap"]),
+        ("float32, the two loss curves", twin["steps"], twin["largest_gap"]),
+        ("  plain against plain, started one bit apart", twin["steps"], twin["rounding_gap"]),
+        ("float32, same embeddings and centres", twin["steps"], twin["same_state_gap"]),
+    ):
+        table.add_row(what, str(steps), f"{gap:.1e}")
+    console.print(table)
+    console.print()
 
 
 def _scaling_table(figures: Figures) -> Table:

@@ -7,9 +7,9 @@ no memory of an earlier one is counted or reused.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -150,6 +150,7 @@ def _peak_bytes(step: Callable[[], float], device: torch.device) -> tuple[int, f
         before = torch.cuda.memory_allocated(device)
         loss = step()
         return torch.cuda.max_memory_allocated(device) - before, loss
+    _return_freed_memory()
     _reset_high_water_mark()
     before = _resident_bytes("VmRSS")
     loss = step()
@@ -176,8 +177,19 @@ def _resident_bytes(field: str) -> int:
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _return_freed_memory() -> None:
+    """Gives what the warm-up freed back to the system (glibc): a step that reused it would look
+    smaller than it is."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
 
 
 def _reset_high_water_mark() -> None:

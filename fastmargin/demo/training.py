@@ -29,7 +29,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Trained:
-    """losses: [steps] float32 on CPU; seconds_per_epoch: wall clock, mean over the epochs."""
+    """losses: [steps] on CPU; seconds_per_epoch: wall clock, mean over the epochs."""
 
     network: FaceNet
     head: nn.Module
@@ -50,15 +50,15 @@ def train(
 ) -> Trained:
     """Train a new network with ``new_head(embedding_size, num_classes)`` on ``faces``.
 
-    Runs on the device of ``faces``. The network is drawn before the head, so that all heads start
-    from the same network, and the views have a generator of their own.
+    Runs on the device and in the dtype of ``faces.pixels``. The network is drawn before the head,
+    so that all heads start from the same network, and the views have a generator of their own.
     """
-    device = faces.pixels.device
+    device, dtype = faces.pixels.device, faces.pixels.dtype
     torch.manual_seed(seed)
     draws = torch.Generator().manual_seed(seed)
-    network = FaceNet().to(device, memory_format=torch.channels_last).train()
+    network = FaceNet().to(device, dtype, memory_format=torch.channels_last).train()
     num_people = int(faces.people.max()) + 1
-    head = new_head(EMBEDDING_SIZE, num_people).to(device).train()
+    head = new_head(EMBEDDING_SIZE, num_people).to(device, dtype).train()
     optimizer = torch.optim.AdamW(_groups(network, head, recipe), lr=recipe.learning_rate)
     batch = min(recipe.batch_size, len(faces.people))
     steps = len(faces.people) // batch
@@ -87,7 +87,7 @@ def train(
         after_epoch()
     _wait_for(device)
     seconds = (time.perf_counter() - start) / recipe.epochs
-    return Trained(network, head, torch.stack(losses).float().cpu(), seconds)
+    return Trained(network, head, torch.stack(losses).cpu(), seconds)
 
 
 def _groups(network: nn.Module, head: nn.Module, recipe: Recipe) -> list[dict]:

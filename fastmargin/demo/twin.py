@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 import fastmargin as fm
 from fastmargin.demo.faces import Faces
 from fastmargin.demo.plain_head import PlainArcFace, plain_arcface_loss
-from fastmargin.demo.training import Recipe, Trained, train
+from fastmargin.demo.training import Recipe, train
 
 
 @dataclass(frozen=True)
 class Twin:
-    """Two trainings from the same seeds. Losses [steps].
+    """Two trainings from the same seeds. Losses [steps], float32.
 
-    largest_gap: largest difference of the two curves. A training amplifies rounding errors, so
-    ``rounding_gap`` gives the yardstick: the same figure for plain PyTorch against itself, started
-    with centres that differ in the last bit. ``same_state_gap`` has no history in it: the largest
-    difference of the two losses, evaluated step by step on the same embeddings and centres.
+    largest_gap: largest difference of the two curves. In float32 a training amplifies rounding
+    errors (Adam divides gradients that are nearly zero by their own size), so ``rounding_gap``
+    gives the yardstick: the same figure for plain PyTorch against itself, started with centres
+    that differ in the last bit. ``double_gap`` is the figure of a float64 training of
+    ``double_steps`` steps, where rounding has no time to grow. ``same_state_gap`` has no history
+    in it: largest difference of the two float32 losses of the same embeddings and centres.
     """
 
     fast: Tensor
@@ -29,6 +31,8 @@ class Twin:
     largest_gap: float
     rounding_gap: float
     same_state_gap: float
+    double_gap: float
+    double_steps: int
 
 
 class _Watched(nn.Module):
@@ -60,22 +64,36 @@ def train_twins(
     margin: fm.ArcFace,
     faces: Faces,
     recipe: Recipe,
+    double_epochs: int,
     seed: int,
     backend: str,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> Twin:
-    """Three trainings: fastmargin, plain PyTorch, and plain PyTorch from the neighbouring bit."""
+    """Three trainings of ``recipe`` in float32 (fastmargin, plain PyTorch, and plain PyTorch from
+    the neighbouring bit), and two of ``double_epochs`` epochs in float64."""
+    in_double = Faces(faces.pixels.double(), faces.people)
+    short = replace(recipe, epochs=double_epochs)
 
-    def run(new_head: Callable[[int, int], nn.Module]) -> Trained:
-        return train(new_head, faces, recipe, seed, after_epoch)
+    def fast_head(embedding_size: int, num_people: int) -> nn.Module:
+        return _Watched(fm.MarginHead(embedding_size, num_people, margin, backend=backend))
 
-    fast = run(lambda d, c: _Watched(fm.MarginHead(d, c, margin, backend=backend)))
-    plain = run(lambda d, c: PlainArcFace(d, c, margin.m, margin.s))
-    nudged = run(lambda d, c: _LastBit(d, c, margin.m, margin.s))
+    def plain_head(embedding_size: int, num_people: int) -> nn.Module:
+        return PlainArcFace(embedding_size, num_people, margin.m, margin.s)
+
+    def nudged_head(embedding_size: int, num_people: int) -> nn.Module:
+        return _LastBit(embedding_size, num_people, margin.m, margin.s)
+
+    heads = (fast_head, plain_head, nudged_head)
+    fast, plain, nudged = (train(head, faces, recipe, seed, after_epoch) for head in heads)
+    fast_double, plain_double = (
+        train(head, in_double, short, seed, after_epoch) for head in heads[:2]
+    )
     return Twin(
         fast=fast.losses,
         plain=plain.losses,
         largest_gap=(fast.losses - plain.losses).abs().max().item(),
         rounding_gap=(nudged.losses - plain.losses).abs().max().item(),
         same_state_gap=torch.stack(fast.head.gaps).max().item(),
+        double_gap=(fast_double.losses - plain_double.losses).abs().max().item(),
+        double_steps=len(fast_double.losses),
     )
