@@ -261,10 +261,8 @@ def _twin_figures(
     recipe = replace(recipe, epochs=min(recipe.epochs, TWIN_EPOCHS))
     double = min(recipe.epochs, TWIN_DOUBLE_EPOCHS)
     progress.begin(f"{TWIN} again in plain PyTorch", 3 * recipe.epochs + 2 * double)
-    twin = train_twins(
-        *(new_margin(TWIN), learned, recipe, double),
-        *(settings.seed, settings.backend, progress.advance),
-    )
+    margin, seed, backend = new_margin(TWIN), settings.seed, settings.backend
+    twin = train_twins(margin, learned, recipe, double, seed, backend, progress.advance)
     curves = {"fast": twin.fast.tolist(), "plain": twin.plain.tolist()}
     return {"head": TWIN, "steps": len(twin.fast)} | vars(twin) | curves
 
