@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 if a configuration spills or needs too much shared memory."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON list")
-    parser.add_argument("--full", action="store_true", help="every configuration (an hour or so)")
+    parser.add_argument("--full", action="store_true", help="every configuration: thousands")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT))
     parser.add_argument("--match", default="", help="only names that contain this")
     chosen = parser.parse_args(arguments)

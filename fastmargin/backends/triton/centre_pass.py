@@ -26,6 +26,7 @@ from fastmargin.backends.triton.configs import (
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.tile import (
     LOG2E,
+    cast,
     centre_rows,
     hard_rule,
     inverse_norms,
@@ -166,7 +167,7 @@ def centre_pass_kernel(
             b_g *= b_slope
         m_target = tl.arange(0, BLOCK_C)[:, None] == b_target[None, :]
         b_g = tl.where(m_target, b_d_cos[None, :], b_g)
-        b_half = b_g.to(OPERAND)
+        b_half = cast(b_g, OPERAND)
         # of the rounded gradients, so that it matches what the product below sums up
         b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
         if not (WHOLE and COLUMNS == 1):
@@ -179,7 +180,7 @@ def centre_pass_kernel(
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     p_tile = p_dw + start * D + (tl.arange(0, BLOCK_C)[:, None] * D + o_d[None, :])
     m_tile = m_c[:, None] & (o_d < D)[None, :]
-    tl.store(p_tile, b_out.to(p_dw.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, cast(b_out, p_dw.dtype.element_ty), mask=m_tile)
 
 
 def constants(

@@ -131,8 +131,142 @@ _SMALL = {
 }
 
 # (kernel, operand, architecture) -> {widest D: tile}, packed weights only. "raw": 16-bit operands
-# from weights that lie in that type; "half": 16-bit operands cast from other weights.
-_TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {}
+# from weights that lie in that type; "half": 16-bit operands cast from other weights. The first of
+# a list, best guess first, that compiled without spilling in every variant; not yet timed.
+_TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("stats_pull", "raw", 80): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_pull", "half", 80): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 32, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 64, 256, 8, 3),
+        1024: TileConfig(64, 64, 64, 256, 8, 3),
+    },
+    ("stats_pull", "tf32", 80): {
+        128: TileConfig(64, 64, 64, 128, 8, 3),
+        256: TileConfig(64, 64, 64, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "raw", 80): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "half", 80): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(32, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "tf32", 80): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+    },
+    ("stats_sum", "raw", 80): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "half", 80): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "tf32", 80): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_pull", "raw", 90): {
+        128: TileConfig(128, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 32, 256, 256, 8, 2),
+        512: TileConfig(64, 32, 512, 512, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_pull", "half", 90): {
+        128: TileConfig(128, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 32, 256, 256, 8, 2),
+        512: TileConfig(64, 16, 512, 512, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_pull", "tf32", 90): {
+        128: TileConfig(64, 32, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 64, 256, 8, 3),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "raw", 90): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 128, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "half", 90): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 128, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "tf32", 90): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 128, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_sum", "raw", 90): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "half", 90): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "tf32", 90): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_pull", "raw", 100): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 16, 512, 512, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_pull", "half", 100): {
+        128: TileConfig(128, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_pull", "tf32", 100): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 16, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 64, 256, 8, 3),
+        1024: TileConfig(64, 64, 64, 256, 8, 3),
+    },
+    ("centre_pass", "raw", 100): {
+        128: TileConfig(64, 128, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "half", 100): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(32, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("centre_pass", "tf32", 100): {
+        128: TileConfig(64, 64, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 64, 256, 8, 3),
+        512: TileConfig(64, 64, 128, 256, 8, 2),
+        1024: TileConfig(64, 64, 128, 256, 8, 2),
+    },
+    ("stats_sum", "raw", 100): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "half", 100): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("stats_sum", "tf32", 100): {
+        1024: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+}
 
 
 def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: int) -> TileConfig:
@@ -148,10 +282,10 @@ def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: i
     block = block_of(d)
     if arch == 0:
         # small enough to be quick, and cuts D where D > 32
-        return TileConfig(16, 16, *((block, block) if d <= 32 else (16, 32)), 4, 1)
-    kernel = "stats_sum" if kernel == "topk" else kernel
+        return TileConfig(16, 32, *((block, block) if d <= 32 else (32, 32)), 4, 1)
     operand = precision if precision in ("fp32", "tf32") else "half"
     tuned = _TUNED.get((kernel, "raw" if raw else operand, arch), {}) if packed else {}
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
-    tile = tile or _SMALL[kernel, operand]
+    # int64 keys fill the registers of a larger tile
+    tile = tile or _SMALL["stats_sum" if kernel == "topk" else kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

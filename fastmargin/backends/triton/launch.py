@@ -20,7 +20,7 @@ class Chip:
     processors: int
 
 
-INTERPRETER = Chip(arch=0, processors=8)
+INTERPRETER = Chip(arch=0, processors=6)
 """In the interpreter; more than one processor, so that splits of the classes are run."""
 
 

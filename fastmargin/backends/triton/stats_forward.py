@@ -32,6 +32,7 @@ from fastmargin.backends.triton.tile import (
     NO_SHIFT,
     RISE,
     START,
+    cast,
     centre_rows,
     hard_rule,
     load_rows,
@@ -192,7 +193,7 @@ def stats_forward_kernel(
                     OPERAND,
                     RAW,
                 )
-            b_pull = matmul(b_e.to(OPERAND), b_w, b_pull, PRECISION)
+            b_pull = matmul(cast(b_e, OPERAND), b_w, b_pull, PRECISION)
 
     o_row = i_split * B + o_b
     if i_d == 0:

@@ -98,6 +98,18 @@ def inverse(b_norm):
 
 
 @triton.jit
+def cast(b_value, TYPE: tl.constexpr):
+    """fp32 to an operand or weight type, to nearest."""
+    if EMULATED:
+        if TYPE == tl.bfloat16:
+            # the interpreter cuts the low half off
+            b_bits = b_value.to(tl.int32, bitcast=True)
+            b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+            b_value = tl.where(b_value == b_value, b_bits.to(tl.float32, bitcast=True), b_value)
+    return b_value.to(TYPE)
+
+
+@triton.jit
 def centre_rows(
     p_first,
     m_row,
@@ -120,7 +132,7 @@ def centre_rows(
     """
     b_tile = load_rows(p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED)
     if not RAW:
-        b_tile = (b_tile.to(tl.float32) * b_inverse[:, None]).to(OPERAND)
+        b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], OPERAND)
     return b_tile
 
 
