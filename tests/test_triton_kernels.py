@@ -1,0 +1,575 @@
+"""Every Triton kernel against the reference backend in float64: in the interpreter, or on a GPU.
+
+The yardstick is the reference's own error with operands of the same type. Without a GPU the
+interpreter cuts tiles of 16 rows, 32 classes and, above 32 columns, 32 columns of D, and splits
+the classes over 6 "processors": small shapes reach every path.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import device_for
+
+from fastmargin import backends
+from fastmargin.backends.reference import BACKEND as REFERENCE
+from fastmargin.backends.reference import inverse_norm
+from fastmargin.backends.triton import BACKEND as TRITON
+from fastmargin.spec import GRAD_MODES, GUARDS, SOURCES, HardRule, MarginForm, NormEma, RowStats
+from fastmargin.testing import REGIMES, assert_close_as_torch, make_case, relative_error
+
+OPERANDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# roundings of the logit, s * eps a few times over, where the yardstick happens to be exact
+FLOOR = {"fp32": 2e-5, "fp16": 1e-4, "bf16": 1e-3}
+RULES = {
+    "none": None,
+    "curricular": (1.0, 0.3, 0.0),
+    "mv_softmax": (0.0, 1.2, 0.2),
+    "filter": (0.0, 0.0, 0.0),
+    # meets the plain logits at its threshold, so that rounding to 16 bits may cross it
+    "continuous": (0.0, 1.5, -0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def device():
+    return device_for("triton")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of ``row_stats``, exact in float32: what both sides start from."""
+
+    x_hat: torch.Tensor  # (B, D) fp32
+    weight: torch.Tensor  # (C, D) as the kernels get it
+    labels: torch.Tensor  # (B,)
+    scale: float = 64.0
+    rule: str = "none"
+    class_start: int = 0
+    d_lse: torch.Tensor | None = None  # (B,) fp32
+    d_cos: torch.Tensor | None = None
+
+    def hard(self, dtype: torch.dtype) -> HardRule | None:
+        if RULES[self.rule] is None:
+            return None
+        g = torch.Generator().manual_seed(5)
+        # not a value that any cosine takes: which side of it one falls must not hang on rounding
+        threshold = 0.1 + 0.2 * torch.rand(len(self.labels), generator=g)
+        if self.rule == "continuous":
+            threshold = torch.full_like(threshold, 0.2)
+        return HardRule(threshold.to(self.labels.device, dtype), *RULES[self.rule])
+
+
+def problem(regime="random", batch=20, classes=70, dim=24, dtype=torch.float32, **changes):
+    case = make_case(regime, batch, classes, dim)
+    g = torch.Generator().manual_seed(1)
+    d_lse, d_cos = (torch.randn(len(case.labels), generator=g) for _ in range(2))
+    x_hat = (case.x * inverse_norm(case.x)).float()
+    made = Problem(x_hat, case.weight.to(dtype), case.labels, d_lse=d_lse, d_cos=-d_cos.abs())
+    if "class_start" in changes:
+        made = replace(made, labels=made.labels + changes["class_start"])
+    return replace(made, **changes)
+
+
+def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
+    """``RowStats`` and the gradient of the centres, both on the CPU."""
+    on = device_for("triton") if backend is TRITON else "cpu"
+    p = replace(
+        p,
+        x_hat=p.x_hat.to(on, dtype),
+        weight=p.weight.to(on) if backend is TRITON else p.weight.to(dtype),
+        labels=p.labels.to(on),
+        d_lse=p.d_lse.to(on, dtype),
+        d_cos=p.d_cos.to(on, dtype),
+    )
+    hard = p.hard(dtype)
+    rest = p.scale, hard, p.class_start
+    stats = backend.row_stats(p.x_hat, p.weight, p.labels, *rest, want_pull, precision)
+    lse_neg = stats.lse_neg if lse_neg is None else lse_neg
+    d_weight = backend.row_stats_backward(
+        p.d_lse, p.d_cos, p.x_hat, p.weight, p.labels, lse_neg, *rest, precision
+    )
+    parts = (stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull)
+    return RowStats(*(t.cpu() for t in parts)), d_weight.cpu()
+
+
+def yardstick(p: Problem, precision):
+    """The reference with operands rounded as the precision has it, d_weight as the weight is."""
+    stats, d_weight = rounded_reference(p, precision)
+    return stats, d_weight.to(p.weight.dtype)
+
+
+def rounded_reference(p: Problem, precision):
+    if precision in ("fp32", "tf32"):
+        # tf32 is not rounded in the interpreter; on a GPU it is about as fine as fp16
+        if precision == "fp32" or not torch.cuda.is_available():
+            return solve(REFERENCE, p, "auto", torch.float32)
+        precision = "fp16"
+    kind = OPERANDS[precision]
+    inverse = inverse_norm(p.weight.double())
+    rounded = replace(
+        p,
+        x_hat=p.x_hat.to(kind).double(),
+        weight=(p.weight.double() * inverse).to(kind).double(),
+    )
+    stats, d_weight = solve(REFERENCE, rounded, "auto", torch.float64)
+    return stats, d_weight * inverse
+
+
+def check(p: Problem, precision="fp32", factor=4.0, floor=None):
+    truth, own = solve(REFERENCE, p, "auto", torch.float64), yardstick(p, precision)
+    ours = solve(TRITON, p, precision, torch.float32)
+    compare(ours, own, truth, precision, factor, floor)
+
+
+def compare(ours, own, truth, precision="fp32", factor=4.0, floor=None):
+    floor = FLOOR[precision if precision != "tf32" else "fp16"] if floor is None else floor
+    for name in ("lse_neg", "cos_y", "max_neg", "pull"):
+        a, b, t = (getattr(stats, name) for stats in (ours[0], own[0], truth[0]))
+        assert torch.equal(torch.isneginf(a), torch.isneginf(t)), f"{name}: -inf"
+        a, b, t = (torch.where(torch.isneginf(t), 0, v) for v in (a, b, t))
+        at_least = 1e-6 if name == "cos_y" else floor  # the target cosine is fp32 always
+        assert_close_as_torch(a, b, t, factor, at_least, name)
+    # the radial part that the projection takes away leaves a rounding of its own size
+    if float(truth[1].norm()) > 1e-4 * float(truth[0].pull.norm()):
+        assert_close_as_torch(ours[1], own[1], truth[1], factor, floor, "d_weight")
+
+
+@pytest.mark.parametrize("rule", ["none", "curricular"])
+@pytest.mark.parametrize("regime", [r for r in REGIMES if r != "repeated"])
+def test_regimes(regime, rule):
+    check(problem(regime, rule=rule))
+
+
+@pytest.mark.parametrize("rule", ["mv_softmax", "filter"])
+def test_other_hard_rules(rule):
+    check(problem(rule=rule, class_start=1000))
+
+
+# 84 is the last of these with plain sums, and 16 has sums far from overflow
+@pytest.mark.parametrize("scale", [1.0, 16.0, 80.0, 100.0, 256.0])
+@pytest.mark.parametrize("regime", ["random", "confident", "antipodal"])
+def test_scales(scale, regime):
+    check(problem(regime, scale=scale), floor=2e-5 * max(1, scale / 64))
+
+
+# less than a matrix instruction's 16, just one, cut into columns, cut with a ragged rest
+@pytest.mark.parametrize("dim", [3, 16, 40, 65])
+@pytest.mark.parametrize("classes", [33, 64])  # 1 mod tile, and 0
+def test_widths(dim, classes):
+    check(problem("ragged" if classes == 33 else "random", batch=17, classes=classes, dim=dim))
+
+
+@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_operand_types(precision, weight):
+    check(problem(dim=40 if weight == precision else 24, dtype=OPERANDS[weight]), precision)
+    check(problem(dtype=OPERANDS[weight], rule="continuous", scale=100.0), precision)
+
+
+@pytest.mark.parametrize("regime", ["confident", "antipodal", "zero_rows", "one_class"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_operand_types_where_training_ends(precision, regime):
+    for weight in (torch.float32, OPERANDS[precision]):
+        check(problem(regime, dtype=weight), precision)
+
+
+@pytest.mark.parametrize(("noise", "allowed_d_weight"), [(100.0, 3e-4), (1.0, 6e-4)])
+def test_error_of_half_precision_at_full_width(noise, allowed_d_weight, monkeypatch):
+    """s = 64, D = 512, fp16 operands, from the start (noise 100) to late training (noise 1).
+
+    DESIGN's goal is 3e-4 for dx and dW. Late, fp16's rounding of x_hat counts for more in the
+    tangent part of dW, which has shrunk: that half of the goal is not met yet.
+    """
+    from fastmargin.backends.triton import centre_pass, stats_forward
+    from fastmargin.backends.triton.configs import TileConfig
+
+    if not torch.cuda.is_available():  # the interpreter is quick with few large tiles
+        for module in (stats_forward, centre_pass):
+            monkeypatch.setattr(module, "choose", lambda *_: TileConfig(16, 2048, 512, 512, 4, 1))
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(8000, 512, generator=g)
+    labels = torch.randint(0, len(weight), (16,), generator=g)
+    x = F.normalize(weight[labels]) + noise * torch.randn(16, 512, generator=g) / 512**0.5
+    p = Problem(F.normalize(x), weight, labels, d_lse=labels * 0.0, d_cos=labels * 0.0)
+    stats, _ = solve(REFERENCE, p, "auto", torch.float64)
+    miss = torch.sigmoid(stats.lse_neg - 64 * (stats.cos_y - 0.35))
+    p = replace(p, d_lse=miss.float(), d_cos=-64 * miss.float())
+
+    def d_x_hat(stats):
+        own = F.normalize(weight[labels].double())
+        return 64 * miss[:, None] * (stats.pull.double() - own)
+
+    truth = solve(REFERENCE, p, "auto", torch.float64)
+    ours = solve(TRITON, p, "fp16", torch.float32)
+    assert relative_error(d_x_hat(ours[0]), d_x_hat(truth[0])) < 4e-4
+    assert relative_error(ours[1], truth[1]) < allowed_d_weight
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("weight", [torch.float32, torch.float16])
+def test_norms_of_the_centres_do_not_matter(precision, weight):
+    p = problem(scale=32.0)
+    length = torch.logspace(-2, 2, len(p.weight))[torch.randperm(len(p.weight))]
+    p = replace(p, weight=(F.normalize(p.weight) * length[:, None]).to(weight))
+    # what fp16 itself loses of short centres is the same on both sides, and d_weight ~ 1 / length
+    check(p, precision)
+
+
+def test_strided_inputs():
+    p = problem(dim=40)
+    transposed = replace(p, weight=p.weight.t().contiguous().t())
+    wide = torch.cat([p.weight, p.weight], dim=1)
+    gaps = replace(p, weight=wide[:, : p.weight.shape[1]])
+    rows = replace(p, x_hat=p.x_hat.t().contiguous().t())
+    for other in (transposed, gaps, rows):
+        check(other)
+    _, d_weight = solve(TRITON, transposed, "fp32", torch.float32)
+    assert d_weight.is_contiguous()
+
+
+def test_shards_add_up():
+    p = problem(classes=75)
+    truth = solve(REFERENCE, p, "auto", torch.float64)
+    lse, cos_y, gradients = [], 0, []
+    starts = (0, 10, 10, 42, 75)  # uneven, and one of them empty
+    for start, stop in itertools.pairwise(starts):
+        shard = replace(p, weight=p.weight[start:stop], class_start=start)
+        stats, gradient = solve(TRITON, shard, "fp32", torch.float32, truth[0].lse_neg.float())
+        lse.append(stats.lse_neg)
+        cos_y = cos_y + stats.cos_y
+        gradients.append(gradient)
+    torch.testing.assert_close(torch.stack(lse).logsumexp(0), truth[0].lse_neg.float())
+    torch.testing.assert_close(cos_y, truth[0].cos_y.float())
+    assert relative_error(torch.cat(gradients), truth[1]) < 2e-5
+
+
+@pytest.mark.parametrize(("batch", "classes"), [(0, 5), (4, 0), (0, 0)])
+def test_nothing_to_do(batch, classes):
+    p = problem("all_ignored", batch=4, classes=5)
+    p = replace(
+        p,
+        **{name: getattr(p, name)[:batch] for name in ("x_hat", "labels", "d_lse", "d_cos")},
+        weight=p.weight[:classes],
+    )
+    stats, d_weight = solve(TRITON, p, "fp32", torch.float32)
+    assert torch.isneginf(stats.lse_neg).all() and torch.isneginf(stats.max_neg).all()
+    assert stats.cos_y.eq(0).all() and stats.pull.eq(0).all() and stats.pull.shape == (batch, 24)
+    assert d_weight.eq(0).all() and d_weight.shape == p.weight.shape
+
+
+def test_without_pull():
+    p = problem(dim=40)
+    with_pull, _ = solve(TRITON, p, "fp16", torch.float32)
+    without, _ = solve(TRITON, p, "fp16", torch.float32, want_pull=False)
+    assert without.pull.shape == (0, 40)
+    torch.testing.assert_close(without.lse_neg, with_pull.lse_neg, rtol=1e-6, atol=1e-6)
+    assert torch.equal(without.max_neg, with_pull.max_neg)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_same_bits_every_time(precision):
+    p = problem(classes=130, dim=40)
+    first, second = (solve(TRITON, p, precision, torch.float32) for _ in range(2))
+    for name in ("lse_neg", "cos_y", "max_neg", "pull"):
+        assert torch.equal(getattr(first[0], name), getattr(second[0], name)), name
+    assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("processors", [1, 64])
+def test_any_number_of_splits(processors, monkeypatch):
+    from fastmargin.backends.triton import stats_forward, topk
+    from fastmargin.backends.triton.launch import chip
+
+    p = problem(classes=97)
+    for module in (stats_forward, topk):
+        monkeypatch.setattr(
+            module, "chip", lambda device: replace(chip(device), processors=processors)
+        )
+    for scale in (32.0, 256.0):
+        check(replace(p, scale=scale), floor=1e-4)
+    check_topk(p, 3)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1.0, 1e8])
+def test_upstream_gradients_of_any_size(factor):
+    """A loss scale, or a tiny weight of the loss, must not leave fp16's range."""
+    p = problem()
+    _, plain = solve(TRITON, p, "fp16", torch.float32)
+    scaled = replace(p, d_lse=p.d_lse * factor, d_cos=p.d_cos * factor)
+    _, d_weight = solve(TRITON, scaled, "fp16", torch.float32)
+    # the power of two that it is brought to need not be the same one
+    assert relative_error(d_weight.double() / factor, plain) < 2e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_are_not_swallowed(bad, precision):
+    """GradScaler looks for them in the gradient."""
+    p = problem()
+    d_lse = p.d_lse.clone()
+    d_lse[3] = bad
+    _, d_weight = solve(TRITON, replace(p, d_lse=d_lse), precision, torch.float32)
+    assert not torch.isfinite(d_weight).all()
+    x_hat = p.x_hat.clone()
+    x_hat[5] = math.nan
+    stats, _ = solve(TRITON, replace(p, x_hat=x_hat), precision, torch.float32)
+    assert stats.lse_neg.isnan().nonzero().flatten().tolist() == [5]
+    assert stats.pull[5].isnan().all() and stats.pull[6].isfinite().all()
+
+
+def test_a_planted_error_shows():
+    p = problem()
+    truth, own = solve(REFERENCE, p, "auto", torch.float64), yardstick(p, "fp32")
+    stats, d_weight = solve(TRITON, p, "fp32", torch.float32)
+    compare((stats, d_weight), own, truth)
+    for wrong in (
+        (replace(stats, lse_neg=stats.lse_neg * (1 + 1e-4)), d_weight),
+        (replace(stats, cos_y=stats.cos_y + 1e-5), d_weight),
+        (replace(stats, pull=stats.pull.roll(1, 0)), d_weight),
+        (replace(stats, pull=stats.pull * math.nan), d_weight),
+        (stats, d_weight * (1 + 1e-3)),
+        (stats, -d_weight),
+    ):
+        with pytest.raises(AssertionError):
+            compare(wrong, own, truth)
+
+
+# ---- row_topk -----------------------------------------------------------------------------------
+
+
+def check_topk(p: Problem, k, precision="fp32"):
+    on = device_for("triton")
+    truth = REFERENCE.row_topk(
+        p.x_hat.double(), p.weight.double(), p.labels, k, p.class_start, "auto"
+    )
+    got = TRITON.row_topk(
+        p.x_hat.to(on), p.weight.to(on), p.labels.to(on), k, p.class_start, precision
+    )
+    value, index, cos_y = (t.cpu() for t in got)
+    torch.testing.assert_close(cos_y, truth[2].float())
+    atol = 1e-6 if precision == "fp32" else 2e-3
+    torch.testing.assert_close(value, truth[0].float(), rtol=0, atol=atol)
+    assert torch.equal(index == -1, torch.isneginf(value))
+    assert (value[:, :-1] >= value[:, 1:]).all()
+    if precision == "fp32":
+        assert torch.equal(index, truth[1])
+    else:
+        taken = index.sort(dim=1).values
+        assert ((taken[:, 1:] != taken[:, :-1]) | (taken[:, 1:] == -1)).all(), "one twice"
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 16])
+def test_topk(k):
+    check_topk(problem("some_ignored", batch=10, dim=40), k)
+
+
+@pytest.mark.parametrize("regime", ["ragged", "one_row", "one_class", "two_classes", "zero_rows"])
+def test_topk_regimes(regime):
+    check_topk(problem(regime, batch=9), 3)
+
+
+def test_topk_ties_go_to_the_lower_index():
+    on = device_for("triton")
+    axes = torch.eye(24)  # cosines of exactly 0 and 1, so that equal ones are equal in any order
+    weight = axes[torch.arange(70) % 20].clone()
+    weight[40:50] = 0
+    labels = torch.tensor([31, 0, 1, 2])
+    x_hat = torch.stack([axes[11], axes[0], torch.zeros(24), -torch.zeros(24)])
+    value, index, _ = TRITON.row_topk(x_hat.to(on), weight.to(on), labels.to(on), 3, 0, "fp32")
+    # classes 11, 31 (the label), 51; 0 (the label), 20, 60; then the lowest of those with 0
+    assert index.tolist() == [[11, 51, 0], [20, 60, 1], [0, 2, 3], [0, 1, 3]]
+    assert value.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_topk_of_a_shard_and_of_transposed_weights():
+    p = problem(batch=6, class_start=500)
+    check_topk(p, 2)
+    check_topk(replace(p, weight=p.weight.t().contiguous().t()), 2)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_topk_operand_types(precision):
+    p = problem(batch=6)
+    if precision == "bf16":
+        p = replace(p, weight=p.weight.bfloat16(), x_hat=p.x_hat.bfloat16().float())
+    on = device_for("triton")
+    value, index, _ = TRITON.row_topk(
+        p.x_hat.to(on), p.weight.to(on), p.labels.to(on), 4, 0, precision
+    )
+    cos = p.x_hat @ F.normalize(p.weight.float()).t()
+    atol = 4e-3 if precision == "bf16" else 1e-3
+    torch.testing.assert_close(value.cpu(), cos.gather(1, index.cpu()), rtol=0, atol=atol)
+
+
+# ---- row_prologue -------------------------------------------------------------------------------
+
+
+def ema(on="cpu"):
+    mean, std = torch.tensor([20.0], device=on), torch.tensor([100.0], device=on)
+    return NormEma(mean, std, 0.1, 0.001, 100.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "regime", ["random", "one_row", "all_ignored", "some_ignored", "zero_rows"]
+)
+def test_row_prologue(regime, dtype):
+    on = device_for("triton")
+    case = make_case(regime, dim=40)
+    x = case.x.to(dtype)
+    for strided in (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, :40]):
+        got = TRITON.row_prologue(strided.to(on), case.labels.to(on), ema(on))
+        truth = REFERENCE.row_prologue(x.double(), case.labels, ema())
+        for a, t in zip(got, truth, strict=True):
+            torch.testing.assert_close(a.cpu(), t.float(), rtol=1e-6, atol=1e-7)
+    x_hat, norm, _, _ = TRITON.row_prologue(x.to(on), case.labels.to(on), None)
+    assert torch.equal(x_hat, got[0]) and torch.equal(norm, got[1])
+
+
+def test_statistics_of_many_rows():
+    """More rows than one step of the loop, their mean far above their spread."""
+    on = device_for("triton")
+    labels = torch.arange(2500) % 7 - 1
+    norm = 90 + 1e-2 * torch.randn(2500)
+    x = norm[:, None] * torch.eye(2500, 2)[torch.zeros(2500, dtype=torch.long)]
+    got = TRITON.row_prologue(x.to(on), labels.to(on), ema(on))
+    truth = REFERENCE.row_prologue(x.double(), labels, ema())
+    torch.testing.assert_close(got[2].cpu(), truth[2].float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[3].cpu(), truth[3].float(), rtol=1e-6, atol=0)
+    again = TRITON.row_prologue(x.to(on), labels.to(on), ema(on))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+# ---- margin_rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_margin_rows(source, guard):
+    on = device_for("triton")
+    g = torch.Generator().manual_seed(3)
+    n, classes = 300, 50
+    cos_y = torch.rand(n, generator=g) * 2 - 1
+    cos_y[:6] = torch.tensor([1.0, -1.0, 0.0, 0.9999, -0.9999, 1.0])
+    lse_neg = torch.randn(n, generator=g) * 20
+    lse_neg[5:8] = -math.inf
+    lse_neg[8:20] = 64 * cos_y[8:20] - 30  # 1 - p_y near 1e-13
+    norm = torch.rand(n, generator=g) * 1.2
+    labels = torch.randint(-1, classes, (n,), generator=g)
+    for grad, cos_eps in itertools.product(GRAD_MODES, (0.0, 1e-3)):
+        form = MarginForm(
+            *(64.0, 0.3, 0.1, 0.4, -0.2, source, guard, grad, cos_eps, 1e-3),
+            *(0.333, 0.1, 1.0, 1e-3),
+            mean=torch.tensor([0.5]),
+            std=torch.tensor([0.3]),
+            table=torch.rand(classes, generator=g),
+        )
+        inputs = cos_y, lse_neg, norm
+        truth = REFERENCE.margin_rows(*(t.double() for t in inputs), labels, form)
+        own = REFERENCE.margin_rows(*inputs, labels, form)
+        there = {name: getattr(form, name).to(on) for name in ("mean", "std", "table")}
+        got = TRITON.margin_rows(*(t.to(on) for t in inputs), labels.to(on), replace(form, **there))
+        for a, b, t in zip(got, own, truth, strict=True):
+            a = a.cpu()
+            # where a guard's two sides meet, rounding picks one: both are right
+            same = torch.isclose(b.double(), t, rtol=1e-3, atol=1e-3)
+            error = (a.double() - t).abs() / (t.abs() + 1e-30)
+            allowed = 4 * (b.double() - t).abs() / (t.abs() + 1e-30) + 2e-5
+            bad = same & (error > allowed) & ((a.double() - t).abs() > 2e-6)
+            assert not bad.any(), (source, guard, grad, bad.nonzero()[:4], a[bad][:4], t[bad][:4])
+            assert a.isfinite().all() and a[labels < 0].eq(0).all()
+
+
+def test_sine_and_cosine():
+    """Through a margin of one radian value per class: psi = cos(theta + m2)."""
+    on = device_for("triton")
+    angle = torch.linspace(-20, 20, 1001)
+    labels = torch.arange(1001)
+    for c in (1.0, 0.0):
+        cos_y = torch.full((1001,), c)
+        form = MarginForm(1.0, m2_u=1.0, source="class", table=angle.to(on))
+        zero = torch.zeros(1001, device=on)
+        margin = TRITON.margin_rows(cos_y.to(on), zero, zero, labels.to(on), form)[4]
+        truth = c - (math.acos(c) + angle.double()).cos()
+        assert (margin.cpu() - truth).abs().max() < 3e-7
+
+
+# ---- choices and refusals -----------------------------------------------------------------------
+
+
+def test_refusals(device):
+    assert "float64" in TRITON.refuses(torch.device(device), torch.float64)
+    assert TRITON.refuses(torch.device("meta"), torch.float32)
+    wide = torch.zeros(2, 1025, device=device)
+    label = torch.zeros(2, dtype=torch.int64, device=device)
+    with pytest.raises(backends.BackendError, match="1024"):
+        TRITON.row_stats(wide, wide, label, 1.0, None, 0, True, "auto")
+    for k in (0, 17):
+        with pytest.raises(backends.BackendError, match="16"):
+            TRITON.row_topk(wide[:, :4], wide[:, :4], label, k, 0, "auto")
+
+
+def test_reasons_without_interpreter_and_without_triton():
+    code = (
+        "import sys, os; os.environ.pop('TRITON_INTERPRET', None); {hide}"
+        "import torch; from fastmargin import backends; b = backends.get('triton');"
+        "torch.cuda.is_available = lambda: False;"
+        "sys.stdout.write(str(b.unavailable()) + '|' +"
+        "str(b.refuses(torch.device('cpu'), torch.float32)))"
+    )
+    for hide, reason in (("", "no CUDA device"), ("sys.modules['triton'] = None;", "pip install")):
+        run = [sys.executable, "-c", code.format(hide=hide)]
+        unavailable, refused = subprocess.run(
+            run, capture_output=True, text=True, check=True
+        ).stdout.split("|")
+        assert reason in unavailable
+        assert "TRITON_INTERPRET=1" in refused
+
+
+def test_splits_cover_every_tile_once():
+    from fastmargin.backends.triton.configs import split_classes
+
+    for rows, tiles, processors in itertools.product((1, 3, 16, 200), (1, 5, 33, 10**6), (1, 132)):
+        splits, each = split_classes(rows, tiles, processors)
+        assert (splits - 1) * each < tiles <= splits * each
+        assert splits <= max(1, processors // rows)  # the workspace does not grow with C
+
+
+def test_precision_and_shift_are_pure_choices():
+    from fastmargin.backends.triton.configs import needs_shift, resolve_precision, slope_power
+
+    half, full = torch.float16, torch.float32
+    assert resolve_precision("bf16", full, True, True) == "bf16"
+    assert resolve_precision("auto", half, True, True) == "fp32"
+    assert resolve_precision("auto", torch.bfloat16, False, False) == "fp16"
+    assert resolve_precision("auto", full, True, False) == "tf32"
+    assert resolve_precision("auto", full, False, False) == "fp32"
+    assert not needs_shift(64.0, 10**8, full, "fp32", True)
+    assert needs_shift(80.0, 10**8, full, "fp32", True)
+    assert needs_shift(64.0, 10, full, "fp16", True)
+    assert not needs_shift(64.0, 10, full, "fp16", False)
+    assert needs_shift(64.0, 10, torch.bfloat16, "bf16", True)
+    threshold = torch.zeros(1)
+    assert slope_power(None) == 1 and slope_power(HardRule(threshold, 1.0, 0.3, 0.0)) == 4
+    assert slope_power(HardRule(threshold, 0.0, 0.0, 0.0)) == 1
+
+
+def test_every_choice_of_a_tile_is_one_that_triton_takes():
+    from fastmargin.backends.triton.configs import choose
+
+    kernels = ("stats_pull", "stats_sum", "centre_pass", "topk")
+    for kernel, d, precision, arch in itertools.product(
+        kernels, (1, 16, 100, 192, 512, 1024), ("fp32", "tf32", "fp16"), (0, 80, 86, 90, 100, 120)
+    ):
+        for raw, packed in itertools.product((True, False), repeat=2):
+            tile = choose(kernel, d, precision, raw and precision == "fp16", packed, arch)
+            for size in (tile.block_b, tile.block_c, tile.block_k, tile.block_d):
+                assert size >= 16 and size & (size - 1) == 0
