@@ -232,7 +232,7 @@ def centre_pass(
     tile = choose("centre_pass", d, precision, raw, packed, chip(weight.device).arch)
     fixed = constants(d, precision, packed, raw, tile, hard is not None)
     grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
-    rule = (0.0, 0.0, 0.0) if hard is None else (hard.a, hard.b, hard.d)
+    rule = (0.0, 0.0, 0.0) if hard is None else (float(hard.a), float(hard.b), float(hard.d))
     with on_device(weight):
         centre_pass_kernel[grid](
             d_lse,
@@ -248,7 +248,7 @@ def centre_pass(
             class_start,
             weight.stride(0),
             weight.stride(1),
-            scale,
+            float(scale),
             *rule,
             slope_power(hard),
             **fixed,

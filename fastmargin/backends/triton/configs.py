@@ -128,6 +128,10 @@ _SMALL = {
     ("stats_sum", "half"): TileConfig(64, 64, 32, 128, 4, 2),
     ("stats_sum", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
     ("stats_sum", "fp32"): TileConfig(32, 32, 16, 128, 4, 2),
+    # int64 keys fill the registers of a larger tile
+    ("topk", "half"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("topk", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("topk", "fp32"): TileConfig(32, 32, 16, 128, 8, 2),
 }
 
 # (kernel, operand, architecture) -> {widest D: tile}, packed weights only. "raw": 16-bit operands
@@ -286,6 +290,5 @@ def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: i
     operand = precision if precision in ("fp32", "tf32") else "half"
     tuned = _TUNED.get((kernel, "raw" if raw else operand, arch), {}) if packed else {}
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
-    # int64 keys fill the registers of a larger tile
-    tile = tile or _SMALL["stats_sum" if kernel == "topk" else kernel, operand]
+    tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

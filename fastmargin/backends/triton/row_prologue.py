@@ -58,8 +58,7 @@ def norm_statistics_kernel(
     b_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B, BLOCK):
         o_b = start + tl.arange(0, BLOCK)
-        m_row = tl.load(p_label + o_b, mask=o_b < B, other=-1) >= 0
-        b_norm = _clip(tl.load(p_norm + o_b, mask=m_row, other=0.0), low, high)
+        m_row, b_norm = _counted(p_norm, p_label, o_b, B, low, high)
         b_count += m_row.to(tl.float32)
         b_sum += tl.where(m_row, b_norm, 0.0)
     count = tl.sum(b_count, 0)
@@ -68,8 +67,8 @@ def norm_statistics_kernel(
     b_square = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B, BLOCK):
         o_b = start + tl.arange(0, BLOCK)
-        m_row = tl.load(p_label + o_b, mask=o_b < B, other=-1) >= 0
-        b_off = _clip(tl.load(p_norm + o_b, mask=m_row, other=0.0), low, high) - mean
+        m_row, b_norm = _counted(p_norm, p_label, o_b, B, low, high)
+        b_off = b_norm - mean
         b_square += tl.where(m_row, b_off * b_off, 0.0)
     std = tl.sqrt_rn(tl.sum(b_square, 0) / tl.maximum(count - 1.0, 1.0))
 
@@ -82,10 +81,12 @@ def norm_statistics_kernel(
 
 
 @triton.jit
-def _clip(b_x, low, high):
-    """clamp that keeps NaN, as torch does."""
-    b_x = tl.maximum(b_x, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(b_x, high, propagate_nan=tl.PropagateNan.ALL)
+def _counted(p_norm, p_label, o_b, B, low, high):
+    """Which rows count, and their clipped norms. One NaN would stay in the statistics for good."""
+    m_row = tl.load(p_label + o_b, mask=o_b < B, other=-1) >= 0
+    b_norm = tl.load(p_norm + o_b, mask=m_row, other=0.0)
+    m_row = m_row & (b_norm == b_norm)
+    return m_row, tl.minimum(tl.maximum(tl.where(m_row, b_norm, 0.0), low), high)
 
 
 def constants(d: int) -> dict:

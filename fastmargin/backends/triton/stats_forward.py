@@ -283,7 +283,7 @@ def stats_forward(
         online,
         hard is not None,
     )
-    rule = (0.0, 0.0, 0.0) if hard is None else (hard.a, hard.b, hard.d)
+    rule = (0.0, 0.0, 0.0) if hard is None else (float(hard.a), float(hard.b), float(hard.d))
     with on_device(x):
         stats_forward_kernel[(row_programs, splits)](
             x,
@@ -301,7 +301,7 @@ def stats_forward(
             weight.stride(0),
             weight.stride(1),
             per_split,
-            scale,
+            float(scale),
             *rule,
             1 / slope_power(hard),
             **fixed,
