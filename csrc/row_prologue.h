@@ -68,12 +68,13 @@ FM_HOST_DEVICE T next_std(const Moments<T>& batch, T old, T alpha) {
   return lerp(old, std::sqrt(batch.m2 / static_cast<T>(batch.count - 1)), alpha);
 }
 
-// Adds the rows [begin, end) with a label to the moments of their clipped norms.
+// Adds the rows [begin, end) with a label to the moments of their clipped norms. A norm of NaN is
+// left out: it would stay in the running statistics for good.
 template <typename T>
 FM_HOST_DEVICE void add_rows(Moments<T>& moments, const T* norm, const int64_t* labels,
                              int64_t begin, int64_t end, int64_t step, const EmaParams<T>& ema) {
   for (int64_t i = begin; i < end; i += step) {
-    if (labels[i] >= 0) add_value(moments, clamp(norm[i], ema.low, ema.high));
+    if (labels[i] >= 0 && norm[i] == norm[i]) add_value(moments, clamp(norm[i], ema.low, ema.high));
   }
 }
 

@@ -32,6 +32,5 @@ for _ in range(200):
     loss.backward()
     optimiser.step()
 margins = head.margin.margins.detach()
-print(
-    f"margin of the easy classes {margins[:5].mean():.2f}, of the hard ones {margins[-5:].mean():.2f}"
-)
+easy, hard = margins[:5].mean(), margins[-5:].mean()
+print(f"margin of the easy classes {easy:.2f}, of the hard ones {hard:.2f}")

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmargin import functional, ops
-from fastmargin.backends.reference import inverse_norm
+from fastmargin import checks, functional, ops
+from fastmargin.distributed import collectives
 from fastmargin.functional import LossRows
 from fastmargin.margins import Margin
+from fastmargin.norms import inverse_norm
 
 INIT_STD = 0.01
 KERNEL_TOPK = 16
 PREDICT_CHUNK = 1 << 14
+
+
+def _plain(method):
+    """Runs a method on (self, embeddings, ...) without gradient and without autocast."""
+
+    @functools.wraps(method)
+    def run(self, embeddings, *args, **kwargs):
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            return method(self, embeddings, *args, **kwargs)
+
+    return run
 
 
 class Prediction(NamedTuple):
@@ -28,16 +41,18 @@ class MarginHead(nn.Module):
     """Class centres (C, D) under a margin loss; returns the loss.
 
     Equivalent to a cosine classifier, the margin and cross-entropy, without the (B, C) logits.
-    The module is not to be wrapped in DDP or autocast: it takes raw embeddings of any float type
-    and keeps its centres in float32.
+    It takes raw embeddings of any float type, and autocast leaves it alone. In several processes
+    it may be wrapped in DDP, with the backbone or by itself; margins that sum over an epoch
+    (KappaFace) then need ``broadcast_buffers=False``, since DDP would overwrite their sums.
 
     Args:
         embedding_size: D.
         num_classes: C.
         margin: e.g. ``fm.AdaFace()``.
-        sample_rate: share of the negative classes that take part in a step; 1.0 is all.
-        group: processes to shard the classes over; None keeps all here.
+        sample_rate: must be 1.0, all classes in every step; sampling is not there yet.
+        group: must be None, all classes here; sharding is not there yet.
         backend, precision, validate: as :func:`fastmargin.margin_loss`.
+        device: where the centres are made.
 
     Attributes:
         weight: parameter (C, D), drawn from N(0, 0.01^2) as insightface does.
@@ -54,6 +69,7 @@ class MarginHead(nn.Module):
         backend: str = "auto",
         precision: str = "auto",
         validate: bool | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if embedding_size < 1 or num_classes < 1:
@@ -71,9 +87,10 @@ class MarginHead(nn.Module):
             raise NotImplementedError("group: sharding of the classes is not there yet; use None")
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.backend, self.precision, self.validate = backend, precision, validate
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
-        self.margin = margin
-        margin.bind(num_classes, embedding_size)
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device))
+        self.margin = margin.to(self.weight.device)
+        margin.bind(num_classes, embedding_size, device=self.weight.device)
+        margin.sum_over_processes = collectives.all_reduce_sum
         self._rows: LossRows | None = None
         self.reset_parameters()
 
@@ -124,18 +141,18 @@ class MarginHead(nn.Module):
             "norm_std": (deviation / (n - 1).clamp_min(1)).sqrt(),
         }
 
-    @torch.no_grad()
+    @_plain
     def logits(self, embeddings: Tensor) -> Tensor:
         """(B, C) ``s * cos`` without margin. This is the tensor the loss avoids; see predict."""
-        functional.check_embeddings(embeddings, self.weight)
+        checks.check_embeddings(embeddings, self.weight)
         x_hat = embeddings.to(self.weight.dtype)
         x_hat = x_hat * inverse_norm(x_hat)
         return (x_hat @ self.weight.t()) * (self.margin.s * inverse_norm(self.weight).t())
 
-    @torch.no_grad()
+    @_plain
     def predict(self, embeddings: Tensor, topk: int = 1) -> Prediction:
         """The ``topk`` nearest centres of embeddings (B, D), streamed over the classes."""
-        functional.check_embeddings(embeddings, self.weight)
+        checks.check_embeddings(embeddings, self.weight)
         if not 1 <= topk <= self.num_classes:
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
         no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)

@@ -3,6 +3,9 @@
 This is the only file that registers operators for users. Records of :mod:`fastmargin.spec` are
 taken apart here, since a schema holds only tensors and numbers, and put together again for the
 backend. Shapes and meanings stand in :mod:`fastmargin.backends.interface`.
+
+Every backward is an operator without a derivative of its own, so that a second-order gradient is
+an error and not a wrong number.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastmargin import backends
-from fastmargin.backends.reference import compute_dtype, inverse_norm
+from fastmargin.backends.interface import Backend
+from fastmargin.norms import compute_dtype, inverse_norm
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 __all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk", "target_cosine"]
@@ -32,6 +36,10 @@ def _op(name: str, schema: str):
         return define(without_autocast)
 
     return register
+
+
+def _backend(requested: str, x: Tensor, precision: str = "auto", k: int = 1) -> Backend:
+    return backends.select(requested, x.device, x.dtype, precision, x.shape[1], k)
 
 
 def _own_rows(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +77,7 @@ def target_cosine(x_hat: Tensor, weight: Tensor, labels: Tensor, class_start: in
 )
 def _row_prologue(x, labels, ema_mean, ema_std, ema_params, backend):
     ema = None if ema_mean is None else NormEma(ema_mean, ema_std, *ema_params)
-    outputs = backends.select(backend, x.device, x.dtype).row_prologue(x, labels, ema)
+    outputs = _backend(backend, x).row_prologue(x, labels, ema)
     return outputs if ema else (*outputs[:2], outputs[0].new_empty(0), outputs[0].new_empty(0))
 
 
@@ -87,18 +95,29 @@ def _row_prologue_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _row_prologue_backward(ctx, d_x_hat, d_norm, _mean, _std):
+@_op(
+    "row_prologue_backward", "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm) -> Tensor"
+)
+def _row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
+    radial = (d_x_hat * x_hat).sum(1, keepdim=True)
+    d_x = (d_x_hat - radial * x_hat) * inverse_norm(norm[:, None])
+    return d_x if d_norm is None else d_x + d_norm[:, None] * x_hat
+
+
+@_row_prologue_backward.register_fake
+def _(d_x_hat, d_norm, x_hat, norm):
+    return x_hat.new_empty(x_hat.shape)
+
+
+def _row_prologue_autograd(ctx, d_x_hat, d_norm, _mean, _std):
     x_hat, norm = ctx.saved_tensors
-    d_x = torch.zeros_like(x_hat)
-    if d_x_hat is not None:
-        inv = inverse_norm(norm[:, None])
-        d_x = (d_x_hat - (d_x_hat * x_hat).sum(1, keepdim=True) * x_hat) * inv
-    if d_norm is not None:
-        d_x = d_x + d_norm[:, None] * x_hat
+    if d_x_hat is None:
+        d_x_hat = torch.zeros_like(x_hat)
+    d_x = _row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm)
     return d_x.to(ctx.x_dtype), None, None, None, None, None
 
 
-_row_prologue.register_autograd(_row_prologue_backward, setup_context=_row_prologue_setup)
+_row_prologue.register_autograd(_row_prologue_autograd, setup_context=_row_prologue_setup)
 
 
 def row_prologue(
@@ -146,7 +165,7 @@ def _row_stats(
     precision,
     backend,
 ):
-    stats = backends.select(backend, x_hat.device, x_hat.dtype, precision).row_stats(
+    stats = _backend(backend, x_hat, precision).row_stats(
         x_hat,
         weight,
         labels,
@@ -185,7 +204,7 @@ def _row_stats_backward(
     precision,
     backend,
 ):
-    return backends.select(backend, x_hat.device, x_hat.dtype, precision).row_stats_backward(
+    return _backend(backend, x_hat, precision).row_stats_backward(
         d_lse.contiguous(),
         d_cos.contiguous(),
         x_hat,
@@ -202,6 +221,21 @@ def _row_stats_backward(
 @_row_stats_backward.register_fake
 def _(d_lse, d_cos, x_hat, weight, *_):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+@_op(
+    "row_stats_backward_x",
+    "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor labels, float scale,"
+    " int class_start) -> Tensor",
+)
+def _row_stats_backward_x(d_lse, d_cos, pull, weight, labels, scale, class_start):
+    own, _, _ = _own_rows(weight, labels - class_start)
+    return (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
+
+
+@_row_stats_backward_x.register_fake
+def _(d_lse, d_cos, pull, *_):
+    return pull.new_empty(pull.shape)
 
 
 def _row_stats_setup(ctx, inputs, output):
@@ -227,8 +261,7 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
     if ctx.needs_input_grad[0]:
         if not ctx.has_pull:
             raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
-        own, _, _ = _own_rows(weight, labels - class_start)
-        d_x_hat = (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
+        d_x_hat = _row_stats_backward_x(d_lse, d_cos, pull, weight, labels, scale, class_start)
     if ctx.needs_input_grad[1]:
         d_weight = _row_stats_backward(
             d_lse,
@@ -302,7 +335,7 @@ def row_stats(
     " str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _row_topk(x_hat, weight, labels, k, class_start, precision, backend):
-    return backends.select(backend, x_hat.device, x_hat.dtype, precision).row_topk(
+    return _backend(backend, x_hat, precision, k).row_topk(
         x_hat, weight, labels, k, class_start, precision
     )
 
@@ -325,32 +358,44 @@ def _row_topk_setup(ctx, inputs, output):
     ctx.class_start = class_start
 
 
+@_op(
+    "row_topk_backward",
+    "(Tensor d_top, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor labels, Tensor index,"
+    " int class_start) -> (Tensor, Tensor)",
+)
+def _row_topk_backward(d_top, d_cos, x_hat, weight, labels, index, class_start):
+    # the target is one more column; only B * (k + 1) centres take part
+    columns = torch.cat([index, (labels - class_start)[:, None]], dim=1)
+    centres, inv, known = _own_rows(weight, columns)
+    centres, inv = centres.to(x_hat.dtype), inv.to(x_hat.dtype)
+    upstream = torch.where(known, torch.cat([d_top, d_cos[:, None]], dim=1), 0)[..., None]
+    d_x_hat = (upstream * centres).sum(1)
+    rows = upstream * x_hat[:, None, :]
+    rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
+    d_weight = torch.zeros(weight.shape, dtype=x_hat.dtype, device=weight.device)
+    if weight.shape[0]:
+        # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
+        target = torch.where(known, columns, 0).flatten()
+        d_weight.index_put_((target,), rows.flatten(0, 1), accumulate=True)
+    return d_x_hat, d_weight.to(weight.dtype)
+
+
+@_row_topk_backward.register_fake
+def _(d_top, d_cos, x_hat, weight, *_):
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return x_hat.new_empty(x_hat.shape), d_weight
+
+
 def _row_topk_autograd(ctx, d_top, _index, d_cos):
     x_hat, weight, labels, index = ctx.saved_tensors
     rest = (None,) * 5
     if d_top is None and d_cos is None:
         return None, None, *rest
-    zero = torch.zeros(labels.shape, dtype=x_hat.dtype, device=x_hat.device)
-    d_top = zero[:, None].expand(index.shape) if d_top is None else d_top
-    d_cos = zero if d_cos is None else d_cos
-    # the target is one more column; only B * (k + 1) centres take part
-    columns = torch.cat([index, (labels - ctx.class_start)[:, None]], dim=1)
-    upstream = torch.cat([d_top, d_cos[:, None]], dim=1)
-    centres, inv, known = _own_rows(weight, columns)
-    centres, inv = centres.to(x_hat.dtype), inv.to(x_hat.dtype)
-    upstream = torch.where(known, upstream, 0)[..., None]
-    d_x_hat = (upstream * centres).sum(1) if ctx.needs_input_grad[0] else None
-    d_weight = None
-    if ctx.needs_input_grad[1]:
-        rows = upstream * x_hat[:, None, :]
-        rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
-        d_weight = torch.zeros(weight.shape, dtype=x_hat.dtype, device=weight.device)
-        target = torch.where(known, columns, 0)
-        if weight.shape[0]:
-            # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
-            d_weight.index_put_((target.flatten(),), rows.flatten(0, 1), accumulate=True)
-        d_weight = d_weight.to(weight.dtype)
-    return d_x_hat, d_weight, *rest
+    d_top = x_hat.new_zeros(index.shape) if d_top is None else d_top
+    d_cos = x_hat.new_zeros(labels.shape) if d_cos is None else d_cos
+    grads = _row_topk_backward(d_top, d_cos, x_hat, weight, labels, index, ctx.class_start)
+    needed = zip(grads, ctx.needs_input_grad[:2], strict=True)
+    return *(grad if need else None for grad, need in needed), *rest
 
 
 _row_topk.register_autograd(_row_topk_autograd, setup_context=_row_topk_setup)
@@ -399,9 +444,21 @@ def _margin_rows_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@_op(
+    "margin_rows_backward",
+    "(Tensor d_loss, Tensor by_cos, Tensor by_lse, Tensor by_norm) -> (Tensor, Tensor, Tensor)",
+)
+def _margin_rows_backward(d_loss, by_cos, by_lse, by_norm):
+    return d_loss * by_cos, d_loss * by_lse, d_loss * by_norm
+
+
+@_margin_rows_backward.register_fake
+def _(d_loss, by_cos, by_lse, by_norm):
+    return tuple(part.new_empty(part.shape) for part in (by_cos, by_lse, by_norm))
+
+
 def _margin_rows_autograd(ctx, d_loss, *_):
-    by_cos, by_lse, by_norm = ctx.saved_tensors
-    return d_loss * by_cos, d_loss * by_lse, d_loss * by_norm, *(None,) * 7
+    return *_margin_rows_backward(d_loss, *ctx.saved_tensors), *(None,) * 7
 
 
 _margin_rows.register_autograd(_margin_rows_autograd, setup_context=_margin_rows_setup)

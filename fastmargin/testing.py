@@ -101,19 +101,22 @@ def plain_loss(
     valid = labels >= 0
     own = labels.clamp_min(0)[:, None]
     cos_y = cos.gather(1, own).squeeze(1)
+    norm = torch.linalg.vector_norm(x, dim=1)
     if isinstance(margin, NearestMargin):
         negatives = cos.masked_fill(torch.zeros_like(cos).scatter(1, own, 1).bool(), -torch.inf)
         nearest = negatives.sort(dim=1, descending=True, stable=True).values
         nearest = F.pad(nearest, (0, margin.top_k), value=-torch.inf)[:, : margin.top_k]
         rows = margin(cos_y, nearest) * valid
     else:
-        psi = margin(cos_y, torch.linalg.vector_norm(x, dim=1), labels)
+        psi = margin(cos_y, norm, labels)
         if stable:
             negatives = (margin.s * cos).scatter(1, own, -torch.inf)
             rows = -F.logsigmoid(margin.s * psi - negatives.logsumexp(1)) * valid
         else:
             logits = margin.s * cos.scatter(1, own, psi[:, None])
             rows = F.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+    penalty = margin.penalty(norm)
+    rows = rows if penalty is None else rows + penalty * valid
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / valid.sum().clamp_min(1)

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastmargin import backends
-from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace
+from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace, SoftmaxMargin
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,16 @@ def device_for(backend: str) -> str:
     return device
 
 
+class NoForm(SoftmaxMargin):
+    """A user's margin: no kernel form, a penalty, the norm with its gradient."""
+
+    def forward(self, cos_y, norm, labels):
+        return 0.9 * cos_y - 0.01 * norm - 0.1
+
+    def penalty(self, norm):
+        return 0.2 / (1 + norm)
+
+
 # name -> margin; made anew for every test, since margins carry state
 MARGINS = {
     "softmax": lambda: CosFace(m=0.0, s=32),
@@ -57,6 +67,7 @@ MARGINS = {
         t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
     ),
     "kappaface": lambda: KappaFace(m=0.8),
+    "no_form": lambda: NoForm(s=20.0),
     "npt": lambda: NPT(),
     "npt_3": lambda: NPT(delta=0.3, top_k=3, r=2.0),
     "npt_zero_slot": lambda: NPT(top_k=2, zero_slot=True),

@@ -265,6 +265,22 @@ def test_runs_are_bit_equal_for_every_number_of_threads():
             assert testing.relative_error(value, results[1][name]) < 1e-5, (count, name)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5, 7])
+def test_many_rows_are_shared_between_threads(threads):
+    """So many rows that groups of them are work of their own, in the forward and the backward."""
+    case = testing.make_case("random", batch=2100, classes=331, dim=21)
+    x_hat = torch.nn.functional.normalize(case.x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ours = run(CPU, x_hat, case.weight, case.labels, 0, 64.0, None)
+    finally:
+        torch.set_num_threads(before)
+    truth = run(backends.get("reference"), x_hat, case.weight, case.labels, 0, 64.0, None)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, truth[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
 def test_no_gradient_gives_the_same_statistics():
     x_hat, weight, labels, start = make("random")
     with_pull = CPU.row_stats(x_hat, weight, labels, 64.0, None, start, True, "auto")

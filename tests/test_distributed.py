@@ -25,6 +25,30 @@ def adaface_rank(rank, ranks, store, stats, results):
     dist.destroy_process_group()
 
 
+def kappaface_rank(rank, ranks, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.arange(40) % 5
+    mine = slice(0, 15) if rank == 0 else slice(15, 40)
+    head = fm.MarginHead(4, 5, fm.KappaFace())
+    head(x[mine], y[mine])
+    head.margin.end_epoch()
+    results[rank] = head.margin.class_weights.tolist()
+    dist.destroy_process_group()
+
+
+def test_kappaface_epoch_over_uneven_ranks(tmp_path):
+    results = mp.Manager().dict()
+    mp.spawn(kappaface_rank, (2, tmp_path / "store", results), nprocs=2)
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 4), torch.arange(40) % 5
+    head = fm.MarginHead(4, 5, fm.KappaFace())
+    head(x, y)
+    head.margin.end_epoch()
+    for rank in range(2):
+        assert results[rank] == pytest.approx(head.margin.class_weights.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("stats", ["global", "local"])
 def test_adaface_statistics_over_uneven_ranks(stats, tmp_path):
     results = mp.Manager().dict()

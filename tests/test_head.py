@@ -70,6 +70,31 @@ def test_export_centers():
     assert torch.equal(raw, head.weight) and raw.data_ptr() != head.weight.data_ptr()
 
 
+def test_metrics_of_one_class():
+    """No negative: the hardest one is left out of the mean instead of being -inf."""
+    head, x, labels = head_and_batch(classes=1)
+    head(x, labels)
+    assert head.metrics["hardest_negative_cosine"] == 0 and head.metrics["top1"] == 1
+
+
+def test_predictions_are_the_same_under_autocast():
+    head, x, _ = head_and_batch(classes=40)
+    plain = head.logits(x), *head.predict(x, 3), *head.predict(x, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = head.logits(x), *head.predict(x, 3), *head.predict(x, 20)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_margin_state_stays_in_float32(dtype):
+    """In 16 bits a running mean stops moving."""
+    head, _, _ = head_and_batch("adaface")
+    head.to(dtype)
+    assert head.weight.dtype == dtype
+    assert all(state.dtype == torch.float32 for state in head.margin.buffers())
+
+
 @pytest.mark.parametrize("name", ["arcface", "adaface", "npt_3"])
 def test_metrics(name):
     head, x, labels = head_and_batch(name)
@@ -142,6 +167,8 @@ def test_two_heads_accumulation_and_deepcopy():
 BAD = {
     "label too large": (lambda x, y: (x, y + 11), {}, ValueError, r"labels must be in \[-1, 11\)"),
     "label below -1": (lambda x, y: (x, y * 0 - 2), {}, ValueError, "found -2"),
+    "torch's ignore_index": (lambda x, y: (x, y * 0 - 100), {}, ValueError, "ignore are -1 here"),
+    "list": (lambda x, y: (x, y.tolist()), {}, TypeError, "labels must be a tensor"),
     "float labels": (lambda x, y: (x, y.float()), {}, TypeError, r"labels\.long\(\)"),
     "too few labels": (lambda x, y: (x, y[:-1]), {}, ValueError, "labels must have shape"),
     "empty batch": (lambda x, y: (x[:0], y[:0]), {}, ValueError, "empty batch"),
@@ -204,9 +231,10 @@ def test_bad_construction():
             call()
 
 
-def test_unchecked_label_is_loud():
+@pytest.mark.parametrize("name", ["arcface", "kappaface", "no_form", "npt"])
+def test_unchecked_label_is_loud(name):
     """Where checking would synchronise, a label out of range makes its row NaN."""
-    head, x, labels = head_and_batch(validate=False)
+    head, x, labels = head_and_batch(name, validate=False)
     labels[3] = 11
     rows = head(x, labels, reduction="none")
     assert torch.isnan(rows[3]) and torch.isfinite(rows).sum() == len(rows) - 1

@@ -12,13 +12,14 @@ PACKAGE = Path(fastmargin.__file__).parent
 # room -> what it may import of fastmargin; a room is a file or folder of the package
 ALLOWED = {
     "spec": set(),
-    "norm_stats": {"spec"},
+    "norms": {"spec"},
     "margins": {"margins", "spec"},
     "distributed": {"distributed"},
-    "backends": {"backends", "spec", "norm_stats"},
-    "ops": {"backends", "spec"},
-    "functional": {"ops", "margins", "distributed", "norm_stats", "spec"},
-    "head": {"functional", "ops", "margins", "backends"},
+    "backends": {"backends", "spec", "norms"},
+    "ops": {"backends", "norms", "spec"},
+    "checks": {"margins", "spec"},
+    "functional": {"checks", "ops", "margins", "distributed", "norms", "spec"},
+    "head": {"checks", "functional", "ops", "margins", "distributed", "norms"},
     "testing": {"margins"},
     "__init__": {"backends", "functional", "head", "margins"},
 }

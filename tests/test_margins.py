@@ -139,6 +139,8 @@ def test_unknown_options_are_refused():
         lambda: ArcFace(guard="what"),
         lambda: ArcFace(grad="what"),
         lambda: ArcFace(s=0),
+        lambda: ArcFace(m=28.6),
+        lambda: ArcFace(m=math.nan),
         lambda: AdaFace(stats="some"),
         lambda: AdaFace(t_alpha=2),
         lambda: KappaFace(features="memory"),
@@ -147,6 +149,23 @@ def test_unknown_options_are_refused():
     ):
         with pytest.raises(ValueError):
             make()
+
+
+def test_a_subclass_with_its_own_forward_is_heard():
+    """The inherited kernel form is of the parent's formula, not of this one."""
+
+    class Mine(ArcFace):
+        def forward(self, cos_y, norm, labels):
+            return cos_y - 0.1
+
+    class Renamed(ArcFace):
+        pass
+
+    assert Mine().kernel_form() is None and Renamed().kernel_form() is not None
+    case = testing.make_case("random")
+    loss = fm.margin_loss(case.x, case.weight, case.labels, Mine())
+    same = fm.margin_loss(case.x, case.weight, case.labels, CosFace(m=0.1))
+    torch.testing.assert_close(loss, same)
 
 
 # ---- AdaFace's state ----------------------------------------------------------------------------
@@ -174,6 +193,19 @@ def test_adaface_survives_tiny_batches(batch):
         assert torch.isfinite(loss)
     assert torch.isfinite(head.margin.batch_std).all()
     assert (head.margin.batch_std == 100) == (batch == 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+def test_adaface_survives_a_row_of_nan(backend):
+    """GradScaler skips the step of such a batch; the statistics must get over it too."""
+    device = device_for(backend)
+    heads = [fm.MarginHead(4, 6, AdaFace(t_alpha=0.5), backend=backend).to(device) for _ in "ab"]
+    x, y = (torch.randn(6, 4) * 20).to(device), torch.arange(6, device=device)
+    spoilt = torch.cat([x, x[:1] * torch.nan])
+    heads[0](spoilt, torch.cat([y, y[:1]]))
+    heads[1](x, y)
+    torch.testing.assert_close(heads[0].margin.batch_mean, heads[1].margin.batch_mean)
+    torch.testing.assert_close(heads[0].margin.batch_std, heads[1].margin.batch_std)
 
 
 # ---- KappaFace's state --------------------------------------------------------------------------
@@ -289,6 +321,17 @@ def test_kappaface_resumes_from_its_state_dict(features):
     for name, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
     torch.testing.assert_close(second.eval()(x, y), first.eval()(x, y))
+
+
+def test_kappaface_without_classes_says_so():
+    margin = KappaFace()
+    for call in (
+        margin.end_epoch,
+        margin.form,
+        lambda: margin.accumulate(torch.eye(2), torch.arange(2)),
+    ):
+        with pytest.raises(RuntimeError, match="bind"):
+            call()
 
 
 def test_one_kappaface_serves_one_classifier():

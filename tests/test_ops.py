@@ -27,13 +27,16 @@ def test_opcheck(backend):
     x_hat = torch.nn.functional.normalize(x)
     grad_x, grad_w = x_hat.clone().requires_grad_(), weight.clone().requires_grad_()
     ema = torch.full((1,), 20.0, device=device), torch.full((1,), 9.0, device=device)
+    strided = x.t().contiguous().t(), weight.t().contiguous().t()
     checks = {
         "row_prologue": [
+            (strided[0].clone().requires_grad_(), labels, None, None, [], backend),
             (x.clone().requires_grad_(), labels, None, None, [], backend),
             (x.clone().requires_grad_(), labels, *ema, [0.1, 1e-3, 100.0], backend),
         ],
         "row_stats": [
             (grad_x, grad_w, labels, 8.0, None, [], 0, True, "auto", backend),
+            (grad_x, strided[1].requires_grad_(), labels, 8.0, None, [], 0, True, "auto", backend),
             (x_hat, grad_w, labels, 8.0, x_hat[:, 0], [1.0, 0.3, 0.0], 3, False, "auto", backend),
         ],
         "row_topk": [(grad_x, grad_w, labels, 3, 0, "auto", backend)],
@@ -133,6 +136,30 @@ def test_row_stats_of_shards_add_up(backend):
     torch.testing.assert_close(sum(p.cos_y for p in parts), whole.cos_y)
     torch.testing.assert_close(torch.stack([p.max_neg for p in parts]).amax(0), whole.max_neg)
     assert (parts[1].lse_neg == -torch.inf).all() and (parts[1].cos_y == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_shards_add_up(backend):
+    """With ``class_start`` the own centre is found on its shard, and only there."""
+    case = tensors(backend)
+    x_hat = torch.nn.functional.normalize(case.x)
+    upstream = torch.randn(2, len(x_hat), device=x_hat.device)
+
+    def gradients(weight, start, whole_lse=None):
+        x, w = x_hat.clone().requires_grad_(), weight.clone().requires_grad_()
+        stats = ops.row_stats(
+            x, w, case.labels, 8.0, class_start=start, precision="fp32", backend=backend
+        )
+        # d lse of the whole by lse of the part is its share of the sum
+        share = 1 if whole_lse is None else (stats.lse_neg - whole_lse).exp().detach()
+        total = (stats.lse_neg * share * upstream[0] + stats.cos_y * upstream[1]).sum()
+        _, _, cos_y = ops.row_topk(x, w, case.labels, 2, start, "fp32", backend)
+        return stats.lse_neg.detach(), *torch.autograd.grad(total + cos_y.sum(), (x, w))
+
+    lse, dx, dw = gradients(case.weight, 0)
+    parts = [gradients(case.weight[a:b], a, lse) for a, b in ((0, 4), (4, 9))]
+    torch.testing.assert_close(sum(p[1] for p in parts), dx, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([p[2] for p in parts]), dw, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

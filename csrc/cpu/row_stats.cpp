@@ -158,9 +158,9 @@ struct Grid {
 
   Grid(int64_t panels, int64_t classes, int64_t lanes) : panels(panels), classes(classes) {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    // a divisor of the number of threads, so that every thread gets the same
+    // so many that at most a tenth of the threads gets nothing
     groups = std::clamp<int64_t>(divide_up(panels * lanes, kRowsPerGroup), 1, threads);
-    while (threads % groups != 0) --groups;
+    while (threads % groups * 10 > threads) --groups;
     slots = std::clamp<int64_t>(classes / kMinClasses, 1, threads / groups);
   }
 

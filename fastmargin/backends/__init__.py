@@ -16,7 +16,7 @@ from fastmargin.backends.interface import Backend
 __all__ = ["NAMES", "BackendError", "available", "get", "notes", "select"]
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 class BackendError(RuntimeError):
@@ -42,17 +42,23 @@ def available() -> dict[str, str | None]:
 
 def notes() -> dict[str, str]:
     """What is worth knowing about a backend that can run, by name."""
-    found = {name: getattr(get(name), "note", "") for name in NAMES}
+    found = {name: get(name).note for name in NAMES}
     return {name: note for name, note in found.items() if note}
 
 
 def select(
-    requested: str, device: torch.device, dtype: torch.dtype, precision: str = "auto"
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str = "auto",
+    dim: int = 1,
+    k: int = 1,
 ) -> Backend:
-    """The backend to run embeddings of this device and dtype on.
+    """The backend to run embeddings of this device, dtype and width ``dim`` on.
 
-    "auto" takes the fastest that can run. A backend asked for by name is taken or refused with
-    its reason, never replaced.
+    "auto" takes the first that can: on a CPU cpu, on a GPU triton, then reference. A backend
+    asked for by name is taken or refused with its reason, never replaced. ``k`` is how many
+    nearest centres are asked for.
 
     Raises:
         ValueError: unknown name.
@@ -60,7 +66,7 @@ def select(
     """
     if requested != "auto":
         backend = get(requested)
-        reason = _reason(backend, device, dtype, precision)
+        reason = _reason(backend, device, dtype, precision, dim, k)
         if reason:
             raise BackendError(
                 f"backend={requested!r} cannot run: {reason}. Use backend='auto' or see "
@@ -69,15 +75,19 @@ def select(
         return backend
     for name in _AUTO.get(device.type, ("reference",)):
         backend = get(name)
-        if _reason(backend, device, dtype, precision) is None:
+        if _reason(backend, device, dtype, precision, dim, k) is None:
             return backend
     raise BackendError(
-        f"no backend for {device.type} takes precision={precision!r}; use precision='auto' or 'fp32'"
+        f"no backend for {device.type} has precision={precision!r}: use 'auto' or 'fp32'"
     )
 
 
-def _reason(backend: Backend, device, dtype, precision: str) -> str | None:
+def _reason(backend: Backend, device, dtype, precision: str, dim: int, k: int) -> str | None:
     reason = backend.unavailable() or backend.refuses(device, dtype)
+    if reason is None and dim > backend.max_dim:
+        reason = f"it takes embeddings of up to {backend.max_dim} dimensions, got {dim}"
+    if reason is None and k > backend.max_k:
+        reason = f"it finds up to {backend.max_k} nearest centres, got {k}"
     if reason is None and precision not in ("auto", *backend.precisions):
         reason = f"it has no precision {precision!r}, only {backend.precisions}"
     return reason

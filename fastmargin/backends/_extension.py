@@ -6,7 +6,7 @@ import functools
 import importlib
 
 REMEDY = (
-    "Reinstall from source with a C++20 compiler and torch present: "
+    "Reinstall from source with a C++20 compiler, torch, setuptools, ninja and pybind11 present: "
     "pip install --no-build-isolation <fastmargin>"
 )
 
@@ -29,6 +29,11 @@ def reason(name: str = "_C") -> str | None:
     ``_C`` holds the CPU operators, ``_cuda`` the CUDA operators, ``_host`` the build info.
     """
     return _load(name)[1]
+
+
+def cuda_architectures() -> list[str]:
+    """What the CUDA operators are compiled for, as TORCH_CUDA_ARCH_LIST writes it."""
+    return module("_host").build_info()["cuda_architectures"]
 
 
 def module(name: str = "_C"):

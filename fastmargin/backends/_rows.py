@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmargin.backends.reference import compute_dtype
+from fastmargin.norms import compute_dtype
 from fastmargin.spec import MarginForm, NormEma
 
 

@@ -1,13 +1,14 @@
 """C++ on the CPU: passes over the class centres that hold no (B, C) matrix (``csrc/cpu``).
 
-Peak memory beyond inputs and results is a few packed copies of the batch and one block of centres
-per thread, whatever the number of classes. The environment variable ``FASTMARGIN_CPU_CAPABILITY``
+Peak memory beyond inputs and results is a few packed copies of the batch, and for every thread a
+block of centres and the partial results of the rows it works on, whatever the number of classes. The environment variable ``FASTMARGIN_CPU_CAPABILITY``
 (scalar, avx2 or avx512) chooses the instruction set, read once; by default the best there is.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
 class CpuBackend:
     name = "cpu"
     precisions = ("fp32",)
+    max_dim = max_k = math.inf
+    note = ""
 
     def unavailable(self) -> str | None:
         return _unavailable()

@@ -8,6 +8,8 @@ time.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,28 @@ def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
+    """Whether code for e.g. ["8.0", "9.0a", "10.0+PTX"] runs on a device of this capability."""
+    for architecture in architectures:
+        major, minor, special, ptx = re.fullmatch(
+            r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture
+        ).groups()
+        built = int(major), int(minor)
+        same = capability == built if special else capability[0] == built[0] and capability >= built
+        if same or (ptx and not special and capability >= built):
+            return True
+    return False
+
+
 class CudaBackend:
     name = "cuda"
     note = (
         "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward "
         "and row_topk run on Triton's"
     )
+
+    max_dim = property(lambda self: self._heavy.max_dim)
+    max_k = property(lambda self: self._heavy.max_k)
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -56,6 +74,12 @@ class CudaBackend:
             return f"it takes CUDA tensors, got {device}"
         if dtype == torch.float64:
             return "it has no float64; use backend='reference'"
+        capability = torch.cuda.get_device_capability(device)
+        if not runs_on(capability, _extension.cuda_architectures()):
+            return (
+                f"its kernels are compiled for {_extension.cuda_architectures()}, the device is "
+                f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and reinstall"
+            )
         return self._heavy.refuses(device, dtype)
 
     def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):

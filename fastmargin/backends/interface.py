@@ -22,6 +22,12 @@ class Backend(Protocol):
     name: str
     precisions: tuple[str, ...]
     """Operand types it offers besides "auto"; float64 embeddings are always computed in float64."""
+    max_dim: float
+    """Widest embedding it takes."""
+    max_k: float
+    """Most nearest centres that :meth:`row_topk` finds."""
+    note: str
+    """What a user should know about it, or empty."""
 
     def unavailable(self) -> str | None:
         """None if this backend can run in this process, else the reason it cannot."""

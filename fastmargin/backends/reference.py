@@ -8,21 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.norm_stats import advance, moments
+from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
 from fastmargin.spec import MarginForm, NormEma, RowStats
-
-NORM_FLOOR = 1e-12
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; every other float type is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / ||row|| over the last axis, keeping it; 0 for a (nearly) zero row."""
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > NORM_FLOOR, 1 / norm, torch.zeros_like(norm))
 
 
 def psi_and_slopes(cos_y: Tensor, u: Tensor, form: MarginForm) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +74,8 @@ class ReferenceBackend:
 
     name = "reference"
     precisions = ("fp32",)
+    max_dim = max_k = math.inf
+    note = ""
 
     def unavailable(self) -> str | None:
         return None
@@ -97,7 +86,7 @@ class ReferenceBackend:
     def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
         x = x.to(compute_dtype(x.dtype))
         norm = torch.linalg.vector_norm(x, dim=1)
-        x_hat = x * inverse_norm(x)
+        x_hat = (x * inverse_norm(x)).contiguous()
         if ema is None:
             return x_hat, norm, x.new_empty(0), x.new_empty(0)
         return x_hat, norm, *advance(ema, moments(norm, labels, ema)[None])

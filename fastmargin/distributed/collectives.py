@@ -11,6 +11,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors of one shape, as a new tensor; no gradient."""
+    if world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
 def gather_stacked(tensor: Tensor) -> Tensor:
     """(R, ...) the tensors of all ranks, which have one shape; no gradient."""
     ranks = world_size()

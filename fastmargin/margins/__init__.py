@@ -4,7 +4,8 @@ from fastmargin.margins.adaface import AdaFace
 from fastmargin.margins.arcface import ArcFace
 from fastmargin.margins.base import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.margins.cosface import CosFace
-from fastmargin.margins.kappaface import KappaFace, MomentumEncoder
+from fastmargin.margins.kappaface import KappaFace
+from fastmargin.margins.momentum_encoder import MomentumEncoder
 from fastmargin.margins.npt import NPT
 
 __all__ = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,8 @@ class ArcFace(SoftmaxMargin):
     ) -> None:
         super().__init__(s)
         guards.check(guard, grad)
+        if not 0 <= m <= math.pi:
+            raise ValueError(f"m is an angle in radians, in [0, pi], got {m}: math.radians() helps")
         self.m, self.guard, self.grad = m, guard, grad
         self.cos_eps, self.angle_eps = cos_eps, angle_eps
 

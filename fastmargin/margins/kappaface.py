@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ class KappaFace(SoftmaxMargin):
         class_counts: (C,) samples of each class in the data set; default: those seen.
         features: where the resultants come from. "online": the embeddings of the training steps.
             "momentum": what you pass to :meth:`accumulate`, features of a
-            :class:`MomentumEncoder`. "memory": as "momentum" with the training embeddings and
+            :class:`fastmargin.MomentumEncoder`. "memory": you pass the training embeddings and
             the samples' indices; every sample's feature is averaged with its earlier ones.
         num_samples: size of the data set; for features="memory".
         memory_momentum: weight of the new feature in the memory.
@@ -85,9 +84,11 @@ class KappaFace(SoftmaxMargin):
         self.memory_momentum = memory_momentum
         self.guard, self.grad = guard, grad
         counts = None if class_counts is None else torch.as_tensor(class_counts, dtype=torch.int64)
-        self.register_buffer("class_counts", counts)
+        self.register_buffer("class_counts", counts, persistent=False)  # a setting, not state
 
-    def bind(self, num_classes: int, embedding_size: int) -> None:
+    def bind(
+        self, num_classes: int, embedding_size: int, device: torch.device | None = None
+    ) -> None:
         if hasattr(self, "class_sums"):
             if self.class_sums.shape != (num_classes, embedding_size):
                 raise ValueError(
@@ -101,14 +102,24 @@ class KappaFace(SoftmaxMargin):
                 f"class_counts has shape {tuple(self.class_counts.shape)}, "
                 f"expected ({num_classes},)"
             )
-        self.register_buffer("class_weights", torch.ones(num_classes))
-        self.register_buffer("kappa", torch.zeros(num_classes))
-        self.register_buffer("class_sums", torch.zeros(num_classes, embedding_size))
-        self.register_buffer("class_seen", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("class_weights", torch.ones(num_classes, device=device))
+        self.register_buffer("kappa", torch.zeros(num_classes, device=device))
+        sums = torch.zeros(num_classes, embedding_size, device=device)
+        self.register_buffer("class_sums", sums)
+        seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.register_buffer("class_seen", seen)
         if self.features == "memory":
-            self.register_buffer("memory", torch.zeros(self.num_samples, embedding_size))
-            filled = torch.zeros(self.num_samples, dtype=torch.bool)
+            memory = torch.zeros(self.num_samples, embedding_size, device=device)
+            self.register_buffer("memory", memory)
+            filled = torch.zeros(self.num_samples, dtype=torch.bool, device=device)
             self.register_buffer("memory_filled", filled)
+
+    def _check_bound(self) -> None:
+        if not hasattr(self, "class_sums"):
+            raise RuntimeError(
+                "this KappaFace knows no classes yet: give it to a MarginHead, or call "
+                "bind(num_classes, embedding_size)"
+            )
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         if self.features == "online":
@@ -119,13 +130,15 @@ class KappaFace(SoftmaxMargin):
         """Adds a batch to the resultants of its classes.
 
         Args:
-            features: (B, D), normalised here. labels: (B,) global, negative rows are left out.
+            features: (B, D), normalised here.
+            labels: (B,) global; rows with a label outside [0, C) are left out.
             index: (B,) positions in the data set, each at most once; for features="memory".
         """
+        self._check_bound()
         if (self.features == "memory") != (index is not None):
             raise ValueError("index goes with features='memory', and is needed there")
         unit = nn.functional.normalize(features.detach().to(self.class_sums.dtype))
-        valid = labels >= 0
+        valid = (labels >= 0) & (labels < self.class_seen.numel())
         if index is not None:
             mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
             fresh = nn.functional.normalize(mixed)
@@ -142,17 +155,20 @@ class KappaFace(SoftmaxMargin):
     def end_epoch(self) -> None:
         """New class weights from the resultants since the last call, which start again at zero.
 
+        Every process calls it: in a head, resultants are added up over all of them.
+
         Raises:
             RuntimeError: nothing was accumulated.
         """
-        seen = self.class_seen
+        self._check_bound()
+        seen = self.sum_over_processes(self.class_seen)
         if not bool((seen > 0).any()):
             raise RuntimeError(
                 "KappaFace.end_epoch: no feature was seen since the last call. Train first"
                 + ("" if self.features == "online" else " and call accumulate() for every batch")
             )
-        sums = self.class_sums.double()
-        length = torch.linalg.vector_norm(sums, dim=1) / seen.clamp_min(1)
+        sums = self.sum_over_processes(self.class_sums)
+        length = torch.linalg.vector_norm(sums, dim=1, dtype=torch.float64) / seen.clamp_min(1)
         # 1 - r^2 of one image, or of copies of it, is rounding noise of the fp32 sums
         noise = 64 * torch.finfo(self.class_sums.dtype).eps
         finite = (seen >= 2) & (1 - length**2 > noise)
@@ -166,7 +182,7 @@ class KappaFace(SoftmaxMargin):
         z = torch.where(std > 0, (kappa - mean) / std, 0)
         by_kappa = 1 - torch.sigmoid(self.temperature * z)
         counts = seen if self.class_counts is None else self.class_counts
-        span = IMBALANCE_SPAN * counts.max()
+        span = IMBALANCE_SPAN * counts.max().clamp_min(1)
         by_count = (torch.cos(math.pi * counts.double() / span) + 1) / 2
         weights = self.gamma * by_kappa + (1 - self.gamma) * by_count
 
@@ -177,10 +193,13 @@ class KappaFace(SoftmaxMargin):
         self.class_seen.zero_()
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        weights = self.class_weights.to(cos_y.dtype)[labels.clamp_min(0)]
-        return guards.add_angle(cos_y, self.m * weights, self.guard, self.grad)
+        self._check_bound()
+        known = labels.clamp(0, self.class_weights.numel() - 1)
+        angle = self.m * self.class_weights.to(cos_y.dtype)[known]
+        return guards.add_angle(cos_y, angle, self.guard, self.grad)
 
     def form(self) -> MarginForm:
+        self._check_bound()
         return MarginForm(
             self.s,
             m2_u=self.m,
@@ -195,32 +214,3 @@ class KappaFace(SoftmaxMargin):
             f"m={self.m}, s={self.s}, temperature={self.temperature}, gamma={self.gamma}, "
             f"features={self.features!r}"
         )
-
-
-class MomentumEncoder(nn.Module):
-    """A backbone's slowly following copy, whose features go to :meth:`KappaFace.accumulate`.
-
-    After :meth:`update` its parameters are ``momentum * own + (1 - momentum) * backbone's``.
-    Buffers (batch-norm statistics) are copied; the authors' code leaves them at their
-    initial values. Always in ``eval()`` mode and without gradient.
-    """
-
-    def __init__(self, backbone: nn.Module, momentum: float = 0.9) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.encoder = deepcopy(backbone).requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> MomentumEncoder:
-        return super().train(False)
-
-    @torch.no_grad()
-    def update(self, backbone: nn.Module) -> None:
-        """Follows the backbone; call it after the optimiser's step."""
-        for own, new in zip(self.encoder.parameters(), backbone.parameters(), strict=True):
-            own.lerp_(new.to(own), 1 - self.momentum)
-        for own, new in zip(self.encoder.buffers(), backbone.buffers(), strict=True):
-            own.copy_(new)
-
-    @torch.no_grad()
-    def forward(self, *inputs):
-        return self.encoder(*inputs)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmargin.backends.reference import compute_dtype
+from fastmargin.norms import compute_dtype
 from fastmargin.spec import MarginForm, NormEma
 
 HERE = Path(__file__).parent

@@ -21,15 +21,13 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _tf32_allowed() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 class TritonBackend:
     """Fused passes over the class centres; see the files of this package, one per kernel."""
 
     name = "triton"
     precisions = ("fp32", "tf32", "bf16", "fp16")
+    max_dim, max_k = 1024, 16  # what the tiles and registers hold
+    note = ""
 
     def unavailable(self) -> str | None:
         try:
@@ -63,7 +61,6 @@ class TritonBackend:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from fastmargin.backends.triton.row_prologue import row_prologue
 
-        _check_width(x.shape[1])
         return row_prologue(x, labels.contiguous(), ema)
 
     def row_stats(
@@ -82,7 +79,6 @@ class TritonBackend:
         from fastmargin.backends.triton.stats_finish import stats_finish
         from fastmargin.backends.triton.stats_forward import stats_forward
 
-        _check_width(weight.shape[1])
         b, c = x_hat.shape[0], weight.shape[0]
         if b == 0 or c == 0:
             none = x_hat.new_full((b,), -math.inf)
@@ -120,7 +116,6 @@ class TritonBackend:
     ) -> Tensor:
         from fastmargin.backends.triton.centre_pass import centre_pass
 
-        _check_width(weight.shape[1])
         if x_hat.shape[0] == 0 or weight.shape[0] == 0:
             return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
@@ -147,12 +142,8 @@ class TritonBackend:
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from fastmargin.backends.triton.centre_norms import centre_norms
-        from fastmargin.backends.triton.configs import MAX_K
         from fastmargin.backends.triton.topk import topk
 
-        _check_width(weight.shape[1])
-        if not 1 <= k <= MAX_K:
-            raise _refusal(f"row_topk takes k from 1 to {MAX_K}, got {k}")
         b = x_hat.shape[0]
         if b == 0 or weight.shape[0] == 0:
             index = torch.full((b, k), -1, dtype=torch.int64, device=x_hat.device)
@@ -173,26 +164,13 @@ class TritonBackend:
         )
 
 
-def _refusal(reason: str) -> Exception:
-    from fastmargin.backends import BackendError
-
-    return BackendError(f"backend='triton' cannot run: {reason}. Use backend='reference'")
-
-
-def _check_width(d: int) -> None:
-    from fastmargin.backends.triton.configs import MAX_D
-
-    if d > MAX_D:
-        raise _refusal(f"its tiles hold embeddings of up to {MAX_D} columns, got {d}")
-
-
 def _operands(
     precision: str, x_hat: Tensor, weight: Tensor, labels: Tensor, hard: HardRule | None
 ) -> tuple[str, Tensor, Tensor, HardRule | None]:
     """Precision without "auto", and the per-row tensors as the kernels take them."""
     from fastmargin.backends.triton.configs import resolve_precision
 
-    precision = resolve_precision(precision, weight.dtype, _tf32_allowed(), _interpreted())
+    precision = resolve_precision(precision, _interpreted())
     if hard is not None:
         threshold = hard.threshold.to(torch.float32).contiguous()
         hard = HardRule(threshold, hard.a, hard.b, hard.d)

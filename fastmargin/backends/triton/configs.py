@@ -12,8 +12,6 @@ from torch import Tensor
 
 from fastmargin.spec import HardRule
 
-MAX_D = 1024
-MAX_K = 16
 STREAM_TYPES = {"fp32": tl.float32, "tf32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 OPERAND_DTYPES = {
     "fp32": torch.float32,
@@ -96,9 +94,7 @@ def slope_power(hard: HardRule | None) -> float:
     return 2.0 ** math.ceil(math.log2(max(1.0, 2 * abs(hard.a) + abs(hard.b))))
 
 
-def resolve_precision(
-    requested: str, weight_dtype: torch.dtype, tf32_allowed: bool, interpreted: bool
-) -> str:
+def resolve_precision(requested: str, interpreted: bool) -> str:
     """What "auto" means.
 
     Unit vectors are bounded, so fp16 has three more useful bits than bf16 at the same speed. It
@@ -106,11 +102,7 @@ def resolve_precision(
     """
     if requested != "auto":
         return requested
-    if interpreted:
-        return "fp32"
-    if weight_dtype in (torch.float16, torch.bfloat16):
-        return "fp16"
-    return "tf32" if tf32_allowed else "fp32"
+    return "fp32" if interpreted else "fp16"
 
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -1,4 +1,4 @@
-"""Running statistics of embedding norms: moments that can be merged, and the step of the EMA."""
+"""Norms: the type they are computed in, their inverse, and running statistics that merge."""
 
 from __future__ import annotations
 
@@ -7,12 +7,29 @@ from torch import Tensor
 
 from fastmargin.spec import NormEma
 
+NORM_FLOOR = 1e-12
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; every other float type is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_norm(rows: Tensor) -> Tensor:
+    """1 / ||row|| over the last axis, keeping it; 0 for a (nearly) zero row."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.where(norm > NORM_FLOOR, 1 / norm, torch.zeros_like(norm))
+
 
 def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:
-    """(3,): count, mean and sum of squared deviations of the clipped norms with label >= 0."""
-    valid = labels >= 0
+    """(3,): count, mean and sum of squared deviations of the clipped norms with label >= 0.
+
+    Norms of NaN are left out: one would stay in the running statistics for good.
+    """
+    norm = norm.detach()
+    valid = (labels >= 0) & ~norm.isnan()
     n = valid.sum().to(norm.dtype)
-    clipped = norm.detach().clamp(ema.low, ema.high)
+    clipped = norm.clamp(ema.low, ema.high)
     mean = torch.where(valid, clipped, 0).sum() / n.clamp_min(1)
     deviation = torch.where(valid, (clipped - mean) ** 2, 0).sum()
     return torch.stack([n, mean, deviation])

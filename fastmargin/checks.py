@@ -1,0 +1,95 @@
+"""What the public functions say to bad input: the argument, and the remedy. Nothing is changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.margins import Margin
+from fastmargin.spec import PRECISIONS
+
+
+def check_inputs(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin,
+    precision: str,
+    validate: bool | None,
+) -> Tensor:
+    """Raises what :func:`margin_loss` says; returns the labels as (B,) int64."""
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
+    check_embeddings(embeddings, weight)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}: use torch.tensor")
+    for name, state in margin.named_buffers():
+        if state.device != weight.device:
+            raise ValueError(
+                f"the margin's {name} is on {state.device}, weight on {weight.device}: "
+                "call margin.to(weight.device)"
+            )
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}: use labels.long()")
+    batch = embeddings.shape[0]
+    if labels.shape not in ((batch,), (batch, 1)):
+        raise ValueError(
+            f"labels must have shape ({batch},) or ({batch}, 1) as embeddings have {batch} rows, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != embeddings.device:
+        raise ValueError(
+            f"labels are on {labels.device}, embeddings on {embeddings.device}: move one of them"
+        )
+    labels = labels.reshape(-1).long()
+    if not torch.compiler.is_compiling():
+        if validate or (validate is None and labels.device.type == "cpu"):
+            _check_label_range(labels, weight.shape[0])
+        if validate and not bool(torch.isfinite(embeddings).all()):
+            row = int((~torch.isfinite(embeddings)).any(1).nonzero()[0])
+            raise ValueError(
+                f"embeddings hold NaN or infinity, first in row {row}: look at the backbone, its "
+                "learning rate, or fp16 overflow"
+            )
+    return labels
+
+
+def check_embeddings(embeddings: Tensor, weight: Tensor) -> None:
+    """Raises TypeError or ValueError unless embeddings (B, D) fit the centres (C, D)."""
+    for name, tensor in (("embeddings", embeddings), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+    if embeddings.shape[0] == 0:
+        raise ValueError("embeddings are an empty batch: skip the step, or drop the last batch")
+    if embeddings.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"embeddings have {embeddings.shape[1]} dimensions, weight (class centres) has "
+            f"{weight.shape[1]}: both must be the embedding size"
+        )
+    if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}: float64 goes only "
+            "with float64"
+        )
+    if embeddings.device != weight.device:
+        raise ValueError(
+            f"embeddings are on {embeddings.device}, weight on {weight.device}: move one of them"
+        )
+
+
+def _check_label_range(labels: Tensor, num_classes: int) -> None:
+    low, high = (int(v) for v in labels.aminmax())
+    if low < -1 or high >= num_classes:
+        wrong = low if low < -1 else high
+        hint = f"is the number of classes {num_classes} right?"
+        if wrong == -100:
+            hint = "rows to ignore are -1 here, not F.cross_entropy's -100"
+        raise ValueError(
+            f"labels must be in [-1, {num_classes}) (-1: ignore the row), found {wrong}: {hint}"
+        )
