@@ -82,5 +82,16 @@ def test_no_dangling_links(page):
             assert (text.parent / target).exists(), f"{text.name} points to {target}"
 
 
-def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+def test_readme_quotes_the_measurement():
+    """The table of the README is the committed result, rounded."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "cpu_head.json").read_text())
+    seconds, memory = result["seconds_median"], result["peak_extra_bytes"]
+    rows = (
+        f"{seconds['plain']:.2f} s | {seconds['fused']:.2f} s | {result['time_ratio_median']:.2f} ",
+        f"{memory['plain'] / 1e6:.0f} MB | {memory['fused'] / 1e6:.2f} MB | "
+        f"{result['memory_ratio']:.3f} ",
+    )
+    readme = (ROOT / "README.md").read_text()
+    for row in rows:
+        assert row in readme, row
+    assert len(readme.splitlines()) <= 150

@@ -1,8 +1,9 @@
 """C++ on the CPU: passes over the class centres that hold no (B, C) matrix (``csrc/cpu``).
 
 Peak memory beyond inputs and results is a few packed copies of the batch, and for every thread a
-block of centres and the partial results of the rows it works on, whatever the number of classes. The environment variable ``FASTMARGIN_CPU_CAPABILITY``
-(scalar, avx2 or avx512) chooses the instruction set, read once; by default the best there is.
+block of centres and the partial results of the rows it works on, whatever the number of classes.
+The environment variable ``FASTMARGIN_CPU_CAPABILITY`` (scalar, avx2 or avx512) chooses the
+instruction set, read once; by default the best there is.
 """
 
 from __future__ import annotations
