@@ -140,12 +140,12 @@ def row_prologue(
 
 _STATS_ARGS = (
     "Tensor x_hat, Tensor weight, Tensor labels, float scale, Tensor? hard_threshold,"
-    " float[] hard_params, int class_start"
+    " Tensor? hard_coefficients, float hard_bound, int class_start"
 )
 
 
-def _hard(threshold: Tensor | None, params: list[float]) -> HardRule | None:
-    return None if threshold is None else HardRule(threshold, *params)
+def _hard(threshold, coefficients, bound: float) -> HardRule | None:
+    return None if threshold is None else HardRule(threshold, coefficients, bound)
 
 
 @_op(
@@ -159,7 +159,8 @@ def _row_stats(
     labels,
     scale,
     hard_threshold,
-    hard_params,
+    hard_coefficients,
+    hard_bound,
     class_start,
     want_pull,
     precision,
@@ -170,7 +171,7 @@ def _row_stats(
         weight,
         labels,
         scale,
-        _hard(hard_threshold, hard_params),
+        _hard(hard_threshold, hard_coefficients, hard_bound),
         class_start,
         want_pull,
         precision,
@@ -179,7 +180,7 @@ def _row_stats(
 
 
 @_row_stats.register_fake
-def _(x_hat, weight, labels, scale, hard_threshold, hard_params, class_start, want_pull, *_):
+def _(x_hat, weight, labels, scale, threshold, coefficients, bound, class_start, want_pull, *_):
     rows = x_hat.shape[:1]
     pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
     return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull
@@ -198,7 +199,8 @@ def _row_stats_backward(
     labels,
     scale,
     hard_threshold,
-    hard_params,
+    hard_coefficients,
+    hard_bound,
     class_start,
     lse_neg,
     precision,
@@ -212,7 +214,7 @@ def _row_stats_backward(
         labels,
         lse_neg,
         scale,
-        _hard(hard_threshold, hard_params),
+        _hard(hard_threshold, hard_coefficients, hard_bound),
         class_start,
         precision,
     )
@@ -239,19 +241,19 @@ def _(d_lse, d_cos, pull, *_):
 
 
 def _row_stats_setup(ctx, inputs, output):
-    x_hat, weight, labels, scale, threshold, params, class_start, want_pull = inputs[:8]
+    x_hat, weight, labels, scale, threshold, coefficients, bound, class_start = inputs[:8]
     lse_neg, _, max_neg, pull = output
-    ctx.save_for_backward(x_hat, weight, labels, threshold, lse_neg, pull)
+    ctx.save_for_backward(x_hat, weight, labels, threshold, coefficients, lse_neg, pull)
     ctx.mark_non_differentiable(max_neg, pull)
     ctx.set_materialize_grads(False)
-    ctx.rest = scale, params, class_start, *inputs[8:]
-    ctx.has_pull = want_pull
+    ctx.rest = scale, bound, class_start, *inputs[9:]
+    ctx.has_pull = inputs[8]
 
 
 def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
-    x_hat, weight, labels, threshold, lse_neg, pull = ctx.saved_tensors
-    scale, params, class_start, precision, backend = ctx.rest
-    rest = (None,) * 8
+    x_hat, weight, labels, threshold, coefficients, lse_neg, pull = ctx.saved_tensors
+    scale, bound, class_start, precision, backend = ctx.rest
+    rest = (None,) * 9
     if d_lse is None and d_cos is None:
         return None, None, *rest
     zero = torch.zeros_like(lse_neg)
@@ -271,7 +273,8 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
             labels,
             scale,
             threshold,
-            params,
+            coefficients,
+            bound,
             class_start,
             lse_neg,
             precision,
@@ -307,8 +310,9 @@ def row_stats(
 
     Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
     """
-    threshold = None if hard is None else hard.threshold
-    params = [] if hard is None else [float(hard.a), float(hard.b), float(hard.d)]
+    rule = (None, None, 1.0)
+    if hard is not None:
+        rule = hard.threshold, hard.coefficients, float(hard.bound)
     want_pull = torch.is_grad_enabled() and x_hat.requires_grad
     return RowStats(
         *_row_stats(
@@ -316,8 +320,7 @@ def row_stats(
             weight,
             labels,
             float(scale),
-            threshold,
-            params,
+            *rule,
             class_start,
             want_pull,
             precision,

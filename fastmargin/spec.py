@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 GUARDS = ("none", "clip", "mm", "mmm", "easy")
@@ -24,20 +25,25 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class HardRule:
-    """Rewrites negatives: where ``c_ij > threshold_i`` the logit is ``s * (a*c**2 + b*c + d)``.
+    """Rewrites negatives: where ``c_ij > threshold_i`` the logit is ``s * f(c)``, quadratic.
 
-    CurricularFace is ``(1, t, 0)``, MV-Softmax ``(0, w, w - 1)``, insightface's inter-class
-    filter ``(0, 0, 0)``. ``threshold`` is (B,) and carries no gradient.
+    ``f(c) = a*c**2 + b*c + d``: CurricularFace is ``(1, t, 0)``, MV-Softmax ``(0, w, w - 1)``,
+    insightface's inter-class filter ``(0, 0, 0)``. Nothing here carries a gradient.
+
+    threshold: (B,). coefficients: (3,) float32 or float64, ``a, b, d``, on the same device: one
+    that is a running value is never read back. bound: at least the largest ``|f(c)|`` for c in
+    [-1, 1], and at least 1; known on the host, it chooses the form of the sums.
     """
 
     threshold: Tensor
-    a: float
-    b: float
-    d: float
+    coefficients: Tensor
+    bound: float
 
-    def bound(self) -> float:
-        """Largest \\|f(c)\\| over c in [-1, 1]."""
-        return max(1.0, abs(self.a) + abs(self.b) + abs(self.d))
+    @staticmethod
+    def of(threshold: Tensor, a: float, b: float, d: float) -> HardRule:
+        """A rule of three fixed numbers."""
+        coefficients = torch.stack([threshold.new_full((), value) for value in (a, b, d)])
+        return HardRule(threshold, coefficients, max(1.0, abs(a) + abs(b) + abs(d)))
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def hard_rule(name: str, rows: int) -> HardRule | None:
         return None
     threshold, *parameters = RULES[name]
     spread = torch.linspace(-0.2, 0.2, rows, dtype=torch.float64).float().double()
-    return HardRule(threshold + spread, *parameters)
+    return HardRule.of(threshold + spread, *parameters)
 
 
 def run(backend, x_hat, weight, labels, start, scale, hard):

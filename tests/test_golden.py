@@ -36,9 +36,14 @@ class Curricular(SoftmaxMargin):
         self.register_buffer("t", torch.as_tensor(t).reshape(1))
 
     def hard(self, cos_y):
-        self.t.copy_(self.alpha * cos_y.mean() + (1 - self.alpha) * self.t)
+        self.next_t = self.alpha * cos_y.mean() + (1 - self.alpha) * self.t
         m = torch.full_like(cos_y, self.m)
-        return HardRule(add_angle(cos_y, m, "none", "exact"), 1.0, float(self.t), 0.0)
+        one, zero = torch.ones_like(self.t), torch.zeros_like(self.t)
+        coefficients = torch.cat([one, self.next_t, zero])
+        return HardRule(add_angle(cos_y, m, "none", "exact"), coefficients, bound=2.0)
+
+    def observe(self, x_hat, labels):
+        self.t.copy_(self.next_t)
 
     def forward(self, cos_y, norm, labels):
         return add_angle(cos_y, torch.full_like(cos_y, self.m), "mm", "exact")
@@ -58,7 +63,7 @@ class Filtered(SoftmaxMargin):
     def hard(self, cos_y):
         if self.threshold == 0:
             return None
-        return HardRule(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)
+        return HardRule.of(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)
 
 
 class Mag(SoftmaxMargin):

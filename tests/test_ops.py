@@ -35,16 +35,28 @@ def test_opcheck(backend):
             (x.clone().requires_grad_(), labels, *ema, [0.1, 1e-3, 100.0], backend),
         ],
         "row_stats": [
-            (grad_x, grad_w, labels, 8.0, None, [], 0, True, "auto", backend),
-            (grad_x, strided[1].requires_grad_(), labels, 8.0, None, [], 0, True, "auto", backend),
-            (x_hat, grad_w, labels, 8.0, x_hat[:, 0], [1.0, 0.3, 0.0], 3, False, "auto", backend),
+            (grad_x, grad_w, labels, 8.0, None, None, 1.0, 0, True, "auto", backend),
+            (
+                grad_x,
+                strided[1].requires_grad_(),
+                labels,
+                8.0,
+                None,
+                None,
+                1.0,
+                0,
+                True,
+                "auto",
+                backend,
+            ),
+            (x_hat, grad_w, labels, 8.0, x_hat[:, 0], x_hat[0, :3], 3.0, 3, False, "auto", backend),
         ],
         "row_topk": [(grad_x, grad_w, labels, 3, 0, "auto", backend)],
     }
     lse = torch.rand(n, device=device)
     cos = (torch.rand(n, device=device) * 2 - 1).requires_grad_()
     checks["row_stats_backward"] = [
-        (lse, lse, x_hat, weight, labels, 8.0, None, [], 0, lse + 5, "auto", backend)
+        (lse, lse, x_hat, weight, labels, 8.0, None, None, 1.0, 0, lse + 5, "auto", backend)
     ]
     form = MarginForm(8.0, m2_u=0.5, source="class", guard="mm", table=torch.rand(9, device=device))
     norm = (torch.rand(n, device=device) + 5).requires_grad_()
@@ -72,7 +84,7 @@ def test_gradcheck_of_every_op(backend):
         return s.lse_neg, s.cos_y
 
     def hard_stats(x_hat, weight):
-        return stats(x_hat, weight, HardRule(torch.full((6,), 0.1).double(), 1.0, 0.3, 0.05))
+        return stats(x_hat, weight, HardRule.of(torch.full((6,), 0.1).double(), 1.0, 0.3, 0.05))
 
     def topk(x_hat, weight):
         top, _, cos_y = ops.row_topk(x_hat, weight, labels, 3, backend=backend)
@@ -173,9 +185,9 @@ def test_bounded_and_unbounded_logits(backend, scale):
     x_hat[0] = torch.nn.functional.normalize(case.weight)[3]
     x_hat[1] = -x_hat[0]
     threshold = torch.full((len(x_hat),), 0.1, dtype=torch.double)
-    for hard in (None, HardRule(threshold, 1.0, 0.9, 0.0)):
+    for hard in (None, HardRule.of(threshold, 1.0, 0.9, 0.0)):
         truth = ops.row_stats(x_hat, case.weight, case.labels, scale, hard, backend="reference")
-        low = None if hard is None else HardRule(threshold.float().to(device), 1.0, 0.9, 0.0)
+        low = None if hard is None else HardRule.of(threshold.float().to(device), 1.0, 0.9, 0.0)
         ours = ops.row_stats(
             x_hat.float().to(device),
             case.weight.float().to(device),
@@ -202,7 +214,7 @@ def test_hard_rule_gradients(backend):
     def gradients(case, name, threshold, upstream):
         x = torch.nn.functional.normalize(case.x).requires_grad_()
         w = case.weight.clone().requires_grad_()
-        rule = HardRule(threshold, 0.5, 0.9, 0.1)
+        rule = HardRule.of(threshold, 0.5, 0.9, 0.1)
         precision = "auto" if case.x.dtype == torch.float64 else "fp32"
         stats = ops.row_stats(x, w, case.labels, 20.0, rule, precision=precision, backend=name)
         return torch.autograd.grad((stats.lse_neg * upstream).sum(), (x, w))

@@ -53,7 +53,7 @@ def test_cpu_passes_are_the_reference(shape, seed, k, class_start, rule):
     device_for("cpu")
     case = testing.make_case("random", *shape, seed=seed)
     x_hat = torch.nn.functional.normalize(case.x)
-    hard = None if rule is None else HardRule(case.x[:, 0] * 0.1, *rule)
+    hard = None if rule is None else HardRule.of(case.x[:, 0] * 0.1, *rule)
 
     def passes(backend):
         stats = ops.row_stats(

@@ -64,7 +64,7 @@ class Problem:
         threshold = 0.1 + 0.2 * torch.rand(len(self.labels), generator=g)
         if self.rule == "continuous":
             threshold = torch.full_like(threshold, 0.2)
-        return HardRule(threshold.to(self.labels.device, dtype), *RULES[self.rule])
+        return HardRule.of(threshold.to(self.labels.device, dtype), *RULES[self.rule])
 
 
 def problem(regime="random", batch=20, classes=70, dim=24, dtype=torch.float32, **changes):
@@ -555,8 +555,8 @@ def test_precision_and_shift_are_pure_choices():
     assert not needs_shift(64.0, 10, full, "fp16", False)
     assert needs_shift(64.0, 10, torch.bfloat16, "bf16", True)
     threshold = torch.zeros(1)
-    assert slope_power(None) == 1 and slope_power(HardRule(threshold, 1.0, 0.3, 0.0)) == 4
-    assert slope_power(HardRule(threshold, 0.0, 0.0, 0.0)) == 1
+    assert slope_power(None) == 1 and slope_power(HardRule.of(threshold, 1.0, 0.3, 0.0)) == 8
+    assert slope_power(HardRule.of(threshold, 0.0, 0.0, 0.0)) == 4
 
 
 def test_every_choice_of_a_tile_is_one_that_triton_takes():

@@ -32,12 +32,16 @@ def get(name: str) -> Backend:
 
 
 def available() -> dict[str, str | None]:
-    """For each backend None if it can run in this process, else the reason it cannot.
+    """For each backend None if it can run in this process, else why not, and what else to know.
 
     ``cuda`` runs its own kernels for the per-row work (``row_prologue``, ``margin_rows``) and
     Triton's for the passes over the class centres; :func:`notes` says so at run time.
     """
-    return {name: get(name).unavailable() for name in NAMES}
+    reasons = {}
+    for backend in map(get, NAMES):
+        reason = backend.unavailable()
+        reasons[backend.name] = f"{reason} ({backend.note})" if reason and backend.note else reason
+    return reasons
 
 
 def notes() -> dict[str, str]:

@@ -33,7 +33,7 @@ def _unavailable() -> str | None:
 def _hard(hard: HardRule | None, dtype: torch.dtype):
     if hard is None:
         return None, 0.0, 0.0, 0.0
-    return hard.threshold.to(dtype).contiguous(), float(hard.a), float(hard.b), float(hard.d)
+    return hard.threshold.to(dtype).contiguous(), *hard.coefficients.tolist()
 
 
 class CpuBackend:

@@ -102,8 +102,9 @@ class ReferenceBackend:
         f, slope = cos, torch.ones_like(cos)
         if hard is not None:
             harder = cos > hard.threshold.to(cos.dtype)[:, None]
-            f = torch.where(harder, hard.a * cos**2 + hard.b * cos + hard.d, cos)
-            slope = torch.where(harder, 2 * hard.a * cos + hard.b, slope)
+            a, b, d = hard.coefficients.to(cos.dtype)
+            f = torch.where(harder, a * cos**2 + b * cos + d, cos)
+            slope = torch.where(harder, 2 * a * cos + b, slope)
         return w_hat, cos, negative, f, slope
 
     def row_stats(

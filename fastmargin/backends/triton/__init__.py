@@ -85,7 +85,7 @@ class TritonBackend:
             pull = x_hat.new_zeros(x_hat.shape if want_pull else (0, x_hat.shape[1]))
             return RowStats(none, x_hat.new_zeros(b), none.clone(), pull)
         precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
-        bound = scale * (1.0 if hard is None else hard.bound())
+        bound = scale * (1.0 if hard is None else hard.bound)
         online = needs_shift(bound, c, weight.dtype, precision, want_pull)
         partials = stats_forward(
             _cast(x_hat, precision),
@@ -173,7 +173,7 @@ def _operands(
     precision = resolve_precision(precision, _interpreted())
     if hard is not None:
         threshold = hard.threshold.to(torch.float32).contiguous()
-        hard = HardRule(threshold, hard.a, hard.b, hard.d)
+        hard = HardRule(threshold, hard.coefficients.to(torch.float32), hard.bound)
     return precision, x_hat.contiguous(), labels.contiguous(), hard
 
 

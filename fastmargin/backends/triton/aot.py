@@ -48,10 +48,10 @@ WIDTHS = (128, 192, 256, 512, 1024)
 
 _POINTERS = {
     **dict.fromkeys(("p_label", "p_key", "p_index"), "*i64"),
-    **dict.fromkeys(("p_threshold", "p_shift", "p_pull", "p_partial"), "*fp32"),
+    **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
 }
 _FLOATS = (
-    *("scale", "hard_a", "hard_b", "hard_d", "slope_unit", "slope_limit", "alpha", "low", "high"),
+    *("scale", "slope_unit", "slope_limit", "alpha", "low", "high"),
     *("m2", "m3", "m2_u", "m3_u", "cos_limit", "angle_eps", "angle_top", "cos_angle_eps", "h"),
     "eps",
 )
@@ -147,7 +147,7 @@ def _passes(
         return choose(kernel, d, precision, raw, packed, arch)
 
     for hard in (True, False) if every else (True,):
-        rule = {} if hard else {"p_threshold": None}
+        rule = {} if hard else {"p_threshold": None, "p_rule": None}
         suffix = " hard" if hard else ""
         for pull, online in itertools.product((True, False), (True, False)):
             if not online and needs_shift(64.0, 1000, dtype, precision, pull):

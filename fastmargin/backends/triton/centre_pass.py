@@ -59,6 +59,7 @@ def centre_pass_kernel(
     p_label,  # (B,) int64
     p_lse,  # (B,) lse_neg
     p_threshold,  # (B,) hard rule, if HAS_HARD
+    p_rule,  # (3,) its coefficients
     p_dw,  # (C, D) contiguous, out
     B,
     C,
@@ -66,9 +67,6 @@ def centre_pass_kernel(
     stride_wc,
     stride_wd,
     scale,
-    hard_a,
-    hard_b,
-    hard_d,
     slope_limit,
     PACKED: tl.constexpr,
     D: tl.constexpr,
@@ -158,7 +156,7 @@ def centre_pass_kernel(
         b_f = b_cos
         if HAS_HARD:
             b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
-            b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], hard_a, hard_b, hard_d)
+            b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
         b_z = scale2 * b_f - b_lse2[None, :]
         # rounding may put a cosine on the other side of a hard threshold than the forward pass did
         b_z = tl.minimum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -232,7 +230,6 @@ def centre_pass(
     tile = choose("centre_pass", d, precision, raw, packed, chip(weight.device).arch)
     fixed = constants(d, precision, packed, raw, tile, hard is not None)
     grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
-    rule = (0.0, 0.0, 0.0) if hard is None else (float(hard.a), float(hard.b), float(hard.d))
     with on_device(weight):
         centre_pass_kernel[grid](
             d_lse,
@@ -242,6 +239,7 @@ def centre_pass(
             labels,
             lse_neg,
             None if hard is None else hard.threshold,
+            None if hard is None else hard.coefficients,
             d_weight,
             x.shape[0],
             c,
@@ -249,7 +247,6 @@ def centre_pass(
             weight.stride(0),
             weight.stride(1),
             float(scale),
-            *rule,
             slope_power(hard),
             **fixed,
         )

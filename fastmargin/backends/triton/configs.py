@@ -88,10 +88,8 @@ def needs_shift(
 
 
 def slope_power(hard: HardRule | None) -> float:
-    """Power of two at least as large as any ``|f'(c)|``."""
-    if hard is None:
-        return 1.0
-    return 2.0 ** math.ceil(math.log2(max(1.0, 2 * abs(hard.a) + abs(hard.b))))
+    """Power of two at least as large as any ``|f'(c)|``: 4 bound, for a quadratic (Markov)."""
+    return 1.0 if hard is None else 2.0 ** math.ceil(math.log2(4 * hard.bound))
 
 
 def resolve_precision(requested: str, interpreted: bool) -> str:

@@ -50,6 +50,7 @@ def stats_forward_kernel(
     p_inverse,  # (C,) 1 / ||w||
     p_label,  # (B,) int64
     p_threshold,  # (B,) hard rule, if HAS_HARD
+    p_rule,  # (3,) its coefficients
     p_sum,  # (splits, B) out: sum of exponentials, relative to 2**shift
     p_shift,  # (splits, B) out, if ONLINE
     p_max,  # (splits, B) out: largest negative cosine
@@ -61,9 +62,6 @@ def stats_forward_kernel(
     stride_wd,
     tiles_per_split,
     scale,
-    hard_a,
-    hard_b,
-    hard_d,
     slope_unit,
     PACKED: tl.constexpr,
     D: tl.constexpr,
@@ -156,7 +154,7 @@ def stats_forward_kernel(
         b_max = tl.maximum(b_max, tl.max(tl.where(m_negative, b_cos, float("-inf")), 1))
         b_f = b_cos
         if HAS_HARD:
-            b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], hard_a, hard_b, hard_d)
+            b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
         b_z = tl.where(m_negative, scale2 * b_f, float("-inf"))
         if ONLINE:
             b_reach = b_z
@@ -283,7 +281,6 @@ def stats_forward(
         online,
         hard is not None,
     )
-    rule = (0.0, 0.0, 0.0) if hard is None else (float(hard.a), float(hard.b), float(hard.d))
     with on_device(x):
         stats_forward_kernel[(row_programs, splits)](
             x,
@@ -291,6 +288,7 @@ def stats_forward(
             inverse,
             labels,
             None if hard is None else hard.threshold,
+            None if hard is None else hard.coefficients,
             sums,
             shifts,
             maxima,
@@ -302,7 +300,6 @@ def stats_forward(
             weight.stride(1),
             per_split,
             float(scale),
-            *rule,
             1 / slope_power(hard),
             **fixed,
         )

@@ -155,8 +155,11 @@ def local_column(b_label, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def hard_rule(b_cos, b_threshold, a, b, d):
+def hard_rule(b_cos, b_threshold, p_rule):
     """``f(c)`` and ``f'(c)`` of :class:`fastmargin.spec.HardRule`."""
+    a = tl.load(p_rule)
+    b = tl.load(p_rule + 1)
+    d = tl.load(p_rule + 2)
     m_hard = b_cos > b_threshold
     b_value = tl.where(m_hard, (a * b_cos + b) * b_cos + d, b_cos)
     b_slope = tl.where(m_hard, 2 * a * b_cos + b, 1.0)
