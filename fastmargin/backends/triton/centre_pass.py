@@ -34,6 +34,7 @@ from fastmargin.backends.triton.tile import (
     local_column,
     matmul,
     row_pointer,
+    streamed_cosines,
 )
 from fastmargin.spec import HardRule
 
@@ -121,28 +122,29 @@ def centre_pass_kernel(
         o_b = first + tl.arange(0, BLOCK_B)
         m_b = o_b < B
         p_xb = p_x + first * D
-        b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
         if WHOLE:
             b_x = load_rows(p_xb, m_b, D, 1, 0, D, BLOCK_B, BLOCK_K, True)
+            b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
             b_cos = matmul(b_w, tl.trans(b_x), b_cos, PRECISION)
         else:
-            for k in range(0, D, BLOCK_K):
-                b_xk = load_rows(p_xb, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
-                b_wk = centre_rows(
-                    p_wc,
-                    m_c,
-                    b_inverse,
-                    stride_wc,
-                    stride_wd,
-                    k,
-                    D,
-                    BLOCK_C,
-                    BLOCK_K,
-                    PACKED,
-                    OPERAND,
-                    RAW,
-                )
-                b_cos = matmul(b_wk, tl.trans(b_xk), b_cos, PRECISION)
+            b_cos = streamed_cosines(
+                p_xb,
+                m_b,
+                p_wc,
+                m_c,
+                b_inverse,
+                stride_wc,
+                stride_wd,
+                D,
+                BLOCK_B,
+                BLOCK_C,
+                BLOCK_K,
+                PACKED,
+                OPERAND,
+                RAW,
+                PRECISION,
+                True,
+            )
         if RAW:
             b_cos *= b_inverse[:, None]
 

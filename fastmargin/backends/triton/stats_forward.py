@@ -39,6 +39,7 @@ from fastmargin.backends.triton.tile import (
     local_column,
     matmul,
     row_pointer,
+    streamed_cosines,
 )
 from fastmargin.spec import HardRule
 
@@ -111,7 +112,6 @@ def stats_forward_kernel(
         p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
         b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
 
-        b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
         if WHOLE:
             b_w = centre_rows(
                 p_wc,
@@ -127,25 +127,27 @@ def stats_forward_kernel(
                 OPERAND,
                 RAW,
             )
+            b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
             b_cos = matmul(b_x, tl.trans(b_w), b_cos, PRECISION)
         else:
-            for k in range(0, D, BLOCK_K):
-                b_xk = load_rows(p_xb, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
-                b_wk = centre_rows(
-                    p_wc,
-                    m_c,
-                    b_inverse,
-                    stride_wc,
-                    stride_wd,
-                    k,
-                    D,
-                    BLOCK_C,
-                    BLOCK_K,
-                    PACKED,
-                    OPERAND,
-                    RAW,
-                )
-                b_cos = matmul(b_xk, tl.trans(b_wk), b_cos, PRECISION)
+            b_cos = streamed_cosines(
+                p_xb,
+                m_b,
+                p_wc,
+                m_c,
+                b_inverse,
+                stride_wc,
+                stride_wd,
+                D,
+                BLOCK_B,
+                BLOCK_C,
+                BLOCK_K,
+                PACKED,
+                OPERAND,
+                RAW,
+                PRECISION,
+                False,
+            )
         if RAW:
             b_cos *= b_inverse[None, :]
 

@@ -147,6 +147,56 @@ def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def streamed_cosines(
+    p_x,
+    m_b,
+    p_w,
+    m_c,
+    b_inverse,
+    stride_wc,
+    stride_wd,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CLASSES_FIRST: tl.constexpr,
+):
+    """Products of a tile of unit rows and a tile of centres, BLOCK_K columns of D at a time.
+
+    (BLOCK_B, BLOCK_C), or (BLOCK_C, BLOCK_B) if CLASSES_FIRST. RAW centres are not yet scaled.
+    """
+    if CLASSES_FIRST:
+        b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
+    else:
+        b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    for k in range(0, D, BLOCK_K):
+        b_x = load_rows(p_x, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
+        b_w = centre_rows(
+            p_w,
+            m_c,
+            b_inverse,
+            stride_wc,
+            stride_wd,
+            k,
+            D,
+            BLOCK_C,
+            BLOCK_K,
+            PACKED,
+            OPERAND,
+            RAW,
+        )
+        if CLASSES_FIRST:
+            b_cos = matmul(b_w, tl.trans(b_x), b_cos, PRECISION)
+        else:
+            b_cos = matmul(b_x, tl.trans(b_w), b_cos, PRECISION)
+    return b_cos
+
+
+@triton.jit
 def local_column(b_label, start, BLOCK: tl.constexpr):
     """Where the label lies in the tile that begins at class ``start``; -1 if outside. int32."""
     b_column = b_label - start

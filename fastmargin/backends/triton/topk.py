@@ -25,11 +25,9 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.tile import (
-    centre_rows,
-    load_rows,
     local_column,
-    matmul,
     row_pointer,
+    streamed_cosines,
     target_cosine,
 )
 
@@ -99,24 +97,24 @@ def topk_scan_kernel(
         m_c = o_c < C
         p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
         b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
-        b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-        for k in range(0, D, BLOCK_K):
-            b_xk = load_rows(p_xb, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
-            b_wk = centre_rows(
-                p_wc,
-                m_c,
-                b_inverse,
-                stride_wc,
-                stride_wd,
-                k,
-                D,
-                BLOCK_C,
-                BLOCK_K,
-                PACKED,
-                OPERAND,
-                RAW,
-            )
-            b_cos = matmul(b_xk, tl.trans(b_wk), b_cos, PRECISION)
+        b_cos = streamed_cosines(
+            p_xb,
+            m_b,
+            p_wc,
+            m_c,
+            b_inverse,
+            stride_wc,
+            stride_wd,
+            D,
+            BLOCK_B,
+            BLOCK_C,
+            BLOCK_K,
+            PACKED,
+            OPERAND,
+            RAW,
+            PRECISION,
+            False,
+        )
         if RAW:
             b_cos *= b_inverse[None, :]
 
