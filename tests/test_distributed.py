@@ -62,3 +62,39 @@ def test_adaface_statistics_over_uneven_ranks(stats, tmp_path):
         mean, std = results[rank]
         assert mean == pytest.approx(0.75 * counted.mean().item() + 0.25 * 20, rel=1e-5)
         assert std == pytest.approx(0.75 * counted.std().item() + 0.25 * 100, rel=1e-5)
+
+
+def ddp_rank(rank, ranks, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4), torch.arange(12) % 5
+    model = WithHead()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    mine = slice(0, 6) if rank == 0 else slice(6, 12)
+    wrapped(x[mine], y[mine]).backward()
+    results[rank] = [p.grad.tolist() for p in model.parameters()]
+    dist.destroy_process_group()
+
+
+class WithHead(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.backbone = torch.nn.Linear(4, 4)
+        self.head = fm.MarginHead(4, 5, fm.ArcFace(s=8))
+
+    def forward(self, x, y):
+        return self.head(self.backbone(x), y)
+
+
+def test_head_inside_ddp(tmp_path):
+    """All classes on every rank: DDP averages the gradients, which is the gradient of the whole."""
+    results = mp.Manager().dict()
+    mp.spawn(ddp_rank, (2, tmp_path / "store", results), nprocs=2)
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 4), torch.arange(12) % 5
+    model = WithHead()
+    model(x, y).backward()
+    for rank in range(2):
+        for parameter, gradient in zip(model.parameters(), results[rank], strict=True):
+            torch.testing.assert_close(torch.tensor(gradient), parameter.grad)

@@ -283,6 +283,25 @@ def test_compiled_equals_eager(backend, name):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_inductor_equals_eager(backend):
+    """Through code generation, with an embedding of odd strides."""
+    torch._dynamo.reset()
+    case = tensors(backend)
+    x = case.x.t().contiguous().t().requires_grad_()
+    weight = case.weight.requires_grad_()
+
+    def loss(x, weight, labels):
+        return fm.margin_loss(x, weight, labels, fm.ArcFace(), backend=backend)
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        value = function(x, weight, case.labels)
+        results.append((value, *torch.autograd.grad(value, (x, weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_the_centres_alone(backend):
     case = tensors(backend)
