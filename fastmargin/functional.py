@@ -110,7 +110,7 @@ def loss_rows(
     else:
         rows = _nearest_rows(*negatives, norm, labels, margin)
     loss = rows.loss
-    penalty = margin.penalty(norm)
+    penalty = margin.penalty(_safe(norm, rows.valid))
     if penalty is not None:
         loss = loss + torch.where(rows.valid, penalty, 0)
     # a label out of range that was not checked: seen at once, at no synchronisation
@@ -149,12 +149,17 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
             stats.cos_y, stats.lse_neg, norm, labels, form, backend=backend
         )
     else:
-        psi = margin(stats.cos_y, norm, labels)
+        psi = margin(stats.cos_y, _safe(norm, valid), labels)
         # not softplus, which drops what is below exp(-20)
         loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
         loss = torch.where(valid, loss, 0)
         applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
     return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
+
+
+def _safe(norm: Tensor, valid: Tensor) -> Tensor:
+    """1 for ignored rows: a slope that is infinite at their norm of 0 would give 0 * inf."""
+    return torch.where(valid, norm, 1)
 
 
 def _nearest_rows(nearest, cos_y, norm, labels, margin: NearestMargin) -> LossRows:
