@@ -168,6 +168,29 @@ def test_a_subclass_with_its_own_forward_is_heard():
     torch.testing.assert_close(loss, same)
 
 
+def test_learnable_margin_gets_nothing_from_ignored_rows():
+    """Not 0 * inf either, where its formula is singular at the norm 0 that such rows have here."""
+
+    class Learnable(fm.SoftmaxMargin):
+        def __init__(self):
+            super().__init__(s=8.0)
+            self.m = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.double))
+
+        def forward(self, cos_y, norm, labels):
+            return cos_y - self.m / norm
+
+        def penalty(self, norm):
+            return self.m * norm.log()
+
+    gradients = []
+    case = testing.make_case("some_ignored")
+    for rows in (slice(None), case.labels >= 0):
+        margin = Learnable()
+        fm.margin_loss(case.x[rows], case.weight, case.labels[rows], margin).backward()
+        gradients.append(margin.m.grad)
+    torch.testing.assert_close(*gradients)
+
+
 # ---- AdaFace's state ----------------------------------------------------------------------------
 
 
