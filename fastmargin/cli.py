@@ -31,7 +31,41 @@ class Device(str, Enum):
 @app.callback()
 def fastmargin() -> None:
     """Margin-softmax heads for PyTorch."""
-    # A callback keeps "demo" a subcommand while it is the only one.
+
+
+@app.command()
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option(
+            "--kernels",
+            help="Compile the Triton kernels for sm_80, sm_90 and sm_100 (no GPU needed; minutes) "
+            "and list registers, stack and shared memory.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Say what can run here and why the rest cannot, and test it against float64.
+
+    Ends with status 1 if a backend gives wrong results or a kernel does not fit its chip.
+    """
+    from rich.console import Console
+
+    from fastmargin.doctor import examine, print_report
+
+    try:
+        with Console(stderr=True).status("compiling kernels" if kernels else "testing"):
+            report = examine(kernels)
+    except RuntimeError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        print_report(Console(), report)
+    raise typer.Exit(0 if report["healthy"] else 1)
 
 
 @app.command()

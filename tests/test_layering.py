@@ -23,7 +23,7 @@ ALLOWED = {
     "testing": {"margins"},
     "__init__": {"backends", "functional", "head", "margins"},
 }
-TOP = {"cli", "demo", "build_info"}  # may import anything; nothing below imports them
+TOP = {"cli", "demo", "doctor", "build_info"}  # may import anything; nothing below imports them
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed",),
