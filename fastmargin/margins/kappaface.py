@@ -33,7 +33,7 @@ class KappaFace(SoftmaxMargin):
     number of samples, ``w_n = (cos(pi * n / (1.05 * max n)) + 1) / 2``: scattered and small
     classes get the larger margin. Until then ``w = 1``.
 
-    Different from the authors' code (chingyuan/KappaFace), on purpose:
+    Different from the authors' code (Leminhbinh0209/KappaFace), on purpose:
 
     - kappa divides by the samples *seen*, so duplicated or dropped ones do not bias it;
     - a class seen once, or whose images are all alike, has no finite kappa. It takes the largest

@@ -11,8 +11,8 @@ from fastmargin.margins.base import NearestMargin
 class NPT(NearestMargin):
     """``2*r * sum_k max(0, c_k - cos_y + delta)`` over the ``top_k`` nearest negative centres.
 
-    Nearest-proxy triplet loss (Khalid et al. 2021; arXiv 2103.03503), with the meaning that the
-    authors' code gives the parameters: in the paper's symbols ``r`` is r^2 and ``delta`` is
+    NPT-Loss (Khalid et al. 2021; arXiv 2103.03503), with the meaning that the authors' code
+    (cerebrai/npt-loss) gives the parameters: in the paper's symbols ``r`` is r^2 and ``delta`` is
     Delta / (2 r^2).
 
     Args:
