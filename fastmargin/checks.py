@@ -16,11 +16,13 @@ def check_inputs(
     margin: Margin,
     precision: str,
     validate: bool | None,
+    num_classes: int,
+    allow_empty: bool = False,
 ) -> Tensor:
     """Raises what :func:`margin_loss` says; returns the labels as (B,) int64."""
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
-    check_embeddings(embeddings, weight)
+    check_embeddings(embeddings, weight, allow_empty)
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}: use torch.tensor")
     for name, state in margin.named_buffers():
@@ -29,8 +31,7 @@ def check_inputs(
                 f"the margin's {name} is on {state.device}, weight on {weight.device}: "
                 "call margin.to(weight.device)"
             )
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    check_choice("precision", precision, PRECISIONS)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}: use labels.long()")
     batch = embeddings.shape[0]
@@ -46,7 +47,7 @@ def check_inputs(
     labels = labels.reshape(-1).long()
     if not torch.compiler.is_compiling():
         if validate or (validate is None and labels.device.type == "cpu"):
-            _check_label_range(labels, weight.shape[0])
+            _check_label_range(labels, num_classes)
         if validate and not bool(torch.isfinite(embeddings).all()):
             row = int((~torch.isfinite(embeddings)).any(1).nonzero()[0])
             raise ValueError(
@@ -56,7 +57,13 @@ def check_inputs(
     return labels
 
 
-def check_embeddings(embeddings: Tensor, weight: Tensor) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value of the argument ``name`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_embeddings(embeddings: Tensor, weight: Tensor, allow_empty: bool = False) -> None:
     """Raises TypeError or ValueError unless embeddings (B, D) fit the centres (C, D)."""
     for name, tensor in (("embeddings", embeddings), ("weight", weight)):
         if not isinstance(tensor, Tensor):
@@ -65,7 +72,7 @@ def check_embeddings(embeddings: Tensor, weight: Tensor) -> None:
             raise TypeError(f"{name} must be a float tensor, got {tensor.dtype}")
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
-    if embeddings.shape[0] == 0:
+    if embeddings.shape[0] == 0 and not allow_empty:
         raise ValueError("embeddings are an empty batch: skip the step, or drop the last batch")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -84,6 +91,8 @@ def check_embeddings(embeddings: Tensor, weight: Tensor) -> None:
 
 
 def _check_label_range(labels: Tensor, num_classes: int) -> None:
+    if labels.numel() == 0:
+        return
     low, high = (int(v) for v in labels.aminmax())
     if low < -1 or high >= num_classes:
         wrong = low if low < -1 else high

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from fastmargin import ops
-from fastmargin.checks import check_inputs
+from fastmargin import deferred, ops, sharded
+from fastmargin.checks import check_choice, check_inputs
+from fastmargin.columns import Columns, merge
 from fastmargin.distributed import collectives
+from fastmargin.distributed.shard import ClassShard
 from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.norms import advance, moments
-from fastmargin.spec import RowStats
+from fastmargin.sampling import ClassSampler
+from fastmargin.sharded import Batch, Pass
+from fastmargin.spec import NormEma, RowStats
 
 REDUCTIONS = ("mean", "sum", "none")
+GRAD_REDUCES = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which classes the weight holds and which of them take part in a step; by default all.
+
+    shard: a :class:`fastmargin.distributed.shard.ClassShard`, where the weight is this process's
+    part of the classes. sampler: draws those that take part. The others are as in
+    :class:`fastmargin.MarginHead`.
+    """
+
+    shard: ClassShard | None = None
+    sampler: ClassSampler | None = None
+    sparse_grad: bool = False
+    corrected: bool = False
+    grad_reduce: str = "mean"
+    batch_size: int | None = None
+
+    @property
+    def grad_factor(self) -> int:
+        """What makes a mean over the processes the sum that is the gradient."""
+        if self.shard is None or self.grad_reduce == "sum":
+            return 1
+        return self.shard.ranks * self.shard.copies
+
+
+ALL = Classes()
 
 
 @dataclass(frozen=True)
 class LossRows:
     """The loss of every row and what it was made of, each (B,); rows with label < 0 cost 0.
 
-    ``margin`` is ``cos_y - psi`` in cosine units; zero for losses on the nearest negatives.
+    ``margin`` is ``cos_y - psi`` in cosine units; zero for losses on the nearest negatives. With
+    sharded classes the rows are those of all shards, alike on each, and ``batch`` and ``shard``
+    say which are this process's.
     """
 
     loss: Tensor
@@ -30,6 +65,12 @@ class LossRows:
     max_neg: Tensor
     norm: Tensor
     margin: Tensor
+    batch: Batch | None = None
+    shard: ClassShard | None = None
+
+    def detached(self) -> LossRows:
+        """The same without gradient."""
+        return replace(self, **{f.name: getattr(self, f.name).detach() for f in fields(self)[:6]})
 
 
 def margin_loss(
@@ -41,6 +82,7 @@ def margin_loss(
     backend: str = "auto",
     precision: str = "auto",
     validate: bool | None = None,
+    grad_reduce: str = "mean",
 ) -> Tensor:
     """Margin loss of a batch against all class centres, without the (B, C) logits in memory.
 
@@ -49,7 +91,9 @@ def margin_loss(
 
     Args:
         embeddings: (B, D) raw, float16, bfloat16, float32 or float64; B >= 1.
-        weight: (C, D) raw class centres, any strides.
+        weight: (C, D) raw class centres, any strides. A DTensor placed ``[Shard(0)]`` or
+            ``[Replicate(), Shard(0)]`` is a classifier shared out among processes, see
+            :class:`fastmargin.MarginHead`; every process then passes its own rows.
         labels: (B,) or (B, 1) int64 or int32 in [-1, C); -1 is a row to ignore.
         margin: e.g. ``fm.ArcFace()``; its running state advances in training mode.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (B,).
@@ -60,6 +104,7 @@ def margin_loss(
         validate: check that labels are in range and embeddings finite. Default: the labels, where
             that costs no synchronisation (on CPU). On a GPU an unchecked label >= C makes the
             loss NaN.
+        grad_reduce: with sharded classes, as :class:`fastmargin.MarginHead`.
 
     Returns:
         Scalar, or (B,) for "none"; float32 (float64 for float64 embeddings).
@@ -68,9 +113,14 @@ def margin_loss(
         TypeError, ValueError: an argument is not as above. Nothing has changed then.
         fm.backends.BackendError: the backend asked for cannot run.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    rows = loss_rows(embeddings, weight, labels, margin, backend, precision, validate)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
+    classes = Classes(grad_reduce=grad_reduce)
+    if hasattr(weight, "placements"):
+        shard = ClassShard.of_dtensor(weight)
+        margin.processes = sharded.Processes(shard)
+        classes, weight = replace(classes, shard=shard), weight.to_local()
+    rows = loss_rows(embeddings, weight, labels, margin, backend, precision, validate, classes)
     return reduce(rows, reduction)
 
 
@@ -82,63 +132,172 @@ def loss_rows(
     backend: str = "auto",
     precision: str = "auto",
     validate: bool | None = None,
+    classes: Classes = ALL,
 ) -> LossRows:
     """:func:`margin_loss` before the reduction."""
-    labels = check_inputs(embeddings, weight, labels, margin, precision, validate)
-    margin.bind(*weight.shape, device=weight.device)
+    shard = classes.shard
+    start, count = (0, weight.shape[0]) if shard is None else (shard.start, shard.num_classes)
+    with _announced(shard, weight, classes.batch_size):
+        labels = check_inputs(
+            embeddings, weight, labels, margin, precision, validate, count, shard is not None
+        )
+        margin.bind(count, weight.shape[1], weight.device, (start, start + weight.shape[0]))
     # an ignored row may hold anything, NaN too: as zeros it takes part in nothing
-    embeddings = torch.where((labels >= 0)[:, None], embeddings, 0)
+    x = torch.where((labels >= 0)[:, None], embeddings, 0)
+    y, batch = labels, None
+    if shard is not None:
+        batch = sharded.gather(x, labels, shard, classes.batch_size)
+        x, y = batch.x, batch.labels
+    parts = _columns(y, classes, margin.training, start, backend)
+    for part in parts:
+        deferred.settle(weight, part.index)
+
     ema = margin.norm_ema() if margin.training else None
-    shared = ema is not None and margin.stats == "global" and collectives.world_size() > 1
-    x_hat, norm, mean, std = ops.row_prologue(
-        embeddings, labels, None if shared else ema, backend=backend
-    )
+    peers = collectives.world() if shard is None else shard.replicas
+    whole = ema is not None and peers is None and (shard is None or margin.stats == "global")
+    x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
+    task = Pass(parts, precision, backend, classes.sparse_grad, shard, batch, classes.grad_factor)
     softmax = isinstance(margin, SoftmaxMargin)
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
-    negatives = pass_over_centres(x_hat, weight, labels, margin, backend, precision)
+    negatives, norm = pass_over_centres(embeddings, weight, x_hat, norm, y, margin, task)
 
     # state changes after the passes that can still fail, and before the margin that uses it
-    if shared:
-        mean, std = advance(ema, collectives.gather_stacked(moments(norm, labels, ema)))
+    states = None
     if ema is not None:
-        margin.set_norm_ema(mean, std)
+        states = [(mean, std)] if whole else _statistics(norm, y, ema, margin.stats, peers, batch)
+        margin.set_norm_ema(*states[0])
     if margin.training:
-        margin.observe(x_hat.detach(), labels)
+        margin.observe(x_hat.detach(), y)
 
-    if softmax:
-        rows = _softmax_rows(negatives, norm, labels, margin, backend)
+    if not softmax:
+        rows = _nearest_rows(*negatives, norm, y, margin)
+    elif states is None or len(states) == 1:
+        rows = _softmax_rows(negatives, norm, y, margin, backend)
     else:
-        rows = _nearest_rows(*negatives, norm, labels, margin)
+        rows = _rows_by_process(negatives, norm, y, margin, backend, batch, states)
     loss = rows.loss
     penalty = margin.penalty(_safe(norm, rows.valid))
     if penalty is not None:
         loss = loss + torch.where(rows.valid, penalty, 0)
     # a label out of range that was not checked: seen at once, at no synchronisation
-    return replace(rows, loss=torch.where(labels < weight.shape[0], loss, torch.nan))
+    loss = torch.where(y < count, loss, torch.nan)
+    return replace(rows, loss=loss, batch=batch, shard=shard)
 
 
 def reduce(rows: LossRows, reduction: str) -> Tensor:
-    """Mean over the valid rows (0 without one), sum, or the rows themselves."""
+    """Mean over the valid rows (0 without one), sum, or the rows themselves.
+
+    With sharded classes, mean and sum are over the rows of all processes and alike on each.
+    """
     if reduction == "none":
-        return rows.loss
-    total = rows.loss.sum()
-    return total if reduction == "sum" else total / rows.valid.sum().clamp_min(1)
+        return rows.loss if rows.batch is None else sharded.own_rows(rows.loss, rows.batch, rows.shard)
+    total, valid = rows.loss.sum(), rows.valid.sum()
+    if rows.shard is not None:
+        total, valid = sharded.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
+    return total if reduction == "sum" else total / valid.clamp_min(1)
 
 
-def _all_negatives(x_hat, weight, labels, margin: SoftmaxMargin, backend, precision) -> RowStats:
+def _announced(shard: ClassShard | None, weight: Tensor, batch_size: int | None):
+    if shard is None:
+        return contextlib.nullcontext()
+    return sharded.announced(shard, weight.device, batch_size)
+
+
+def _columns(
+    labels: Tensor, classes: Classes, training: bool, start: int, backend: str
+) -> list[Columns]:
+    """The centres that take part: all of them, or in training those that the sampler draws."""
+    sampler = classes.sampler
+    if sampler is None or not training:
+        return [Columns(labels, start)]
+    if classes.shard is None or classes.shard.replicas is None:
+        sample = sampler.draw(labels, backend)
+    else:  # replicas hold the same centres, so they draw the same ones, for the rows of all
+        sample = sampler.draw(sharded.labels_of_all(labels, classes.shard), backend)
+        own = sample.column.view(classes.shard.copies, -1)[classes.shard.copy]
+        sample = replace(sample, column=own)
+    return Columns.of(sample, sampler.log_weight(sample) if classes.corrected else None)
+
+
+def _statistics(
+    norm: Tensor, labels: Tensor, ema: NormEma, stats: str, peers, batch: Batch | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Norm statistics after this batch, the first to be kept.
+
+    "global": of the rows of all processes. "local": of each process's rows, for its own rows; one
+    entry per process where the batch is gathered. What is kept is then the first process's, as
+    DDP makes it of the official head's buffers.
+    """
+    if stats == "global":
+        parts = moments(norm, labels, ema)
+        return [advance(ema, collectives.gather_stacked(parts, peers))]
+    if batch is None:
+        return [advance(ema, moments(norm, labels, ema)[None])]
+    blocks = zip(batch.blocks(norm), batch.blocks(labels), strict=True)
+    parts = torch.stack([moments(*block, ema) for block in blocks])
+    kept = collectives.gather_stacked(parts[0], peers)[0]
+    return [advance(ema, part[None]) for part in (kept, *parts)]
+
+
+def _rows_by_process(
+    stats: RowStats, norm, labels, margin: SoftmaxMargin, backend: str, batch: Batch, states
+) -> LossRows:
+    """Rows of each process with its own norm statistics; the first state is the one to keep."""
+    kept, *states = states
+    tensors = (stats.lse_neg, stats.cos_y, stats.max_neg, norm, labels)
+    found = []
+    for state, block in zip(states, zip(*map(batch.blocks, tensors), strict=True), strict=True):
+        margin.set_norm_ema(*state)
+        part = RowStats(*block[:3], stats.pull)
+        found.append(_softmax_rows(part, *block[3:], margin, backend))
+    margin.set_norm_ema(*kept)
+    names = [f.name for f in fields(LossRows)[:6]]
+    return LossRows(*(torch.cat([getattr(rows, name) for rows in found]) for name in names))
+
+
+def _all_negatives(
+    embeddings, weight, x_hat, norm, labels, margin: SoftmaxMargin, task: Pass
+) -> tuple[RowStats, Tensor]:
     hard = None
     if type(margin).hard is not SoftmaxMargin.hard:
-        hard = margin.hard(ops.target_cosine(x_hat, weight, labels))
-    return ops.row_stats(
-        x_hat, weight, labels, margin.s, hard, precision=precision, backend=backend
-    )
+        first = task.columns[0]
+        cos_y = ops.target_cosine(
+            x_hat, weight, first.labels, first.class_start, index=first.index
+        )
+        if task.shard is not None:
+            cos_y = collectives.sum_all(cos_y, task.shard.group)
+        hard = margin.hard(cos_y, labels)
+    if task.shard is not None:
+        return sharded.row_stats(embeddings, weight, x_hat, norm, margin.s, hard, task)
+    found = [
+        ops.row_stats(
+            x_hat,
+            weight,
+            column.labels,
+            margin.s,
+            hard,
+            sparse_grad=task.sparse_grad,
+            **task.options(column),
+        )
+        for column in task.columns
+    ]
+    return merge(found, task.columns), norm
 
 
-def _nearest_negatives(x_hat, weight, labels, margin: NearestMargin, backend, precision):
+def _nearest_negatives(embeddings, weight, x_hat, norm, labels, margin: NearestMargin, task: Pass):
+    if task.shard is not None:
+        *found, norm = sharded.row_topk(embeddings, weight, x_hat, norm, margin.top_k, task)
+        return found, norm
+    (column,) = task.columns
     nearest, _, cos_y = ops.row_topk(
-        x_hat, weight, labels, margin.top_k, precision=precision, backend=backend
+        x_hat,
+        weight,
+        column.labels,
+        margin.top_k,
+        sparse_grad=task.sparse_grad,
+        **task.options(column),
     )
-    return nearest, cos_y
+    return (nearest, cos_y), norm
 
 
 def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend) -> LossRows:

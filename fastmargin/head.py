@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmargin import checks, functional, ops
-from fastmargin.distributed import collectives
-from fastmargin.functional import LossRows
-from fastmargin.margins import Margin
+from fastmargin import checks, class_set, deferred, functional, ops, sharded
+from fastmargin.distributed.shard import ClassShard
+from fastmargin.functional import Classes, LossRows
+from fastmargin.margins import Margin, NearestMargin
 from fastmargin.norms import inverse_norm
+from fastmargin.sampling import ClassSampler
 
-INIT_STD = 0.01
 KERNEL_TOPK = 16
 PREDICT_CHUNK = 1 << 14
 
@@ -25,6 +27,8 @@ def _plain(method):
     @functools.wraps(method)
     def run(self, embeddings, *args, **kwargs):
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            checks.check_embeddings(embeddings, self.weight, self.shard is not None)
+            deferred.settle(self.weight)
             return method(self, embeddings, *args, **kwargs)
 
     return run
@@ -41,22 +45,50 @@ class MarginHead(nn.Module):
     """Class centres (C, D) under a margin loss; returns the loss.
 
     Equivalent to a cosine classifier, the margin and cross-entropy, without the (B, C) logits.
-    It takes raw embeddings of any float type, and autocast leaves it alone. In several processes
-    it may be wrapped in DDP, with the backbone or by itself; margins that sum over an epoch
-    (KappaFace) then need ``broadcast_buffers=False``, since DDP would overwrite their sums.
+    It takes raw embeddings of any float type, and autocast leaves it alone.
+
+    In several processes, either every process holds all classes (``group=None``) and the head may
+    be wrapped in DDP, with the backbone or by itself; margins that sum over an epoch (KappaFace)
+    then need ``broadcast_buffers=False``, since DDP would overwrite their sums. Or the processes
+    share out the classes (``group=...``): the head stays outside DDP and FSDP, every process calls
+    it in every step with its own rows, and the loss is the mean over the rows of all, the same
+    number on each.
 
     Args:
         embedding_size: D.
-        num_classes: C.
+        num_classes: C, over all processes.
         margin: e.g. ``fm.AdaFace()``.
-        sample_rate: must be 1.0, all classes in every step; sampling is not there yet.
-        group: must be None, all classes here; sharding is not there yet.
+        sample_rate: share of this process's classes that take part in a training step, in (0, 1]:
+            the positives of the batch, and negatives drawn without replacement to make up
+            ``int(sample_rate * classes here)``. More positives than that all take part. 1.0 is
+            the full softmax, as is ``eval()``.
+        group: None, or who shares out the classes: a ProcessGroup
+            (``torch.distributed.group.WORLD``) or a DeviceMesh; in a mesh of two dimensions the
+            last one shares out the classes, and the first one repeats them for other rows.
         backend, precision, validate: as :func:`fastmargin.margin_loss`.
         device: where the centres are made.
+        num_sampled: number of classes per shard to take part, instead of ``sample_rate``.
+        sparse_grad: ``weight.grad`` is a sparse COO tensor of the rows that took part, for
+            :mod:`fastmargin.optim`; a dense (C, D) gradient is never built.
+        correct_sampling: weigh sampled negatives by how many they stand for,
+            log((C - P) / (k - P)) added to their logits with P positives and k sampled classes, so
+            that the sum over the classes is that of the full softmax on average.
+        grad_reduce: how the backbone's gradients are combined over the processes: "mean" (DDP and
+            FSDP; embeddings get the gradient times the number of processes, as in insightface),
+            or "sum". Matters with ``group`` only.
+        batch_size: the most rows that any process has in a step. With ``group``, spares the
+            exchange of the numbers of rows before each step, for which the host waits.
+        seed: of the sampling.
 
     Attributes:
-        weight: parameter (C, D), drawn from N(0, 0.01^2) as insightface does.
+        weight: parameter (C_local, D), this process's rows of the (C, D), split as
+            ``torch.chunk`` splits; drawn from N(0, 0.01^2) as insightface does, the same for any
+            number of processes.
         margin: the margin module; its state is part of ``state_dict``.
+        shard: which classes are here; None for all.
+
+    ``state_dict`` of a shared-out head holds DTensors, which ``torch.distributed.checkpoint``
+    splits anew for any number of processes; see :mod:`fastmargin.checkpoint`.
     """
 
     def __init__(
@@ -70,6 +102,13 @@ class MarginHead(nn.Module):
         precision: str = "auto",
         validate: bool | None = None,
         device: torch.device | str | None = None,
+        *,
+        num_sampled: int | None = None,
+        sparse_grad: bool = False,
+        correct_sampling: bool = False,
+        grad_reduce: str = "mean",
+        batch_size: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if embedding_size < 1 or num_classes < 1:
@@ -79,29 +118,66 @@ class MarginHead(nn.Module):
             )
         if not isinstance(margin, Margin):
             raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
-        if sample_rate != 1.0:
-            raise NotImplementedError(
-                f"sample_rate={sample_rate}: sampling of negative classes is not there yet; use 1.0"
+        if not 0 < sample_rate <= 1:
+            raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
+        if num_sampled is not None and (num_sampled < 1 or sample_rate != 1.0):
+            raise ValueError(
+                "num_sampled must be at least 1 and replaces sample_rate, got "
+                f"num_sampled={num_sampled} and sample_rate={sample_rate}"
             )
-        if group is not None:
-            raise NotImplementedError("group: sharding of the classes is not there yet; use None")
+        if correct_sampling and isinstance(margin, NearestMargin):
+            raise ValueError(
+                "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        checks.check_choice("grad_reduce", grad_reduce, functional.GRAD_REDUCES)
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.backend, self.precision, self.validate = backend, precision, validate
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device))
-        self.margin = margin.to(self.weight.device)
-        margin.bind(num_classes, embedding_size, device=self.weight.device)
-        margin.sum_over_processes = collectives.all_reduce_sum
+        self.sample_rate, self.num_sampled, self.seed = sample_rate, num_sampled, seed
+        self.sparse_grad, self.correct_sampling = sparse_grad, correct_sampling
+        self.grad_reduce, self.batch_size = grad_reduce, batch_size
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.shard = None if group is None else ClassShard.of(num_classes, group, device.type)
+        self.margin = margin.to(device)
+        margin.processes = sharded.Processes(self.shard)
+        self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device))
+        self._bind()
         self._rows: LossRows | None = None
+        self.register_state_dict_pre_hook(_settle)
+        self.register_state_dict_post_hook(_share_out)
+        self.register_load_state_dict_pre_hook(_take_own)
         self.reset_parameters()
 
+    def _range(self) -> tuple[int, int]:
+        """First and one past the last class that is here."""
+        return (0, self.num_classes) if self.shard is None else (self.shard.start, self.shard.stop)
+
+    def _local_shape(self) -> tuple[int, int]:
+        start, stop = self._range()
+        return stop - start, self.embedding_size
+
+    def _bind(self) -> None:
+        """Tells the margin and the sampler which classes are here."""
+        device, (start, stop) = self.weight.device, self._range()
+        self.margin.bind(self.num_classes, self.embedding_size, device, (start, stop))
+        self.sampler = None
+        if self.sample_rate < 1 or self.num_sampled is not None:
+            count = self.num_sampled or max(1, int(self.sample_rate * (stop - start)))
+            place = 0 if self.shard is None else self.shard.rank
+            self.sampler = ClassSampler(stop - start, count, self.seed, place, start, device)
+
     def reset_parameters(self) -> None:
-        """Draws the centres anew."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        """Draws the centres anew; with ``group`` every process calls it."""
+        class_set.draw_centres_(self.weight, self._range()[0], self.shard)
 
     def forward(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """Loss of raw embeddings (B, D) with labels (B,); see :func:`fastmargin.margin_loss`."""
-        if reduction not in functional.REDUCTIONS:
-            raise ValueError(f"reduction must be one of {functional.REDUCTIONS}, got {reduction!r}")
+        """Loss of raw embeddings (B, D) with labels (B,); see :func:`fastmargin.margin_loss`.
+
+        With ``group``, "mean" and "sum" are over the rows of all processes and "none" gives those
+        of this one; what every process makes of its rows is then added up.
+        """
+        checks.check_choice("reduction", reduction, functional.REDUCTIONS)
         rows = functional.loss_rows(
             embeddings,
             self.weight,
@@ -110,8 +186,16 @@ class MarginHead(nn.Module):
             self.backend,
             self.precision,
             self.validate,
+            Classes(
+                self.shard,
+                self.sampler,
+                self.sparse_grad,
+                self.correct_sampling,
+                self.grad_reduce,
+                self.batch_size,
+            ),
         )
-        self._rows = LossRows(**{name: part.detach() for name, part in vars(rows).items()})
+        self._rows = rows.detached()
         return functional.reduce(rows, reduction)
 
     @property
@@ -143,31 +227,49 @@ class MarginHead(nn.Module):
 
     @_plain
     def logits(self, embeddings: Tensor) -> Tensor:
-        """(B, C) ``s * cos`` without margin. This is the tensor the loss avoids; see predict."""
-        checks.check_embeddings(embeddings, self.weight)
-        x_hat = embeddings.to(self.weight.dtype)
+        """(B, C) ``s * cos`` without margin. This is the tensor the loss avoids; see predict.
+
+        With ``group`` every process calls it, and gets its rows against all classes.
+        """
+        batch = self._gathered(embeddings)
+        x_hat = batch.x.to(self.weight.dtype)
         x_hat = x_hat * inverse_norm(x_hat)
-        return (x_hat @ self.weight.t()) * (self.margin.s * inverse_norm(self.weight).t())
+        logits = (x_hat @ self.weight.t()) * (self.margin.s * inverse_norm(self.weight).t())
+        return self.margin.processes.gather_classes(logits.t()).t()[batch.own]
 
     @_plain
     def predict(self, embeddings: Tensor, topk: int = 1) -> Prediction:
-        """The ``topk`` nearest centres of embeddings (B, D), streamed over the classes."""
-        checks.check_embeddings(embeddings, self.weight)
+        """The ``topk`` nearest centres of embeddings (B, D), streamed over the classes.
+
+        With ``group`` every process calls it, with its own rows.
+        """
         if not 1 <= topk <= self.num_classes:
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
-        no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
-        x_hat, *_ = ops.row_prologue(embeddings, no_label, backend=self.backend)
+        batch = self._gathered(embeddings)
+        no_label = torch.full_like(batch.labels, -1)
+        x_hat, *_ = ops.row_prologue(batch.x, no_label, backend=self.backend)
         if topk <= KERNEL_TOPK:
             cosine, label, _ = ops.row_topk(
                 x_hat, self.weight, no_label, topk, precision=self.precision, backend=self.backend
             )
-            return Prediction(cosine, label)
-        return self._predict_many(x_hat, topk)
+            found = Prediction(cosine, label)
+        else:
+            found = self._predict_many(x_hat, topk)
+        if self.shard is None:
+            return found
+        merged = sharded.merge_nearest(*found, self.shard)
+        return Prediction(*(part[batch.own] for part in merged))
+
+    def _gathered(self, embeddings: Tensor) -> sharded.Batch:
+        no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
+        if self.shard is None:
+            return sharded.Batch(embeddings, no_label, len(embeddings), slice(None))
+        return sharded.gather(embeddings, no_label, self.shard, self.batch_size)
 
     def _predict_many(self, x_hat: Tensor, topk: int) -> Prediction:
         """More than the kernels keep in registers: chunks of classes, merged as they come."""
         best = Prediction(x_hat[:, :0], torch.empty_like(x_hat[:, :0], dtype=torch.int64))
-        for start in range(0, self.num_classes, PREDICT_CHUNK):
+        for start in range(0, self.weight.shape[0], PREDICT_CHUNK):
             centers = self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype)
             cosine = (x_hat @ centers.t()) * inverse_norm(centers).t()
             label = torch.arange(start, start + len(centers), device=x_hat.device)
@@ -175,13 +277,113 @@ class MarginHead(nn.Module):
             label = torch.cat([best.label, label.expand(len(x_hat), -1)], dim=1)
             top = cosine.topk(min(topk, cosine.shape[1]))
             best = Prediction(top.values, label.gather(1, top.indices))
-        return best
+        missing = (0, topk - best.cosine.shape[1])  # a shard may have fewer classes
+        return Prediction(
+            F.pad(best.cosine, missing, value=-torch.inf), F.pad(best.label, missing, value=-1)
+        )
 
     @torch.no_grad()
-    def export_centers(self, normalized: bool = True) -> Tensor:
-        """A copy (C, D) of the class centres, of unit length by default."""
+    def export_centers(
+        self, normalized: bool = True, path: str | Path | None = None
+    ) -> Tensor | None:
+        """The class centres, of unit length by default: a copy, or into a file.
+
+        Without ``path`` a copy (C_local, D) of the rows that are here. With it, all (C, D) go to a
+        safetensors file, as the tensor "centers", in pieces; with ``group`` every process calls
+        it and the first one writes. A file of that name is replaced once the new one is whole.
+        """
+        deferred.settle(self.weight)
+        if path is not None:
+            return class_set.write_centers(Path(path), self.weight, normalized, self.shard)
         centers = self.weight.detach().clone()
         return centers.mul_(inverse_norm(centers)) if normalized else centers
 
+    # ---- another set of classes ----
+
+    @torch.no_grad()
+    def extend_classes(self, n: int, init: Tensor | None = None) -> None:
+        """Appends ``n`` classes, with the ids ``num_classes ... num_classes + n - 1``.
+
+        ``weight`` becomes another parameter: make the optimiser anew. With ``group`` every process
+        calls it, and rows move between them.
+
+        Args:
+            n: at least 1.
+            init: (n, D) centres of the new classes, the same on every process; default: drawn as
+                :meth:`reset_parameters` does.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        if init is not None and init.shape != (n, self.embedding_size):
+            raise ValueError(
+                f"init has shape {tuple(init.shape)}, expected ({n}, {self.embedding_size})"
+            )
+        old = torch.arange(self.num_classes)
+        self._reorder(torch.cat([old, torch.full((n,), -1)]), init)
+
+    @torch.no_grad()
+    def select_rows(self, index: Tensor) -> None:
+        """Keeps the classes ``index`` (M,) int64, in this order: ``index[i]`` becomes class i.
+
+        As :meth:`extend_classes` otherwise; ``index`` is the same on every process.
+        """
+        index = torch.as_tensor(index).cpu()
+        if index.dim() != 1 or index.numel() == 0 or index.dtype != torch.int64:
+            raise ValueError("index must be (M,) int64 with M >= 1: the classes to keep")
+        if index.unique().numel() != index.numel():
+            raise ValueError("index names a class twice: every class is kept once")
+        if int(index.min()) < 0 or int(index.max()) >= self.num_classes:
+            raise ValueError(f"index must be in [0, {self.num_classes})")
+        self._reorder(index, None)
+
+    def _reorder(self, index: Tensor, init: Tensor | None) -> None:
+        """Class i becomes what class ``index[i]`` was, or new where that is -1."""
+        deferred.settle(self.weight)
+        change = class_set.Change(self.num_classes, index, self.shard)
+        self.num_classes, self.shard = len(index), change.after
+        weight = self.weight.new_empty(self._local_shape())
+        class_set.draw_centres_(weight, self._range()[0], self.shard)
+        if init is not None:
+            change.fill_new_(weight, init.to(weight))
+        change.move_(self.weight.detach(), weight)
+        requires_grad = self.weight.requires_grad
+        self.weight = nn.Parameter(weight, requires_grad)
+        self.margin.processes = sharded.Processes(self.shard)
+        self.margin.change_classes(change)
+        self._bind()
+        self._rows = None
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stops (or, with False, resumes) learning the centres: the centre pass is left out."""
+        self.weight.requires_grad_(not frozen)
+
     def extra_repr(self) -> str:
-        return f"embedding_size={self.embedding_size}, num_classes={self.num_classes}"
+        text = f"embedding_size={self.embedding_size}, num_classes={self.num_classes}"
+        if self.shard is not None:
+            text += f", classes {self.shard.start} to {self.shard.stop} here"
+        return text
+
+
+def _settle(head: MarginHead, prefix: str, keep_vars: bool) -> None:
+    deferred.settle(head.weight)
+
+
+def _rows_by_class(head: MarginHead, prefix: str) -> list[str]:
+    """Names in a state_dict of what holds a row for each class that is here."""
+    return [f"{prefix}weight", *(f"{prefix}margin.{name}" for name in head.margin.per_class)]
+
+
+def _share_out(head: MarginHead, state: dict, prefix: str, _metadata) -> None:
+    """Tensors of this process's rows become DTensors of all rows."""
+    if head.shard is not None:
+        for name in _rows_by_class(head, prefix):
+            if name in state:
+                state[name] = head.shard.to_dtensor(state[name])
+
+
+def _take_own(head: MarginHead, state: dict, prefix: str, *_) -> None:
+    """This process's rows of what is loaded: a DTensor, or all rows."""
+    deferred.settle(head.weight)
+    for name in _rows_by_class(head, prefix):
+        if name in state:
+            state[name] = class_set.own_rows(name, state[name], head.num_classes, head.shard)

@@ -1,30 +1,123 @@
-"""The collectives; each is the identity without a process group."""
+"""The collectives. ``group=None`` is this process alone, where each is the identity."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-def world_size() -> int:
-    """Number of processes of the default group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+class ProcessError(RuntimeError):
+    """A collective failed: another process has died, hangs, or runs something else."""
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of all ranks' tensors of one shape, as a new tensor; no gradient."""
-    if world_size() == 1:
+@contextlib.contextmanager
+def _named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Says which exchange failed and where to look; the backends only name a socket."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"{what} between {group.size()} processes failed on rank {dist.get_rank()}: another "
+            "one has died or did not come here in time; the log of the one that ended first has "
+            f"the cause ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def world() -> dist.ProcessGroup | None:
+    """The default group; None without one, or alone in it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
+def sum_all(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of all processes' tensors of one shape, as a new tensor; no gradient."""
+    return _reduced(tensor, dist.ReduceOp.SUM, group, "the sum")
+
+
+def max_all(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The largest of all processes' tensors of one shape, as a new tensor; no gradient."""
+    return _reduced(tensor, dist.ReduceOp.MAX, group, "the maximum")
+
+
+def _reduced(tensor: Tensor, operation, group: dist.ProcessGroup | None, what: str) -> Tensor:
+    if group is None:
         return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    with _named(what, group):
+        dist.all_reduce(total, operation, group=group)
     return total
 
 
-def gather_stacked(tensor: Tensor) -> Tensor:
-    """(R, ...) the tensors of all ranks, which have one shape; no gradient."""
-    ranks = world_size()
-    if ranks == 1:
-        return tensor[None]
-    gathered = tensor.new_empty((ranks * tensor.numel(),))
-    dist.all_gather_into_tensor(gathered, tensor.detach().contiguous().flatten())
-    return gathered.view(ranks, *tensor.shape)
+def gather_stacked(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(R, ...) the tensors of all processes, which have one shape; no gradient."""
+    if group is None:
+        return tensor.detach()[None]
+    gathered = tensor.new_empty((group.size() * tensor.numel(),))
+    with _named("the gathering", group):
+        _all_gather(gathered, tensor.detach().contiguous().flatten(), group=group)
+    return gathered.view(group.size(), *tensor.shape)
+
+
+def gather_packed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """:func:`gather_stacked` of several tensors of any dtypes, in one exchange."""
+    if group is None:
+        return [tensor.detach()[None] for tensor in tensors]
+    parts = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors]
+    gathered = gather_stacked(torch.cat(parts), group)
+    return [
+        part.contiguous().view(tensor.dtype).view(group.size(), *tensor.shape)
+        for part, tensor in zip(
+            gathered.split([part.numel() for part in parts], dim=1), tensors, strict=True
+        )
+    ]
+
+
+def scatter_sum(rows: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Starts to add up all processes' ``rows`` (R * b, D); the result waits for its (b, D)."""
+    if group is None:
+        return lambda: rows
+    own = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
+    rows = rows.contiguous()
+    with _named("the sum of gradients", group):
+        work = _reduce_scatter(own, rows, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        with _named("the sum of gradients", group):
+            work.wait()
+        return own
+
+    return wait
+
+
+def exchange_rows(
+    rows: Tensor, sent: Sequence[Tensor], received: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Sends ``rows[sent[r]]`` to process r; returns what comes from all of them, in their order.
+
+    ``received``: how many rows come from each.
+    """
+    out = rows.new_empty((sum(received), *rows.shape[1:]))
+    counts = [index.numel() for index in sent]
+    outgoing = rows.detach()[torch.cat(list(sent)).to(rows.device)].contiguous()
+    with _named("the exchange of rows", group):
+        dist.all_to_all_single(out, outgoing, list(received), counts, group=group)
+    return out
+
+
+def send_to_first(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+    """Copies a tensor of process ``rank`` into that of the first one; others do nothing."""
+    here = dist.get_rank(group)
+    with _named("the sending of rows", group):
+        if here == rank:
+            dist.send(tensor, dist.get_global_rank(group, 0), group=group)
+        elif here == 0:
+            dist.recv(tensor, dist.get_global_rank(group, rank), group=group)

@@ -2,7 +2,7 @@
 
 from fastmargin.margins.adaface import AdaFace
 from fastmargin.margins.arcface import ArcFace
-from fastmargin.margins.base import Margin, NearestMargin, SoftmaxMargin
+from fastmargin.margins.base import Margin, NearestMargin, Processes, SoftmaxMargin
 from fastmargin.margins.cosface import CosFace
 from fastmargin.margins.kappaface import KappaFace
 from fastmargin.margins.momentum_encoder import MomentumEncoder
@@ -17,5 +17,6 @@ __all__ = [
     "Margin",
     "MomentumEncoder",
     "NearestMargin",
+    "Processes",
     "SoftmaxMargin",
 ]

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from fastmargin.spec import HardRule, MarginForm, NormEma
+
+
+class Processes:
+    """What a margin may ask of other processes; here for one alone, where all is the identity."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of what the processes found in their rows, for the same classes."""
+        return tensor
+
+    def gather_classes(self, rows: Tensor) -> Tensor:
+        """(C, ...) of all classes, from the rows of the classes that are here."""
+        return rows
+
+    def gather_rows(self, labels: Tensor, rows: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        """The batches of all processes that share out the classes: labels (B,), rows (B, ...).
+
+        They may differ in length; missing rows have label -1.
+        """
+        return labels, rows, *more
 
 
 class Margin(nn.Module):
@@ -19,13 +36,30 @@ class Margin(nn.Module):
     stats: str = "local"
     """Whose norms :meth:`norm_ema` follows: "local", this process's, or "global", everybody's."""
 
-    sum_over_processes: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
-    """Adds a tensor up over all processes; the head puts the collective here."""
+    processes: Processes = Processes()
+    """The other processes; the head puts them here."""
+
+    per_class: tuple[str, ...] = ()
+    """Names of buffers that hold a row for each of *this process's* classes."""
 
     def bind(
-        self, num_classes: int, embedding_size: int, device: torch.device | None = None
+        self,
+        num_classes: int,
+        embedding_size: int,
+        device: torch.device | None = None,
+        here: tuple[int, int] | None = None,
     ) -> None:
-        """Told the shape of the classifier: per-class state is allocated here, once."""
+        """Told the shape of the classifier: per-class state is allocated here, once.
+
+        ``here`` are the first and one past the last class that this process holds; None: all.
+        """
+
+    def change_classes(self, change) -> None:
+        """Told that the classes became others, see :class:`fastmargin.class_set.Change`.
+
+        ``change.rows(buffer, fill)`` makes the new one of a :attr:`per_class` buffer,
+        ``change.table(buffer, fill)`` of one with a row for every class.
+        """
 
     def _apply(self, fn, recurse: bool = True):
         """Moves to other devices, but keeps state at float32: running means freeze in 16 bits."""
@@ -47,7 +81,10 @@ class Margin(nn.Module):
         """(B,) added to the loss of each row, from the embedding norms (B,), or None."""
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
-        """Sees the unit embeddings (B, D), without gradient, of every training step."""
+        """Sees the unit embeddings (B, D), without gradient, of every training step.
+
+        With sharded classes, those of all shards: every process sees the same.
+        """
 
 
 class SoftmaxMargin(Margin):
@@ -81,8 +118,11 @@ class SoftmaxMargin(Margin):
         of_forward = next(i for i, c in enumerate(order) if "forward" in vars(c))
         return self.form() if of_form <= of_forward else None
 
-    def hard(self, cos_y: Tensor) -> HardRule | None:
-        """Rule for hard negatives, from the target cosines (B,) without gradient."""
+    def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule | None:
+        """Rule for hard negatives, from the target cosines (B,) without gradient.
+
+        Cosines of rows with label < 0 are 0. With sharded classes the rows are those of all.
+        """
         return None
 
 

@@ -54,9 +54,15 @@ class KappaFace(SoftmaxMargin):
         memory_momentum: weight of the new feature in the memory.
         guard, grad: as :class:`fastmargin.ArcFace`.
 
-    Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), ``class_sums``
-    (C, D), ``class_seen`` (C,), and with a memory ``memory`` (N, D), ``memory_filled`` (N,).
+    Classes added later count as of one sample in ``class_counts``, until that is set anew. With
+    sharded classes every process keeps the resultants of its own, and all weights.
+
+    Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), of the classes
+    here ``class_sums`` (C_local, D) and ``class_seen`` (C_local,), and with a memory ``memory``
+    (N + 1, D), ``memory_filled`` (N + 1,), whose last place is spare.
     """
+
+    per_class = ("class_sums", "class_seen")
 
     def __init__(
         self,
@@ -87,14 +93,21 @@ class KappaFace(SoftmaxMargin):
         self.register_buffer("class_counts", counts, persistent=False)  # a setting, not state
 
     def bind(
-        self, num_classes: int, embedding_size: int, device: torch.device | None = None
+        self,
+        num_classes: int,
+        embedding_size: int,
+        device: torch.device | None = None,
+        here: tuple[int, int] | None = None,
     ) -> None:
+        start, stop = here or (0, num_classes)
+        self.class_start = start
         if hasattr(self, "class_sums"):
-            if self.class_sums.shape != (num_classes, embedding_size):
+            bound = (*self.class_weights.shape, *self.class_sums.shape)
+            if bound != (num_classes, stop - start, embedding_size):
                 raise ValueError(
-                    f"this KappaFace keeps state for (classes, embedding size) "
-                    f"{tuple(self.class_sums.shape)}, the classifier has "
-                    f"({num_classes}, {embedding_size}): make a new KappaFace for it"
+                    f"this KappaFace keeps state for (classes, classes here, embedding size) "
+                    f"{bound}, the classifier has "
+                    f"({num_classes}, {stop - start}, {embedding_size}): make a new KappaFace for it"
                 )
             return
         if self.class_counts is not None and self.class_counts.shape != (num_classes,):
@@ -104,15 +117,23 @@ class KappaFace(SoftmaxMargin):
             )
         self.register_buffer("class_weights", torch.ones(num_classes, device=device))
         self.register_buffer("kappa", torch.zeros(num_classes, device=device))
-        sums = torch.zeros(num_classes, embedding_size, device=device)
+        sums = torch.zeros(stop - start, embedding_size, device=device)
         self.register_buffer("class_sums", sums)
-        seen = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        seen = torch.zeros(stop - start, dtype=torch.int64, device=device)
         self.register_buffer("class_seen", seen)
         if self.features == "memory":
-            memory = torch.zeros(self.num_samples, embedding_size, device=device)
+            memory = torch.zeros(self.num_samples + 1, embedding_size, device=device)
             self.register_buffer("memory", memory)
-            filled = torch.zeros(self.num_samples, dtype=torch.bool, device=device)
+            filled = torch.zeros(self.num_samples + 1, dtype=torch.bool, device=device)
             self.register_buffer("memory_filled", filled)
+
+    def change_classes(self, change) -> None:
+        self.class_weights = change.table(self.class_weights, 1.0)
+        self.kappa = change.table(self.kappa, 0.0)
+        self.class_sums = change.rows(self.class_sums, 0.0)
+        self.class_seen = change.rows(self.class_seen, 0)
+        if self.class_counts is not None:
+            self.class_counts = change.table(self.class_counts, 1)
 
     def _check_bound(self) -> None:
         if not hasattr(self, "class_sums"):
@@ -123,11 +144,13 @@ class KappaFace(SoftmaxMargin):
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         if self.features == "online":
-            self.accumulate(x_hat, labels)
+            self._add(x_hat.to(self.class_sums.dtype), labels)
 
     @torch.no_grad()
     def accumulate(self, features: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
         """Adds a batch to the resultants of its classes.
+
+        With sharded classes every process calls it, each with its own rows.
 
         Args:
             features: (B, D), normalised here.
@@ -138,18 +161,34 @@ class KappaFace(SoftmaxMargin):
         if (self.features == "memory") != (index is not None):
             raise ValueError("index goes with features='memory', and is needed there")
         unit = nn.functional.normalize(features.detach().to(self.class_sums.dtype))
-        valid = (labels >= 0) & (labels < self.class_seen.numel())
-        if index is not None:
-            mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
-            fresh = nn.functional.normalize(mixed)
-            unit = torch.where(self.memory_filled[index, None], fresh, unit)
-            keep = valid[:, None]
-            self.memory[index] = torch.where(keep, unit, self.memory[index])
-            self.memory_filled[index] |= valid
-        target = (torch.where(valid, labels, 0),)
+        more = () if index is None else (index,)
+        labels, unit, *more = self.processes.gather_rows(labels, unit, *more)
+        if more:
+            unit = self._remembered(unit, labels, *more)
+        self._add(unit, labels)
+
+    def _remembered(self, unit: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        """The features averaged with the earlier ones of the same samples."""
+        valid = (labels >= 0) & (labels < self.class_weights.numel())
+        mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
+        fresh = nn.functional.normalize(mixed)
+        unit = torch.where(self.memory_filled[index, None], fresh, unit)
+        # rows that are left out share the spare place at the end
+        place = torch.where(valid, index, self.num_samples)
+        self.memory[place] = unit
+        self.memory_filled[place] = valid
+        return unit
+
+    def _add(self, unit: Tensor, labels: Tensor) -> None:
+        """Adds unit rows to the resultants of the classes that are here."""
+        own = labels - self.class_start
+        here = (own >= 0) & (own < self.class_seen.numel()) & (labels >= 0)
+        if self.class_seen.numel() == 0:
+            return
+        target = (torch.where(here, own, 0),)
         # index_put_ sorts on a GPU, so the order of the sums is fixed (index_add_'s is not)
-        self.class_sums.index_put_(target, unit * valid[:, None], accumulate=True)
-        self.class_seen.index_put_(target, valid.to(torch.int64), accumulate=True)
+        self.class_sums.index_put_(target, unit * here[:, None], accumulate=True)
+        self.class_seen.index_put_(target, here.to(torch.int64), accumulate=True)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -161,14 +200,15 @@ class KappaFace(SoftmaxMargin):
             RuntimeError: nothing was accumulated.
         """
         self._check_bound()
-        seen = self.sum_over_processes(self.class_seen)
+        seen = self.processes.sum(self.class_seen)
+        sums = self.processes.sum(self.class_sums)
+        length = torch.linalg.vector_norm(sums, dim=1, dtype=torch.float64) / seen.clamp_min(1)
+        seen, length = map(self.processes.gather_classes, (seen, length))
         if not bool((seen > 0).any()):
             raise RuntimeError(
                 "KappaFace.end_epoch: no feature was seen since the last call. Train first"
                 + ("" if self.features == "online" else " and call accumulate() for every batch")
             )
-        sums = self.sum_over_processes(self.class_sums)
-        length = torch.linalg.vector_norm(sums, dim=1, dtype=torch.float64) / seen.clamp_min(1)
         # 1 - r^2 of one image, or of copies of it, is rounding noise of the fp32 sums
         noise = 64 * torch.finfo(self.class_sums.dtype).eps
         finite = (seen >= 2) & (1 - length**2 > noise)

@@ -1,0 +1,162 @@
+"""The rows of a classifier: drawn, moved to other places and processes, written to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmargin.distributed import collectives
+from fastmargin.distributed.shard import ClassShard, bounds
+from fastmargin.norms import inverse_norm
+
+INIT_STD = 0.01
+DRAWN_TOGETHER = 1024
+"""Classes drawn from one generator: fixed, so that centres do not depend on how they are split."""
+PIECE = 1 << 14
+"""Rows that are in memory at a time while a file is written."""
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@torch.no_grad()
+def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
+    """Fills rows (C_local, D), of the classes from ``start`` on, from N(0, 0.01^2).
+
+    The same centres for any number of processes, from torch's default generator on the first one.
+    """
+    base = torch.randint(2**62, (1,)).to(weight.device)
+    if shard is not None:
+        base = collectives.gather_stacked(base, shard.group)[0]
+        base = collectives.gather_stacked(base, shard.replicas)[0]
+    base, stop = int(base), start + weight.shape[0]
+    generator = torch.Generator(weight.device)
+    for block in range(start // DRAWN_TOGETHER, -(-stop // DRAWN_TOGETHER)):
+        first = block * DRAWN_TOGETHER
+        generator.manual_seed((base + block) % 2**63)
+        drawn = weight.new_empty((DRAWN_TOGETHER, weight.shape[1]))
+        drawn.normal_(std=INIT_STD, generator=generator)
+        low, high = max(first, start), min(first + DRAWN_TOGETHER, stop)
+        weight[low - start : high - start] = drawn[low - first : high - first]
+
+
+def own_rows(name: str, value: Tensor, num_classes: int, shard: ClassShard | None) -> Tensor:
+    """This process's rows of a tensor of all classes, a DTensor or not.
+
+    Raises:
+        ValueError: it has another number of classes.
+    """
+    if value.dim() == 0 or value.shape[0] != num_classes:
+        raise ValueError(
+            f"{name} has {value.shape[0] if value.dim() else 0} rows to load, the head "
+            f"{num_classes} classes: make the head with that number, or change it afterwards with "
+            "extend_classes or select_rows"
+        )
+    if hasattr(value, "placements"):
+        if shard is not None and value.device_mesh == shard.mesh:
+            return value.redistribute(placements=shard.placements()).to_local()
+        value = value.full_tensor()
+    return value if shard is None else value[shard.start : shard.stop]
+
+
+class Change:
+    """Classes that were put in another order, left out or added, and so moved between processes.
+
+    index: (M,) on the host; class i was class ``index[i]`` of ``num_classes``, or is new where
+    that is -1. shard: where the rows were; :attr:`after` is where they go.
+    """
+
+    def __init__(self, num_classes: int, index: Tensor, shard: ClassShard | None) -> None:
+        self.index, self.num_classes, self.before = index, num_classes, shard
+        self.after = None if shard is None else shard.resized(len(index))
+
+    def _here(self) -> slice:
+        return slice(None) if self.after is None else slice(self.after.start, self.after.stop)
+
+    def fill_new_(self, rows: Tensor, values: Tensor) -> None:
+        """Writes ``values`` (n, ...) into the rows of the n new classes that are here."""
+        new = self.index < 0
+        number = (new.cumsum(0) - 1)[self._here()]
+        place = new[self._here()].nonzero().squeeze(1)
+        rows[place.to(rows.device)] = values[number[place].to(values.device)]
+
+    def move_(self, old: Tensor, new: Tensor) -> None:
+        """Writes the rows of classes that stay from ``old`` (C_local, ...) into ``new``."""
+        wanted = self.index[self._here()]
+        if self.before is None:
+            place = (wanted >= 0).nonzero().squeeze(1)
+            new[place.to(new.device)] = old[wanted[place].to(old.device)]
+            return
+        shard, sent, places = self.before, [], []
+        for rank in range(shard.ranks):
+            start, stop = bounds(len(self.index), shard.ranks, rank)
+            asked = self.index[start:stop]
+            sent.append(asked[(asked >= shard.start) & (asked < shard.stop)] - shard.start)
+            start, stop = bounds(self.num_classes, shard.ranks, rank)
+            places.append(((wanted >= start) & (wanted < stop)).nonzero().squeeze(1))
+        counts = [place.numel() for place in places]
+        received = collectives.exchange_rows(old, sent, counts, shard.group)
+        new[torch.cat(places).to(new.device)] = received
+
+    def rows(self, old: Tensor, fill: float) -> Tensor:
+        """Rows of the classes that are here, from what they were; ``fill`` for new classes."""
+        new = old.new_full((len(self.index[self._here()]), *old.shape[1:]), fill)
+        self.move_(old, new)
+        return new
+
+    def table(self, old: Tensor, fill: float) -> Tensor:
+        """The same of a table (C, ...) of all classes that every process has."""
+        index = self.index.to(old.device)
+        new = old[index.clamp_min(0)]
+        new[index < 0] = fill
+        return new
+
+
+def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShard | None) -> None:
+    """All (C, D) centres into a safetensors file, in pieces; the first process writes."""
+    if shard is not None and shard.copy > 0:
+        return
+    ranks = 1 if shard is None else shard.ranks
+    num_classes = weight.shape[0] if shard is None else shard.num_classes
+    first = shard is None or shard.rank == 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    file = open(temporary, "wb") if first else None
+    try:
+        if first:
+            size = num_classes * weight.shape[1] * weight.element_size()
+            entry = {
+                "dtype": SAFETENSORS_DTYPES[weight.dtype],
+                "shape": [num_classes, weight.shape[1]],
+                "data_offsets": [0, size],
+            }
+            header = json.dumps({"__metadata__": {"format": "pt"}, "centers": entry}).encode()
+            header += b" " * (-len(header) % 8)
+            file.write(struct.pack("<Q", len(header)) + header)
+        for rank in range(ranks):
+            start, stop = bounds(num_classes, ranks, rank)
+            for low in range(0, stop - start, PIECE):
+                count = min(PIECE, stop - start - low)
+                piece = weight.new_empty((count, weight.shape[1]))
+                if shard is None or shard.rank == rank:
+                    piece.copy_(weight.detach()[low : low + count])
+                    piece *= inverse_norm(piece) if normalized else 1
+                if rank > 0:
+                    collectives.send_to_first(piece, rank, shard.group)
+                if first:
+                    file.write(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+        if first:
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        if first:
+            file.close()
+            temporary.unlink(missing_ok=True)

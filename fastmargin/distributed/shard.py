@@ -1,0 +1,146 @@
+"""Which classes a process holds, and which processes hold the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fastmargin.distributed import collectives
+
+if TYPE_CHECKING:  # takes most of a second to import
+    from torch.distributed.tensor import DTensor
+
+
+def bounds(num_classes: int, ranks: int, rank: int) -> tuple[int, int]:
+    """First and one past the last class of a rank, split as ``torch.chunk`` does it.
+
+    Every shard but the last ones has ``ceil(num_classes / ranks)`` classes; the last ones may be
+    empty. It is the split of a DTensor with ``Shard(0)``.
+    """
+    size = -(-num_classes // ranks)
+    return min(num_classes, rank * size), min(num_classes, (rank + 1) * size)
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The classes ``[start, stop)`` of ``num_classes``, on this process.
+
+    group: the processes that share out the classes. replicas: those that hold the same classes as
+    this one and see other rows; None without any. mesh: both as one DeviceMesh, classes along its
+    last dimension.
+    """
+
+    num_classes: int
+    start: int
+    stop: int
+    group: dist.ProcessGroup
+    replicas: dist.ProcessGroup | None
+    mesh: DeviceMesh
+
+    @staticmethod
+    def of(num_classes: int, group: dist.ProcessGroup | DeviceMesh, device_type: str) -> ClassShard:
+        """This process's shard.
+
+        Args:
+            num_classes: C.
+            group: a process group, or a DeviceMesh of one dimension; of two dimensions, the last
+                one shares out the classes and the first one repeats them.
+            device_type: of the class centres, "cpu" or "cuda".
+
+        Raises:
+            TypeError, ValueError: group is something else, or this process is not in it.
+        """
+        if isinstance(group, DeviceMesh):
+            mesh = group
+        elif isinstance(group, dist.ProcessGroup):
+            if dist.get_rank(group) < 0:
+                raise ValueError("group: this process is not part of it; make the head elsewhere")
+            mesh = DeviceMesh.from_group(group, device_type)
+        else:
+            raise TypeError(
+                f"group must be None, a ProcessGroup or a DeviceMesh, got {type(group).__name__}: "
+                "torch.distributed.group.WORLD is all processes"
+            )
+        if mesh.ndim > 2 or mesh.get_coordinate() is None:
+            raise ValueError(
+                f"group: the mesh has {mesh.ndim} dimensions and this process the place "
+                f"{mesh.get_coordinate()} in it; wanted are 1 or 2 dimensions, and a place"
+            )
+        classes = mesh.get_group(mesh.ndim - 1)
+        replicas = mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None
+        start, stop = bounds(num_classes, classes.size(), dist.get_rank(classes))
+        return ClassShard(num_classes, start, stop, classes, replicas, mesh)
+
+    @staticmethod
+    def of_dtensor(weight: DTensor) -> ClassShard:
+        """Where a DTensor (C, D) of class centres has its rows.
+
+        Raises:
+            ValueError: it is not placed ``[Shard(0)]`` or ``[Replicate(), Shard(0)]``.
+        """
+        mesh = weight.device_mesh
+        shard = ClassShard.of(weight.shape[0], mesh, mesh.device_type)
+        if tuple(weight.placements) != shard.placements():
+            raise ValueError(
+                f"weight is a DTensor placed {weight.placements}; class centres are split by "
+                f"class: redistribute it to {shard.placements()}"
+            )
+        return shard
+
+    @property
+    def rank(self) -> int:
+        """Place among the shards."""
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        """Number of shards."""
+        return self.group.size()
+
+    @property
+    def copies(self) -> int:
+        """Number of processes with the same classes."""
+        return 1 if self.replicas is None else self.replicas.size()
+
+    @property
+    def copy(self) -> int:
+        """Place among the processes with the same classes."""
+        return 0 if self.replicas is None else dist.get_rank(self.replicas)
+
+    def resized(self, num_classes: int) -> ClassShard:
+        """The same processes with another number of classes."""
+        return ClassShard.of(num_classes, self.mesh, self.mesh.device_type)
+
+    def to_dtensor(self, rows: Tensor) -> DTensor:
+        """The whole (C, ...) of which this process holds ``rows``, as a DTensor view of them."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            rows.contiguous(),
+            self.mesh,
+            self.placements(),
+            run_check=False,
+            shape=torch.Size((self.num_classes, *rows.shape[1:])),
+            stride=rows.new_empty((1, *rows.shape[1:])).stride(),
+        )
+
+    def placements(self) -> tuple:
+        """Placements of a DTensor of all rows on :attr:`mesh`."""
+        from torch.distributed.tensor import Replicate, Shard
+
+        return (Replicate(),) * (self.mesh.ndim - 1) + (Shard(0),)
+
+    def gather_classes(self, rows: Tensor) -> Tensor:
+        """(C, ...) of all shards, from this one's rows."""
+        size = -(-self.num_classes // self.ranks)
+        padded = rows.new_zeros((size, *rows.shape[1:]))
+        padded[: rows.shape[0]] = rows
+        return collectives.gather_stacked(padded, self.group).flatten(0, 1)[: self.num_classes]
+
+    def __deepcopy__(self, memo) -> ClassShard:
+        return self  # process groups are not copied
