@@ -18,9 +18,17 @@ from torch import Tensor
 from fastmargin import backends
 from fastmargin.backends.interface import Backend
 from fastmargin.norms import compute_dtype, inverse_norm
+from fastmargin.rows import inside, take
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
-__all__ = ["margin_rows", "row_prologue", "row_stats", "row_topk", "target_cosine"]
+__all__ = [
+    "margin_rows",
+    "row_prologue",
+    "row_stats",
+    "row_topk",
+    "spread_rows",
+    "target_cosine",
+]
 
 
 def _op(name: str, schema: str):
@@ -42,29 +50,106 @@ def _backend(requested: str, x: Tensor, precision: str = "auto", k: int = 1) -> 
     return backends.select(requested, x.device, x.dtype, precision, x.shape[1], k)
 
 
-def _own_rows(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows ``index`` of the centres as unit rows, their inverse norms, and which exist.
+def _check_index(index: Tensor | None, weight: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``index`` is None or (K,) int64 beside ``weight``."""
+    if index is None:
+        return
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}: use index.long()")
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape (K,), got {tuple(index.shape)}")
+    if index.device != weight.device:
+        raise ValueError(f"index is on {index.device}, weight on {weight.device}: move one of them")
 
-    A negative index, or one past the end, gives a zero row.
-    """
-    known = (index >= 0) & (index < weight.shape[0])
-    if weight.shape[0] == 0:
-        rows = weight.new_zeros((*index.shape, weight.shape[1]))
-    else:
-        rows = weight[torch.where(known, index, 0)]
-    rows = rows.to(compute_dtype(weight.dtype))
-    inv = inverse_norm(rows) * known[..., None]
-    return rows * inv, inv, known
+
+def _row_numbers(columns: Tensor, index: Tensor | None) -> Tensor:
+    """The rows of ``weight`` behind ``columns`` of the pass; outside of it where there is none."""
+    return columns if index is None else take(index, columns, -1)
+
+
+def _own_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the centres as unit rows, and their inverse norms; zero where there is none."""
+    centres = take(weight, rows, 0)
+    centres = centres.to(compute_dtype(weight.dtype))
+    inv = inverse_norm(centres)
+    return centres * inv, inv
 
 
 @torch.no_grad()
-def target_cosine(x_hat: Tensor, weight: Tensor, labels: Tensor, class_start: int = 0) -> Tensor:
-    """(B,) cosine with the own centre, 0 where it is not in ``weight``; no gradient.
+def target_cosine(
+    x_hat: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    class_start: int = 0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """(B,) cosine with the own centre, 0 where it is not in the pass; no gradient.
 
-    For the rules on negatives that need it before the pass over the centres.
+    For the rules on negatives that need it before the pass over the centres. ``index`` as in
+    :func:`row_stats`.
     """
-    own, _, _ = _own_rows(weight, labels - class_start)
+    _check_index(index, weight)
+    own, _ = _own_rows(weight, _row_numbers(labels - class_start, index))
     return (x_hat * own.to(x_hat.dtype)).sum(1)
+
+
+# ---- gradients of rows --------------------------------------------------------------------------
+
+
+@_op("spread_rows", "(Tensor rows, Tensor index, Tensor weight, bool distinct) -> Tensor")
+def _spread_rows(rows, index, weight, distinct):
+    count, width = weight.shape
+    # one row more, which is cut off, takes what belongs nowhere
+    spread = torch.zeros((count + 1, width), dtype=rows.dtype, device=rows.device)
+    target = torch.where(inside(index, count), index, count)
+    if distinct:
+        spread.index_copy_(0, target, rows)
+    else:
+        # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
+        spread.index_put_((target,), rows, accumulate=True)
+    return spread[:count].to(weight.dtype)
+
+
+@_spread_rows.register_fake
+def _(rows, index, weight, distinct):
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def spread_rows(
+    rows: Tensor,
+    index: Tensor | None,
+    weight: Tensor,
+    sparse_grad: bool = False,
+    distinct: bool = True,
+) -> Tensor:
+    """Gradient of ``weight`` from the gradients of some of its rows.
+
+    Args:
+        rows: (K, D), zero at empty places; (C, D) without an index.
+        index: (K,) int64 rows of ``weight``, an empty place wherever it is outside ``[0, C)``.
+        weight: (C, D).
+        sparse_grad: False for a dense (C, D). True for a sparse COO tensor of that size, not
+            coalesced, with one sparse dimension and K entries, as ``nn.Embedding(sparse=True)``
+            has it; the zeros of an empty place then belong to some row that takes part.
+        distinct: whether no row is in ``index`` twice. Otherwise a dense result adds up its parts
+            in a fixed order.
+    """
+    if not sparse_grad:
+        if index is None:
+            return rows.to(weight.dtype)
+        return _spread_rows(rows, index, weight, distinct)
+    count = weight.shape[0]
+    if index is None:
+        index = torch.arange(count, device=weight.device)
+    elif count == 0 or index.shape[0] == 0:
+        index, rows = index[:0], rows[:0]
+    else:
+        known = inside(index, count)
+        # not simply row 0: an optimiser moves the rows that are listed, by momentum or decay
+        index = torch.where(known, index, torch.where(known, index, 0).amax())
+    return torch.sparse_coo_tensor(
+        index[None], rows.to(weight.dtype), weight.shape, check_invariants=False
+    )
 
 
 # ---- row_prologue -------------------------------------------------------------------------------
@@ -139,8 +224,8 @@ def row_prologue(
 # ---- row_stats ----------------------------------------------------------------------------------
 
 _STATS_ARGS = (
-    "Tensor x_hat, Tensor weight, Tensor labels, float scale, Tensor? hard_threshold,"
-    " Tensor? hard_coefficients, float hard_bound, int class_start"
+    "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
+    " Tensor? hard_threshold, Tensor? hard_coefficients, float hard_bound, int class_start"
 )
 
 
@@ -150,12 +235,13 @@ def _hard(threshold, coefficients, bound: float) -> HardRule | None:
 
 @_op(
     "row_stats",
-    f"({_STATS_ARGS}, bool want_pull, str precision, str backend)"
+    f"({_STATS_ARGS}, bool want_pull, bool sparse_grad, str precision, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_stats(
     x_hat,
     weight,
+    index,
     labels,
     scale,
     hard_threshold,
@@ -163,12 +249,14 @@ def _row_stats(
     hard_bound,
     class_start,
     want_pull,
+    sparse_grad,
     precision,
     backend,
 ):
     stats = _backend(backend, x_hat, precision).row_stats(
         x_hat,
         weight,
+        index,
         labels,
         scale,
         _hard(hard_threshold, hard_coefficients, hard_bound),
@@ -180,7 +268,7 @@ def _row_stats(
 
 
 @_row_stats.register_fake
-def _(x_hat, weight, labels, scale, threshold, coefficients, bound, class_start, want_pull, *_):
+def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start, want_pull, *_):
     rows = x_hat.shape[:1]
     pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
     return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull
@@ -196,6 +284,7 @@ def _row_stats_backward(
     d_cos,
     x_hat,
     weight,
+    index,
     labels,
     scale,
     hard_threshold,
@@ -211,6 +300,7 @@ def _row_stats_backward(
         d_cos.contiguous(),
         x_hat,
         weight,
+        index,
         labels,
         lse_neg,
         scale,
@@ -221,17 +311,18 @@ def _row_stats_backward(
 
 
 @_row_stats_backward.register_fake
-def _(d_lse, d_cos, x_hat, weight, *_):
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+def _(d_lse, d_cos, x_hat, weight, index, *_):
+    rows = weight.shape[0] if index is None else index.shape[0]
+    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
 @_op(
     "row_stats_backward_x",
-    "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor labels, float scale,"
-    " int class_start) -> Tensor",
+    "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor? index, Tensor labels,"
+    " float scale, int class_start) -> Tensor",
 )
-def _row_stats_backward_x(d_lse, d_cos, pull, weight, labels, scale, class_start):
-    own, _, _ = _own_rows(weight, labels - class_start)
+def _row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
+    own, _ = _own_rows(weight, _row_numbers(labels - class_start, index))
     return (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
 
 
@@ -241,19 +332,19 @@ def _(d_lse, d_cos, pull, *_):
 
 
 def _row_stats_setup(ctx, inputs, output):
-    x_hat, weight, labels, scale, threshold, coefficients, bound, class_start = inputs[:8]
+    x_hat, weight, index, labels, scale, threshold, coefficients, bound, class_start = inputs[:9]
     lse_neg, _, max_neg, pull = output
-    ctx.save_for_backward(x_hat, weight, labels, threshold, coefficients, lse_neg, pull)
+    ctx.save_for_backward(x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull)
     ctx.mark_non_differentiable(max_neg, pull)
     ctx.set_materialize_grads(False)
-    ctx.rest = scale, bound, class_start, *inputs[9:]
-    ctx.has_pull = inputs[8]
+    ctx.has_pull, ctx.sparse_grad, *rest = inputs[9:]
+    ctx.rest = scale, bound, class_start, *rest
 
 
 def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
-    x_hat, weight, labels, threshold, coefficients, lse_neg, pull = ctx.saved_tensors
+    x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull = ctx.saved_tensors
     scale, bound, class_start, precision, backend = ctx.rest
-    rest = (None,) * 9
+    rest = (None,) * 11
     if d_lse is None and d_cos is None:
         return None, None, *rest
     zero = torch.zeros_like(lse_neg)
@@ -263,13 +354,16 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
     if ctx.needs_input_grad[0]:
         if not ctx.has_pull:
             raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
-        d_x_hat = _row_stats_backward_x(d_lse, d_cos, pull, weight, labels, scale, class_start)
+        d_x_hat = _row_stats_backward_x(
+            d_lse, d_cos, pull, weight, index, labels, scale, class_start
+        )
     if ctx.needs_input_grad[1]:
-        d_weight = _row_stats_backward(
+        rows = _row_stats_backward(
             d_lse,
             d_cos,
             x_hat,
             weight,
+            index,
             labels,
             scale,
             threshold,
@@ -280,6 +374,7 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
             precision,
             backend,
         )
+        d_weight = spread_rows(rows, index, weight, ctx.sparse_grad)
     return d_x_hat, d_weight, *rest
 
 
@@ -295,21 +390,32 @@ def row_stats(
     class_start: int = 0,
     precision: str = "auto",
     backend: str = "auto",
+    index: Tensor | None = None,
+    sparse_grad: bool = False,
 ) -> RowStats:
     """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
 
     Args:
         x_hat: (B, D) unit rows from :func:`row_prologue`, float32 or float64.
         weight: (C, D) raw centres, any strides, any float dtype.
-        labels: (B,) int64 global class ids; -1 for a row without a class.
+        labels: (B,) int64 global class ids; -1 for a row without a class. With an index,
+            ``labels - class_start`` counts its places.
         scale: s.
         hard: rule for hard negatives.
         class_start: global id of ``weight[0]``.
         precision: operand type of the products, one of ``spec.PRECISIONS``.
         backend: "auto" or a backend's name.
+        index: (K,) int64 rows of ``weight`` that take part, distinct, in any order, -1 at an empty
+            place; None for all rows.
+        sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), so that nothing of
+            size (C, D) is made; not under ``torch.compile``.
 
     Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
+
+    Raises:
+        TypeError, ValueError: index is not as above.
     """
+    _check_index(index, weight)
     rule = (None, None, 1.0)
     if hard is not None:
         rule = hard.threshold, hard.coefficients, float(hard.bound)
@@ -318,11 +424,13 @@ def row_stats(
         *_row_stats(
             x_hat,
             weight,
+            index,
             labels,
             float(scale),
             *rule,
             class_start,
             want_pull,
+            sparse_grad,
             precision,
             backend,
         )
@@ -334,17 +442,17 @@ def row_stats(
 
 @_op(
     "row_topk",
-    "(Tensor x_hat, Tensor weight, Tensor labels, int k, int class_start, str precision,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    "(Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, int k, int class_start,"
+    " bool sparse_grad, str precision, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _row_topk(x_hat, weight, labels, k, class_start, precision, backend):
+def _row_topk(x_hat, weight, index, labels, k, class_start, sparse_grad, precision, backend):
     return _backend(backend, x_hat, precision, k).row_topk(
-        x_hat, weight, labels, k, class_start, precision
+        x_hat, weight, index, labels, k, class_start, precision
     )
 
 
 @_row_topk.register_fake
-def _(x_hat, weight, labels, k, class_start, precision, backend):
+def _(x_hat, weight, index, labels, k, *_):
     shape = (x_hat.shape[0], k)
     return (
         x_hat.new_empty(shape),
@@ -354,51 +462,52 @@ def _(x_hat, weight, labels, k, class_start, precision, backend):
 
 
 def _row_topk_setup(ctx, inputs, output):
-    x_hat, weight, labels, _, class_start = inputs[:5]
-    ctx.save_for_backward(x_hat, weight, labels, output[1])
+    x_hat, weight, index, labels, _, class_start, sparse_grad = inputs[:7]
+    ctx.save_for_backward(x_hat, weight, index, labels, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.class_start = class_start
+    ctx.class_start, ctx.sparse_grad = class_start, sparse_grad
 
 
 @_op(
     "row_topk_backward",
-    "(Tensor d_top, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor labels, Tensor index,"
-    " int class_start) -> (Tensor, Tensor)",
+    "(Tensor d_top, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor? index, Tensor labels,"
+    " Tensor nearest, int class_start) -> (Tensor, Tensor, Tensor)",
 )
-def _row_topk_backward(d_top, d_cos, x_hat, weight, labels, index, class_start):
+def _row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
     # the target is one more column; only B * (k + 1) centres take part
-    columns = torch.cat([index, (labels - class_start)[:, None]], dim=1)
-    centres, inv, known = _own_rows(weight, columns)
-    centres, inv = centres.to(x_hat.dtype), inv.to(x_hat.dtype)
+    columns = torch.cat([nearest, (labels - class_start)[:, None]], dim=1)
+    touched = _row_numbers(columns, index)
+    centres, inv = (t.to(x_hat.dtype) for t in _own_rows(weight, touched))
+    known = inside(touched, weight.shape[0])
     upstream = torch.where(known, torch.cat([d_top, d_cos[:, None]], dim=1), 0)[..., None]
     d_x_hat = (upstream * centres).sum(1)
     rows = upstream * x_hat[:, None, :]
     rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
-    d_weight = torch.zeros(weight.shape, dtype=x_hat.dtype, device=weight.device)
-    if weight.shape[0]:
-        # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
-        target = torch.where(known, columns, 0).flatten()
-        d_weight.index_put_((target,), rows.flatten(0, 1), accumulate=True)
-    return d_x_hat, d_weight.to(weight.dtype)
+    return d_x_hat, rows.flatten(0, 1), torch.where(known, touched, -1).flatten()
 
 
 @_row_topk_backward.register_fake
-def _(d_top, d_cos, x_hat, weight, *_):
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return x_hat.new_empty(x_hat.shape), d_weight
+def _(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
+    count = nearest.shape[0] * (nearest.shape[1] + 1)
+    rows = x_hat.new_empty((count, x_hat.shape[1]))
+    return x_hat.new_empty(x_hat.shape), rows, nearest.new_empty(count)
 
 
-def _row_topk_autograd(ctx, d_top, _index, d_cos):
-    x_hat, weight, labels, index = ctx.saved_tensors
-    rest = (None,) * 5
+def _row_topk_autograd(ctx, d_top, _nearest, d_cos):
+    x_hat, weight, index, labels, nearest = ctx.saved_tensors
+    rest = (None,) * 7
     if d_top is None and d_cos is None:
         return None, None, *rest
-    d_top = x_hat.new_zeros(index.shape) if d_top is None else d_top
+    d_top = x_hat.new_zeros(nearest.shape) if d_top is None else d_top
     d_cos = x_hat.new_zeros(labels.shape) if d_cos is None else d_cos
-    grads = _row_topk_backward(d_top, d_cos, x_hat, weight, labels, index, ctx.class_start)
-    needed = zip(grads, ctx.needs_input_grad[:2], strict=True)
-    return *(grad if need else None for grad, need in needed), *rest
+    d_x_hat, rows, touched = _row_topk_backward(
+        d_top, d_cos, x_hat, weight, index, labels, nearest, ctx.class_start
+    )
+    d_weight = None
+    if ctx.needs_input_grad[1]:
+        d_weight = spread_rows(rows, touched, weight, ctx.sparse_grad, distinct=False)
+    return d_x_hat if ctx.needs_input_grad[0] else None, d_weight, *rest
 
 
 _row_topk.register_autograd(_row_topk_autograd, setup_context=_row_topk_setup)
@@ -412,13 +521,18 @@ def row_topk(
     class_start: int = 0,
     precision: str = "auto",
     backend: str = "auto",
+    index: Tensor | None = None,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k nearest negatives of every row: cosines (B, k), indices (B, k), ``cos_y`` (B,).
 
     Differentiable in ``x_hat`` and ``weight`` through both cosines; see
-    :meth:`fastmargin.backends.interface.Backend.row_topk` for ties and short rows.
+    :meth:`fastmargin.backends.interface.Backend.row_topk` for ties and short rows. ``index`` as in
+    :func:`row_stats`; the indices returned then count its places. With ``sparse_grad`` the gradient
+    of ``weight`` has B * (k + 1) entries (:func:`spread_rows`); not under ``torch.compile``.
     """
-    return _row_topk(x_hat, weight, labels, k, class_start, precision, backend)
+    _check_index(index, weight)
+    return _row_topk(x_hat, weight, index, labels, k, class_start, sparse_grad, precision, backend)
 
 
 # ---- margin_rows --------------------------------------------------------------------------------

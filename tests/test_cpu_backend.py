@@ -101,11 +101,11 @@ def hard_rule(name: str, rows: int) -> HardRule | None:
 
 def run(backend, x_hat, weight, labels, start, scale, hard):
     """All outputs of the three operations by name."""
-    stats = backend.row_stats(x_hat, weight, labels, scale, hard, start, True, "auto")
+    stats = backend.row_stats(x_hat, weight, None, labels, scale, hard, start, True, "auto")
     rows = torch.arange(x_hat.shape[0], dtype=x_hat.dtype)
     d_lse, d_cos = (rows % 7 + 1) / 8, (rows % 5 - 2) / 4
     gradient = backend.row_stats_backward(
-        d_lse, d_cos, x_hat, weight, labels, stats.lse_neg, scale, hard, start, "auto"
+        d_lse, d_cos, x_hat, weight, None, labels, stats.lse_neg, scale, hard, start, "auto"
     )
     names = ("lse_neg", "cos_y", "max_neg", "pull")
     return {name: getattr(stats, name) for name in names} | {"d_weight": gradient}
@@ -211,9 +211,9 @@ def test_exponential(dtype):
     nobody, one, zero = torch.full((count,), -1), torch.ones_like(lse), torch.zeros_like(lse)
 
     def exps(lse):
-        return CPU.row_stats_backward(one, zero, x_hat, weight, nobody, lse, 1.0, None, 0, "auto")[
-            0, :count
-        ]
+        return CPU.row_stats_backward(
+            one, zero, x_hat, weight, None, nobody, lse, 1.0, None, 0, "auto"
+        )[0, :count]
 
     truth = torch.exp(-lse.double())
     error = ((exps(lse).double() - truth) / truth).abs().max()
@@ -283,8 +283,8 @@ def test_many_rows_are_shared_between_threads(threads):
 
 def test_no_gradient_gives_the_same_statistics():
     x_hat, weight, labels, start = make("random")
-    with_pull = CPU.row_stats(x_hat, weight, labels, 64.0, None, start, True, "auto")
-    without = CPU.row_stats(x_hat, weight, labels, 64.0, None, start, False, "auto")
+    with_pull = CPU.row_stats(x_hat, weight, None, labels, 64.0, None, start, True, "auto")
+    without = CPU.row_stats(x_hat, weight, None, labels, 64.0, None, start, False, "auto")
     assert torch.equal(with_pull.lse_neg, without.lse_neg)
     assert without.pull.shape == (0, x_hat.shape[1])
 
@@ -292,7 +292,7 @@ def test_no_gradient_gives_the_same_statistics():
 def test_not_a_number_is_passed_on():
     x_hat, weight, labels, start = make("random")
     x_hat[3, 1] = math.nan
-    stats = CPU.row_stats(x_hat, weight, labels, 64.0, None, start, True, "auto")
+    stats = CPU.row_stats(x_hat, weight, None, labels, 64.0, None, start, True, "auto")
     assert torch.isnan(stats.lse_neg[3]) and torch.isnan(stats.cos_y[3])
     assert torch.isfinite(stats.lse_neg[4:]).all() and torch.isnan(stats.pull[3]).all()
 
@@ -301,8 +301,8 @@ def test_not_a_number_is_passed_on():
 @pytest.mark.parametrize("k", [1, 3, 80])
 def test_nearest(regime, k):
     x_hat, weight, labels, start = make(regime, "ragged")
-    got = CPU.row_topk(x_hat, weight, labels, k, start, "auto")
-    want = REFERENCE.row_topk(x_hat, weight, labels, k, start, "auto")
+    got = CPU.row_topk(x_hat, weight, None, labels, k, start, "auto")
+    want = REFERENCE.row_topk(x_hat, weight, None, labels, k, start, "auto")
     torch.testing.assert_close(got[0], want[0])
     torch.testing.assert_close(got[2], want[2])
     # equal up to the order of cosines that differ by a rounding only
@@ -318,7 +318,7 @@ def test_nearest_ties_go_to_the_lower_index():
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        _, index, _ = CPU.row_topk(x_hat, weight, labels, 4, start, "auto")
+        _, index, _ = CPU.row_topk(x_hat, weight, None, labels, 4, start, "auto")
         torch.set_num_threads(before)
         assert (index == torch.tensor([0, 2, 3, 4])).all()
 
@@ -338,11 +338,11 @@ def test_memory_does_not_grow_with_the_classes():
 def test_bad_tensors_are_refused():
     x_hat, weight, labels, _ = make("random", "small")
     with pytest.raises(RuntimeError, match="do not fit"):
-        CPU.row_stats(x_hat, weight[:, 1:], labels, 64.0, None, 0, True, "auto")
+        CPU.row_stats(x_hat, weight[:, 1:], None, labels, 64.0, None, 0, True, "auto")
     with pytest.raises(RuntimeError, match="weight must be float"):
-        CPU.row_stats(x_hat, weight.int(), labels, 64.0, None, 0, True, "auto")
+        CPU.row_stats(x_hat, weight.int(), None, labels, 64.0, None, 0, True, "auto")
     with pytest.raises(RuntimeError, match="labels"):
-        CPU.row_stats(x_hat, weight, labels[1:], 64.0, None, 0, True, "auto")
+        CPU.row_stats(x_hat, weight, None, labels[1:], 64.0, None, 0, True, "auto")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ PACKAGE = Path(fastmargin.__file__).parent
 ALLOWED = {
     "spec": set(),
     "norms": {"spec"},
+    "rows": set(),
     "margins": {"margins", "spec"},
     "distributed": {"distributed"},
-    "backends": {"backends", "spec", "norms"},
-    "ops": {"backends", "norms", "spec"},
+    "backends": {"backends", "spec", "norms", "rows"},
+    "ops": {"backends", "norms", "rows", "spec"},
     "checks": {"margins", "spec"},
     "functional": {"checks", "ops", "margins", "distributed", "norms", "spec"},
     "head": {"checks", "functional", "ops", "margins", "distributed", "norms"},

@@ -27,37 +27,47 @@ def test_opcheck(backend):
     x_hat = torch.nn.functional.normalize(x)
     grad_x, grad_w = x_hat.clone().requires_grad_(), weight.clone().requires_grad_()
     ema = torch.full((1,), 20.0, device=device), torch.full((1,), 9.0, device=device)
-    strided = x.t().contiguous().t(), weight.t().contiguous().t()
+    strided_w = weight.t().contiguous().t().requires_grad_()
+    index = torch.tensor([7, 0, -1, 3, 5], device=device)
+    columns = (index == labels[:, None]).int().argmax(1) - 1  # some with a centre, some without
+    plain = 8.0, None, None, 1.0
+    hard = 8.0, x_hat[:, 0], x_hat[0, :3], 3.0
     checks = {
         "row_prologue": [
-            (strided[0].clone().requires_grad_(), labels, None, None, [], backend),
+            (x.t().contiguous().t().requires_grad_(), labels, None, None, [], backend),
             (x.clone().requires_grad_(), labels, None, None, [], backend),
             (x.clone().requires_grad_(), labels, *ema, [0.1, 1e-3, 100.0], backend),
         ],
         "row_stats": [
-            (grad_x, grad_w, labels, 8.0, None, None, 1.0, 0, True, "auto", backend),
-            (
-                grad_x,
-                strided[1].requires_grad_(),
-                labels,
-                8.0,
-                None,
-                None,
-                1.0,
-                0,
-                True,
-                "auto",
-                backend,
-            ),
-            (x_hat, grad_w, labels, 8.0, x_hat[:, 0], x_hat[0, :3], 3.0, 3, False, "auto", backend),
+            (*(grad_x, grad_w, None, labels), *plain, 0, True, False, "auto", backend),
+            (*(grad_x, strided_w, None, labels), *plain, 0, True, False, "auto", backend),
+            (*(x_hat, grad_w, None, labels), *hard, 3, False, False, "auto", backend),
+            (*(grad_x, grad_w, index, columns), *plain, 0, True, False, "auto", backend),
+            (*(x_hat, strided_w, index, columns), *hard, 3, False, False, "auto", backend),
         ],
-        "row_topk": [(grad_x, grad_w, labels, 3, 0, "auto", backend)],
+        "row_topk": [
+            (grad_x, grad_w, None, labels, 3, 0, False, "auto", backend),
+            (grad_x, grad_w, index, columns, 3, 0, False, "auto", backend),
+        ],
     }
     lse = torch.rand(n, device=device)
     cos = (torch.rand(n, device=device) * 2 - 1).requires_grad_()
+    after = lse + 5, "auto", backend
     checks["row_stats_backward"] = [
-        (lse, lse, x_hat, weight, labels, 8.0, None, None, 1.0, 0, lse + 5, "auto", backend)
+        (lse, lse, x_hat, weight, None, labels, *plain, 0, *after),
+        (lse, lse, x_hat, weight, index, columns, *hard, 0, *after),
     ]
+    checks["row_stats_backward_x"] = [
+        (lse, lse, x_hat, weight, None, labels, 8.0, 0),
+        (lse, lse, x_hat, weight, index, columns, 8.0, 0),
+    ]
+    nearest = torch.tensor([0, 2, 4, 3, -1, 1], device=device)[:, None].repeat(1, 2)
+    top = torch.rand(n, 2, device=device)
+    checks["row_topk_backward"] = [
+        (top, lse, x_hat, weight, None, labels, nearest, 0),
+        (top, lse, x_hat, weight, index, columns, nearest, 0),
+    ]
+    checks["spread_rows"] = [(weight[:5], index, weight, distinct) for distinct in (True, False)]
     form = MarginForm(8.0, m2_u=0.5, source="class", guard="mm", table=torch.rand(9, device=device))
     norm = (torch.rand(n, device=device) + 5).requires_grad_()
     checks["margin_rows"] = [

@@ -88,10 +88,10 @@ def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
     )
     hard = p.hard(dtype)
     rest = p.scale, hard, p.class_start
-    stats = backend.row_stats(p.x_hat, p.weight, p.labels, *rest, want_pull, precision)
+    stats = backend.row_stats(p.x_hat, p.weight, None, p.labels, *rest, want_pull, precision)
     lse_neg = stats.lse_neg if lse_neg is None else lse_neg
     d_weight = backend.row_stats_backward(
-        p.d_lse, p.d_cos, p.x_hat, p.weight, p.labels, lse_neg, *rest, precision
+        p.d_lse, p.d_cos, p.x_hat, p.weight, None, p.labels, lse_neg, *rest, precision
     )
     parts = (stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull)
     return RowStats(*(t.cpu() for t in parts)), d_weight.cpu()
@@ -345,10 +345,10 @@ def test_a_planted_error_shows():
 def check_topk(p: Problem, k, precision="fp32"):
     on = device_for("triton")
     truth = REFERENCE.row_topk(
-        p.x_hat.double(), p.weight.double(), p.labels, k, p.class_start, "auto"
+        p.x_hat.double(), p.weight.double(), None, p.labels, k, p.class_start, "auto"
     )
     got = TRITON.row_topk(
-        p.x_hat.to(on), p.weight.to(on), p.labels.to(on), k, p.class_start, precision
+        p.x_hat.to(on), p.weight.to(on), None, p.labels.to(on), k, p.class_start, precision
     )
     value, index, cos_y = (t.cpu() for t in got)
     torch.testing.assert_close(cos_y, truth[2].float())
@@ -380,7 +380,9 @@ def test_topk_ties_go_to_the_lower_index():
     weight[40:50] = 0
     labels = torch.tensor([31, 0, 1, 2])
     x_hat = torch.stack([axes[11], axes[0], torch.zeros(24), -torch.zeros(24)])
-    value, index, _ = TRITON.row_topk(x_hat.to(on), weight.to(on), labels.to(on), 3, 0, "fp32")
+    value, index, _ = TRITON.row_topk(
+        x_hat.to(on), weight.to(on), None, labels.to(on), 3, 0, "fp32"
+    )
     # classes 11, 31 (the label), 51; 0 (the label), 20, 60; then the lowest of those with 0
     assert index.tolist() == [[11, 51, 0], [20, 60, 1], [0, 2, 3], [0, 1, 3]]
     assert value.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]]
@@ -399,7 +401,7 @@ def test_topk_operand_types(precision):
         p = replace(p, weight=p.weight.bfloat16(), x_hat=p.x_hat.bfloat16().float())
     on = device_for("triton")
     value, index, _ = TRITON.row_topk(
-        p.x_hat.to(on), p.weight.to(on), p.labels.to(on), 4, 0, precision
+        p.x_hat.to(on), p.weight.to(on), None, p.labels.to(on), 4, 0, precision
     )
     cos = p.x_hat @ F.normalize(p.weight.float()).t()
     atol = 4e-3 if precision == "bf16" else 1e-3

@@ -74,8 +74,9 @@ struct HardParams {
 template <typename T>
 class PackedBatch {
  public:
-  PackedBatch(const Tensor& x_hat, const Tensor& labels, int64_t class_start, int64_t classes,
-              double scale, const HardParams& hard, int64_t lanes, bool want_rows)
+  PackedBatch(const Tensor& x_hat, const Tensor& labels, int64_t class_start,
+              const Centres& centres, double scale, const HardParams& hard, int64_t lanes,
+              bool want_rows)
       : count_(x_hat.size(0)),
         dim_(x_hat.size(1)),
         lanes_(lanes),
@@ -95,8 +96,8 @@ class PackedBatch {
         if (want_rows) by_row_[(k / lanes * rows_ + i) * lanes + k % lanes] = value;
       }
       // no overflow: a label below class_start is foreign, whatever its value
-      const bool own = y[i] >= class_start && y[i] - class_start < classes;
-      label_[i] = own ? y[i] - class_start : -1;
+      const bool own = y[i] >= class_start && y[i] - class_start < centres.count;
+      label_[i] = own && centres.row(y[i] - class_start) >= 0 ? y[i] - class_start : -1;
     }
     if (hard_) {
       std::copy_n(checked<const T>(hard.threshold, count_, x_hat, "hard_threshold"), count_,
@@ -130,7 +131,7 @@ class PackedBatch {
   Batch<T> view_;
 };
 
-Centres centres_of(const Tensor& weight, const Tensor& x_hat) {
+Centres centres_of(const Tensor& weight, const std::optional<Tensor>& index, const Tensor& x_hat) {
   STD_TORCH_CHECK(x_hat.dim() == 2 && weight.dim() == 2 && x_hat.size(1) == weight.size(1),
                   "fastmargin: x_hat (B, D) and weight (C, D) do not fit");
   STD_TORCH_CHECK(weight.device() == x_hat.device(), "fastmargin: weight is on another device");
@@ -148,7 +149,15 @@ Centres centres_of(const Tensor& weight, const Tensor& x_hat) {
         STD_TORCH_CHECK(false, "fastmargin: weight must be float32, float64, float16 or bfloat16");
     }
   }();
-  return {weight.const_data_ptr(), element, weight.stride(0), weight.stride(1), weight.size(1)};
+  const bool indexed = index.has_value();
+  return {weight.const_data_ptr(),
+          element,
+          weight.size(0),
+          weight.stride(0),
+          weight.stride(1),
+          weight.size(1),
+          indexed ? checked<const int64_t>(*index, index->numel(), x_hat, "index") : nullptr,
+          indexed ? index->numel() : weight.size(0)};
 }
 
 // Work items: `groups` of panels times `slots` of classes. Slots share rows, so each has partial
@@ -185,16 +194,16 @@ void dispatch_compute(const Tensor& x_hat, F&& f) {
   f(float());
 }
 
-void row_stats(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, double scale,
-               const std::optional<Tensor>& hard_threshold, double a, double b, double d,
-               int64_t class_start, const Tensor& lse_neg, const Tensor& cos_y,
-               const Tensor& max_neg, const std::optional<Tensor>& pull) {
-  const Centres centres = centres_of(weight, x_hat);
+void row_stats(const Tensor& x_hat, const Tensor& weight, const std::optional<Tensor>& index,
+               const Tensor& labels, double scale, const std::optional<Tensor>& hard_threshold,
+               double a, double b, double d, int64_t class_start, const Tensor& lse_neg,
+               const Tensor& cos_y, const Tensor& max_neg, const std::optional<Tensor>& pull) {
+  const Centres centres = centres_of(weight, index, x_hat);
   dispatch_compute(x_hat, [&](auto type) {
     using T = decltype(type);
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const Kernels<T> kernel = kernels<T>();
-    const PackedBatch<T> batch(x_hat, labels, class_start, weight.size(0), scale,
+    const PackedBatch<T> batch(x_hat, labels, class_start, centres, scale,
                                {hard_threshold, a, b, d}, kernel.lanes, false);
     const int64_t rows = batch.rows(), dim = batch.padded_dim(), count = batch.count();
     T* lse_out = checked<T>(lse_neg, count, x_hat, "lse_neg");
@@ -202,7 +211,7 @@ void row_stats(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, 
     T* neg_out = checked<T>(max_neg, count, x_hat, "max_neg");
     T* pull_out = pull.has_value() ? checked<T>(pull, count * batch.dim(), x_hat, "pull") : nullptr;
 
-    const Grid grid(batch.panels(), weight.size(0), kernel.lanes);
+    const Grid grid(batch.panels(), centres.count, kernel.lanes);
     const int64_t pull_size = pull_out == nullptr ? 0 : rows * dim;
     const Buffer<T> target(rows, T(0)), top(grid.slots * rows, -kInfinity),
         neg(grid.slots * rows, -kInfinity), pulls(grid.slots * pull_size, T(0));
@@ -247,18 +256,20 @@ void row_stats(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, 
 }
 
 void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& x_hat,
-                        const Tensor& weight, const Tensor& labels, const Tensor& lse_neg,
-                        double scale, const std::optional<Tensor>& hard_threshold, double a,
-                        double b, double d, int64_t class_start, const Tensor& d_weight) {
-  const Centres centres = centres_of(weight, x_hat);
+                        const Tensor& weight, const std::optional<Tensor>& index,
+                        const Tensor& labels, const Tensor& lse_neg, double scale,
+                        const std::optional<Tensor>& hard_threshold, double a, double b, double d,
+                        int64_t class_start, const Tensor& d_weight) {
+  const Centres centres = centres_of(weight, index, x_hat);
   STD_TORCH_CHECK(d_weight.scalar_type() == weight.scalar_type() && d_weight.is_contiguous() &&
-                      d_weight.numel() == weight.numel(),
-                  "fastmargin: d_weight must be contiguous, of the shape and dtype of weight");
+                      d_weight.numel() == centres.count * centres.dim,
+                  "fastmargin: d_weight must be contiguous, a row for each column of the pass, "
+                  "of the dtype of weight");
   dispatch_compute(x_hat, [&](auto type) {
     using T = decltype(type);
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const Kernels<T> kernel = kernels<T>();
-    const PackedBatch<T> batch(x_hat, labels, class_start, weight.size(0), scale,
+    const PackedBatch<T> batch(x_hat, labels, class_start, centres, scale,
                                {hard_threshold, a, b, d}, kernel.lanes, true);
     const int64_t rows = batch.rows(), count = batch.count();
     const Buffer<T> exp_weight = padded<T>(d_lse, count, x_hat, rows, 0, "d_lse");
@@ -268,7 +279,7 @@ void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& 
       exp_weight[i] *= static_cast<T>(scale);
       if (lse[i] == -kInfinity) lse[i] = kInfinity;  // no negatives: every p is 0
     }
-    const int64_t classes = weight.size(0), threads = torch::stable::get_num_threads();
+    const int64_t classes = centres.count, threads = torch::stable::get_num_threads();
     const int64_t items = std::clamp<int64_t>(classes / kMinClasses, 1, threads);
     torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
       const Buffer<T> scratch(kernel.scratch(batch.padded_dim()));
@@ -279,21 +290,22 @@ void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& 
   });
 }
 
-void row_topk(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, int64_t class_start,
-              const Tensor& values, const Tensor& index, const Tensor& cos_y) {
-  const Centres centres = centres_of(weight, x_hat);
+void row_topk(const Tensor& x_hat, const Tensor& weight, const std::optional<Tensor>& index,
+              const Tensor& labels, int64_t class_start, const Tensor& values,
+              const Tensor& nearest, const Tensor& cos_y) {
+  const Centres centres = centres_of(weight, index, x_hat);
   STD_TORCH_CHECK(values.dim() == 2 && values.size(1) >= 1, "fastmargin: k must be at least 1");
   dispatch_compute(x_hat, [&](auto type) {
     using T = decltype(type);
     const Kernels<T> kernel = kernels<T>();
-    const PackedBatch<T> batch(x_hat, labels, class_start, weight.size(0), 1,
-                               {std::nullopt, 0, 0, 0}, kernel.lanes, false);
+    const PackedBatch<T> batch(x_hat, labels, class_start, centres, 1, {std::nullopt, 0, 0, 0},
+                               kernel.lanes, false);
     const int64_t rows = batch.rows(), count = batch.count(), k = values.size(1);
     T* values_out = checked<T>(values, count * k, x_hat, "values");
-    int64_t* index_out = checked<int64_t>(index, count * k, x_hat, "index");
+    int64_t* nearest_out = checked<int64_t>(nearest, count * k, x_hat, "nearest");
     T* cos_out = checked<T>(cos_y, count, x_hat, "cos_y");
 
-    const Grid grid(batch.panels(), weight.size(0), kernel.lanes);
+    const Grid grid(batch.panels(), centres.count, kernel.lanes);
     const Buffer<T> target(rows, T(0)),
         best(grid.slots * rows * k, -std::numeric_limits<T>::infinity());
     const Buffer<int64_t> best_index(grid.slots * rows * k, int64_t(-1));
@@ -305,7 +317,7 @@ void row_topk(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, i
 
     for (int64_t i = 0; i < count; ++i) {
       cos_out[i] = target[i];
-      // slots are in ascending order of class: among equals the first one holds the lower index
+      // slots are in ascending order of column: among equals the first one holds the lower index
       std::vector<int64_t> next(grid.slots, 0);
       for (int64_t j = 0; j < k; ++j) {
         int64_t from = 0;
@@ -317,7 +329,7 @@ void row_topk(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, i
           if (head(slot) > head(from)) from = slot;
         }
         values_out[i * k + j] = head(from);
-        index_out[i * k + j] =
+        nearest_out[i * k + j] =
             next[from] < k ? best_index[(from * rows + i) * k + next[from]] : int64_t(-1);
         ++next[from];
       }
@@ -328,20 +340,21 @@ void row_topk(const Tensor& x_hat, const Tensor& weight, const Tensor& labels, i
 }  // namespace
 }  // namespace fastmargin::cpu
 
-#define FM_STATS_ARGS                                                               \
-  "Tensor x_hat, Tensor weight, Tensor labels, float scale, Tensor? hard_threshold" \
+#define FM_STATS_ARGS                                                                              \
+  "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale, Tensor? hard_threshold" \
   ", float a, float b, float d, int class_start"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmargin, m) {
   m.def("cpu_row_stats(" FM_STATS_ARGS
         ", Tensor(a!) lse_neg, Tensor(b!) cos_y, Tensor(c!) max_neg, Tensor(d!)? pull) -> ()");
   m.def(
-      "cpu_row_stats_backward(Tensor d_lse, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor "
-      "labels, Tensor lse_neg, float scale, Tensor? hard_threshold, float a, float b, float d, "
+      "cpu_row_stats_backward(Tensor d_lse, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor? "
+      "index, Tensor labels, Tensor lse_neg, float scale, Tensor? hard_threshold, float a, float "
+      "b, float d, "
       "int class_start, Tensor(a!) d_weight) -> ()");
   m.def(
-      "cpu_row_topk(Tensor x_hat, Tensor weight, Tensor labels, int class_start, "
-      "Tensor(a!) values, Tensor(b!) index, Tensor(c!) cos_y) -> ()");
+      "cpu_row_topk(Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, int class_start, "
+      "Tensor(a!) values, Tensor(b!) nearest, Tensor(c!) cos_y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {

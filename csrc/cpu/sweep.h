@@ -8,13 +8,24 @@ namespace fastmargin::cpu {
 
 enum class Element { kFloat, kDouble, kHalf, kBFloat16 };
 
-// Raw class centres (C, D); strides in elements.
+// Raw class centres (C, D), strides in elements, and which of their rows are the columns of a pass:
+// all of them, or those in `index`, where a value outside [0, rows) is an empty place.
 struct Centres {
   const void* data;
   Element element;
+  int64_t rows;
   int64_t row_stride;
   int64_t col_stride;
   int64_t dim;
+  const int64_t* index;  // [count], or null
+  int64_t count;         // of columns
+
+  // The row behind a column, -1 for an empty place. Inlined: a copy of its own would be one for
+  // all instruction sets.
+  [[gnu::always_inline]] int64_t row(int64_t column) const {
+    if (index == nullptr) return column;
+    return index[column] >= 0 && index[column] < rows ? index[column] : -1;
+  }
 };
 
 // Unit embeddings in the two layouts of the products, padded with zeros, and what belongs to each
@@ -25,13 +36,13 @@ struct Batch {
   int64_t dim;
   const T* by_column;    // [rows / lanes][dim][lanes]: lanes are embeddings
   const T* by_row;       // [dim / lanes][rows][lanes]: lanes are columns; backward only
-  const int64_t* label;  // [rows] row of the centres, negative where it has none here
+  const int64_t* label;  // [rows] column of the own centre, negative where it has none here
   T scale;
   const T* threshold;  // [rows] of the hard rule a c^2 + b c + d, or null
   T a, b, d;
 };
 
-// Partial results of one slot of classes. `sum` and `pull` are relative to exp(max_logit).
+// Partial results of one slot of columns. `sum` and `pull` are relative to exp(max_logit).
 template <typename T>
 struct Partial {
   T* max_logit;  // [rows]
@@ -60,16 +71,16 @@ struct Kernels {
   // Elements of T that a call needs as scratch, aligned to 64 bytes.
   int64_t (*scratch)(int64_t dim);
 
-  // Adds the centres `classes` to the partial results of the rows in `panels`, and writes cos_y of
+  // Adds the columns `classes` to the partial results of the rows in `panels`, and writes cos_y of
   // the rows whose label is among them.
   void (*forward)(const Batch<T>&, const Centres&, Range panels, Range classes, const Partial<T>&,
                   T* cos_y, T* scratch);
 
-  // Writes the gradient of the centres `classes` into the contiguous (C, D) of their type.
+  // Writes the gradient of the columns `classes` into the contiguous (count, D) of their type.
   void (*backward)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&,
                    void* d_centres, T* scratch);
 
-  // Merges the centres `classes` into the k best negatives, values [rows][k] and index [rows][k],
+  // Merges the columns `classes` into the k best negatives, values [rows][k] and index [rows][k],
   // in descending order; writes cos_y as `forward` does.
   void (*nearest)(const Batch<T>&, const Centres&, Range panels, Range classes, int64_t k,
                   T* values, int64_t* index, T* cos_y, T* scratch);

@@ -89,38 +89,50 @@ template <typename T>
 // ---- centres ------------------------------------------------------------------------------------
 
 // A block of unit centres, [dim / lanes][capacity][lanes], and 1 / norm (0 for a zero centre).
+// Empty places are zero.
 template <typename T>
 struct Block {
   T* unit;
   T* inverse_norm;
   int64_t capacity;
   int64_t count;
+  bool gaps;  // there are empty places among them
 };
 
 template <typename T, typename In>
 void read_block(const Centres& centres, int64_t first, int64_t dim, Block<T>& block) {
   constexpr int64_t kPanel = kLanes<T>;
-  const In* data = static_cast<const In*>(centres.data) + first * centres.row_stride;
+  const In* data = static_cast<const In*>(centres.data);
   const int64_t used = round_up(block.count, FM_ROWS), stride = block.capacity * kPanel;
-  for (int64_t start = 0; start < dim; start += kPanel) {
+  block.gaps = false;
+  for (int64_t j = 0; j < block.count; ++j) block.gaps |= centres.row(first + j) < 0;
+  const bool part = block.count < used || block.gaps;
+  for (int64_t start = part ? 0 : centres.dim / kPanel * kPanel; start < dim; start += kPanel) {
     T* panel = block.unit + start / kPanel * stride;
-    const int64_t width = centres.dim - start < kPanel ? centres.dim - start : kPanel;
-    const In* from = data + start * centres.col_stride;
-    if (width < kPanel || block.count < used) {
-      for (int64_t i = 0; i < used * kPanel; ++i) panel[i] = 0;
-    }
-    if (centres.col_stride == 1) {
-      for (int64_t j = 0; j < block.count; ++j) {
-        for (int64_t k = 0; k < width; ++k) {
-          panel[j * kPanel + k] = static_cast<T>(widen(from[j * centres.row_stride + k]));
-        }
+    for (int64_t i = 0; i < used * kPanel; ++i) panel[i] = 0;
+  }
+  if (centres.col_stride == 1) {
+    // a row at a time: rows of an index are anywhere, and each is read in one go
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t row = centres.row(first + j);
+      if (row < 0) continue;
+      const In* from = data + row * centres.row_stride;
+      T* to = block.unit + j * kPanel;
+      int64_t start = 0;
+      for (; start + kPanel <= centres.dim; start += kPanel, to += stride) {
+        for (int64_t k = 0; k < kPanel; ++k) to[k] = static_cast<T>(widen(from[start + k]));
       }
-    } else {  // a transposed matrix: neighbours in memory are rows
-      for (int64_t k = 0; k < width; ++k) {
-        for (int64_t j = 0; j < block.count; ++j) {
-          panel[j * kPanel + k] =
-              static_cast<T>(widen(from[j * centres.row_stride + k * centres.col_stride]));
-        }
+      for (int64_t k = 0; start + k < centres.dim; ++k) {
+        to[k] = static_cast<T>(widen(from[start + k]));
+      }
+    }
+  } else {  // a transposed matrix: neighbours in memory are rows
+    for (int64_t column = 0; column < centres.dim; ++column) {
+      const In* from = data + column * centres.col_stride;
+      T* to = block.unit + column / kPanel * stride + column % kPanel;
+      for (int64_t j = 0; j < block.count; ++j) {
+        const int64_t row = centres.row(first + j);
+        if (row >= 0) to[j * kPanel] = static_cast<T>(widen(from[row * centres.row_stride]));
       }
     }
   }
@@ -176,6 +188,17 @@ void cosines(const Batch<T>& batch, const Block<T>& block, int64_t panel, T* til
   for (int64_t j = 0; j < block.count; j += FM_ROWS) {
     multiply_rows<T, false>(block.unit + j * kPanel, block.capacity * kPanel, batch.dim / kPanel, x,
                             tile + j * kPanel, kPanel);
+  }
+}
+
+// An empty place has a cosine of -inf: no part in a sum, a maximum or a gradient.
+template <typename T>
+void leave_out_gaps(const Centres& centres, const Block<T>& block, int64_t first, T* tile) {
+  if (!block.gaps) return;
+  constexpr int64_t kPanel = kLanes<T>;
+  for (int64_t j = 0; j < block.count; ++j) {
+    if (centres.row(first + j) >= 0) continue;
+    for (int64_t lane = 0; lane < kPanel; ++lane) tile[j * kPanel + lane] = -kInfinity<T>;
   }
 }
 
@@ -267,7 +290,7 @@ void forward(const Batch<T>& batch, const Centres& centres, Range panels, Range 
              const Partial<T>& partial, T* cos_y, T* scratch) {
   constexpr int64_t kPanel = kLanes<T>;
   const int64_t capacity = block_classes<T>(batch.dim);
-  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0, false};
   T* tile = block.inverse_norm + round_up(capacity, kPanel);
   for (int64_t first = classes.begin; first < classes.end; first += capacity) {
     const int64_t rest = classes.end - first;
@@ -276,6 +299,7 @@ void forward(const Batch<T>& batch, const Centres& centres, Range panels, Range 
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t row = panel * kPanel;
       cosines(batch, block, panel, tile);
+      leave_out_gaps(centres, block, first, tile);
       for_targets(batch, panel, first, block.count, tile, [&](int64_t lane, T& c) {
         cos_y[row + lane] = c;
         c = -kInfinity<T>;
@@ -344,7 +368,7 @@ void backward(const Batch<T>& batch, const Centres& centres, Range classes,
               const Upstream<T>& upstream, void* d_centres, T* scratch) {
   constexpr int64_t kPanel = kLanes<T>;
   const int64_t capacity = block_classes<T>(batch.dim), tile_size = capacity * kPanel;
-  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0, false};
   T* d_unit = block.inverse_norm + round_up(capacity, kPanel);
   T* tiles = d_unit + capacity * batch.dim;
   const int64_t panels = batch.rows / kPanel;
@@ -359,6 +383,7 @@ void backward(const Batch<T>& batch, const Centres& centres, Range classes,
         T* tile = tiles + (panel - start) * tile_size;
         const int64_t row = panel * kPanel;
         cosines(batch, block, panel, tile);
+        leave_out_gaps(centres, block, first, tile);
         if (batch.threshold != nullptr) {
           backward_tile<T, true>(batch, row, block.count, upstream, tile);
         } else {
@@ -401,7 +426,7 @@ void nearest(const Batch<T>& batch, const Centres& centres, Range panels, Range 
              T* values, int64_t* index, T* cos_y, T* scratch) {
   constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
   const int64_t capacity = block_classes<T>(batch.dim);
-  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0};
+  Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0, false};
   T* tile = block.inverse_norm + round_up(capacity, kPanel);
   for (int64_t first = classes.begin; first < classes.end; first += capacity) {
     const int64_t rest = classes.end - first;
@@ -410,6 +435,7 @@ void nearest(const Batch<T>& batch, const Centres& centres, Range panels, Range 
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const int64_t row = panel * kPanel;
       cosines(batch, block, panel, tile);
+      leave_out_gaps(centres, block, first, tile);
       for_targets(batch, panel, first, block.count, tile, [&](int64_t lane, T& c) {
         cos_y[row + lane] = c;
         c = -kInfinity<T>;

@@ -36,6 +36,10 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
     return hard.threshold.to(dtype).contiguous(), *hard.coefficients.tolist()
 
 
+def _contiguous(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
+
+
 class CpuBackend:
     name = "cpu"
     precisions = ("fp32",)
@@ -61,6 +65,7 @@ class CpuBackend:
         self,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         scale: float,
         hard: HardRule | None,
@@ -73,6 +78,7 @@ class CpuBackend:
         torch.ops.fastmargin.cpu_row_stats(
             x_hat.contiguous(),
             weight,
+            _contiguous(index),
             labels.contiguous(),
             scale,
             *_hard(hard, x_hat.dtype),
@@ -90,6 +96,7 @@ class CpuBackend:
         d_cos: Tensor,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         lse_neg: Tensor,
         scale: float,
@@ -97,12 +104,14 @@ class CpuBackend:
         class_start: int,
         precision: str,
     ) -> Tensor:
-        d_weight = torch.empty(weight.shape, dtype=weight.dtype)
+        columns = weight.shape[0] if index is None else index.shape[0]
+        d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
         torch.ops.fastmargin.cpu_row_stats_backward(
             d_lse.contiguous(),
             d_cos.contiguous(),
             x_hat.contiguous(),
             weight,
+            _contiguous(index),
             labels.contiguous(),
             lse_neg.contiguous(),
             scale,
@@ -116,18 +125,26 @@ class CpuBackend:
         self,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         k: int,
         class_start: int,
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = x_hat.new_empty((x_hat.shape[0], k))
-        index = x_hat.new_empty(values.shape, dtype=torch.int64)
+        nearest = x_hat.new_empty(values.shape, dtype=torch.int64)
         cos_y = x_hat.new_empty(x_hat.shape[0])
         torch.ops.fastmargin.cpu_row_topk(
-            x_hat.contiguous(), weight, labels.contiguous(), class_start, values, index, cos_y
+            x_hat.contiguous(),
+            weight,
+            _contiguous(index),
+            labels.contiguous(),
+            class_start,
+            values,
+            nearest,
+            cos_y,
         )
-        return values, index, cos_y
+        return values, nearest, cos_y
 
 
 BACKEND = CpuBackend()

@@ -4,6 +4,12 @@ Names: ``x`` (B, D) raw embeddings, ``x_hat`` (B, D) unit embeddings in fp32 (fp
 ``weight`` (C, D) raw class centres of any strides and of any float dtype, ``labels`` (B,) int64
 *global* class ids, ``class_start`` the global id of ``weight[0]``. A label outside
 ``[class_start, class_start + C)`` has its centre elsewhere, or is -1 (row ignored).
+
+``index`` is None, and the columns of a pass are all rows of ``weight``; or it is (K,) int64, and
+column j is the centre ``weight[index[j]]``: rows of ``weight``, distinct, in any order. An entry
+outside ``[0, C)``, by convention -1, is an empty place: a column that takes no part and is nobody's
+target, so that K can stay what it is. With an index ``labels - class_start`` counts columns, not
+rows of ``weight``, and so do the indices that ``row_topk`` returns; ``C`` below is then K.
 """
 
 from __future__ import annotations
@@ -50,6 +56,7 @@ class Backend(Protocol):
         self,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         scale: float,
         hard: HardRule | None,
@@ -65,6 +72,7 @@ class Backend(Protocol):
         d_cos: Tensor,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         lse_neg: Tensor,
         scale: float,
@@ -74,6 +82,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
 
+        With an index (K, D): of its columns, in their order, zero at empty places.
         ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
         zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
         """
@@ -82,6 +91,7 @@ class Backend(Protocol):
         self,
         x_hat: Tensor,
         weight: Tensor,
+        index: Tensor | None,
         labels: Tensor,
         k: int,
         class_start: int,
@@ -89,7 +99,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k nearest negatives: cosines (B, k) descending, indices (B, k), ``cos_y`` (B,).
 
-        Indices are rows of ``weight``; ties go to the lower index. Where a row has fewer than k
+        Indices are columns; ties go to the lower one. Where a row has fewer than k
         negatives the rest is cosine -inf, index -1.
         """
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
+from fastmargin.rows import inside, take
 from fastmargin.spec import MarginForm, NormEma, RowStats
 
 
@@ -91,29 +92,35 @@ class ReferenceBackend:
             return x_hat, norm, x.new_empty(0), x.new_empty(0)
         return x_hat, norm, *advance(ema, moments(norm, labels, ema)[None])
 
-    def _negatives(self, x_hat, weight, labels, hard, class_start):
-        """Unit centres, cosines, mask of negatives, f(c) and f'(c)."""
+    def _columns(self, x_hat, weight, index, labels, hard, class_start):
+        """Centres, unit centres, cosines, masks of negatives and targets, f(c) and f'(c)."""
+        count = weight.shape[0] if index is None else index.shape[0]
+        present = torch.ones(count, dtype=torch.bool, device=weight.device)
+        if index is not None:
+            present = inside(index, weight.shape[0])
+            weight = take(weight, index, 0)
         w = weight.to(x_hat.dtype)
         w_hat = w * inverse_norm(w)
         cos = x_hat @ w_hat.t()
-        local = labels - class_start
-        columns = torch.arange(weight.shape[0], device=weight.device)
-        negative = columns[None, :] != local[:, None]
+        own = torch.arange(count, device=weight.device) == (labels - class_start)[:, None]
+        negative, target = present & ~own, present & own
         f, slope = cos, torch.ones_like(cos)
         if hard is not None:
             harder = cos > hard.threshold.to(cos.dtype)[:, None]
             a, b, d = hard.coefficients.to(cos.dtype)
             f = torch.where(harder, a * cos**2 + b * cos + d, cos)
             slope = torch.where(harder, 2 * a * cos + b, slope)
-        return w_hat, cos, negative, f, slope
+        return w, w_hat, cos, negative, target, f, slope
 
     def row_stats(
-        self, x_hat, weight, labels, scale, hard, class_start, want_pull, precision
+        self, x_hat, weight, index, labels, scale, hard, class_start, want_pull, precision
     ) -> RowStats:
-        w_hat, cos, negative, f, slope = self._negatives(x_hat, weight, labels, hard, class_start)
+        _, w_hat, cos, negative, target, f, slope = self._columns(
+            x_hat, weight, index, labels, hard, class_start
+        )
         logits = torch.where(negative, scale * f, -math.inf)
         lse_neg = torch.logsumexp(logits, dim=1)
-        cos_y = torch.where(negative, 0, cos).sum(1)
+        cos_y = torch.where(target, cos, 0).sum(1)
         max_neg = (
             torch.where(negative, cos, -math.inf).amax(1) if cos.shape[1] else cos_y - math.inf
         )
@@ -128,6 +135,7 @@ class ReferenceBackend:
         d_cos,
         x_hat,
         weight,
+        index,
         labels,
         lse_neg,
         scale,
@@ -135,25 +143,28 @@ class ReferenceBackend:
         class_start,
         precision,
     ) -> Tensor:
-        w_hat, _, negative, f, slope = self._negatives(x_hat, weight, labels, hard, class_start)
+        w, w_hat, _, negative, target, f, slope = self._columns(
+            x_hat, weight, index, labels, hard, class_start
+        )
         p = _softmax(torch.where(negative, scale * f, -math.inf), lse_neg)
-        grad = torch.where(negative, d_lse[:, None] * scale * p * slope, d_cos[:, None])
+        grad = torch.where(target, d_cos[:, None], d_lse[:, None] * scale * p * slope)
         d_w_hat = grad.t() @ x_hat
         radial = (d_w_hat * w_hat).sum(1, keepdim=True)
-        inv = inverse_norm(weight.to(x_hat.dtype))
-        return ((d_w_hat - radial * w_hat) * inv).to(weight.dtype)
+        return ((d_w_hat - radial * w_hat) * inverse_norm(w)).to(weight.dtype)
 
-    def row_topk(self, x_hat, weight, labels, k, class_start, precision):
-        _, cos, negative, _, _ = self._negatives(x_hat, weight, labels, None, class_start)
-        cos_y = torch.where(negative, 0, cos).sum(1)
+    def row_topk(self, x_hat, weight, index, labels, k, class_start, precision):
+        _, _, cos, negative, target, _, _ = self._columns(
+            x_hat, weight, index, labels, None, class_start
+        )
+        cos_y = torch.where(target, cos, 0).sum(1)
         masked = torch.where(negative, cos, -math.inf)
-        # a stable sort, not topk: ties go to the lower index
-        values, index = masked.sort(dim=1, descending=True, stable=True)
-        values, index = values[:, :k], index[:, :k]
+        # a stable sort, not topk: ties go to the lower column
+        values, nearest = masked.sort(dim=1, descending=True, stable=True)
+        values, nearest = values[:, :k], nearest[:, :k]
         missing = (0, k - values.shape[1])
-        values, index = F.pad(values, missing, value=-math.inf), F.pad(index, missing, value=-1)
-        index = torch.where(values > -math.inf, index, -1)
-        return values.contiguous(), index.contiguous(), cos_y
+        values, nearest = F.pad(values, missing, value=-math.inf), F.pad(nearest, missing, value=-1)
+        nearest = torch.where(values > -math.inf, nearest, -1)
+        return values.contiguous(), nearest.contiguous(), cos_y
 
     def margin_rows(self, cos_y, lse_neg, norm, labels, form: MarginForm):
         u, u_by_norm = row_factor(norm, labels, form)
