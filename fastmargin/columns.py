@@ -27,21 +27,23 @@ class Columns:
     log_weight: Tensor | None = None
 
     @staticmethod
-    def of(sample: Sample, log_weight: Tensor | None) -> list[Columns]:
+    def of(sample: Sample, rows: slice, log_weight: Tensor | None) -> list[Columns]:
         """The sampled centres; with ``log_weight``, of the negatives, they are two parts.
 
-        Positives are always there and keep the weight 1.
+        ``rows`` are those of the labels it was drawn for that the pass is about. Positives are
+        always there and keep the weight 1.
         """
+        labels = sample.column[rows]
         if log_weight is None:
-            return [Columns(sample.column, index=sample.index)]
+            return [Columns(labels, index=sample.index)]
         place = torch.arange(sample.index.shape[0], device=sample.index.device)
         positive = place < sample.num_positives
         # no more positives than rows: a short pass, though which places they take is not known here
         first = torch.where(positive, sample.index, -1)[: sample.column.shape[0]]
         rest = torch.where(positive, -1, sample.index)
-        foreign = torch.full_like(sample.column, -1)
+        foreign = torch.full_like(labels, -1)
         return [
-            Columns(sample.column, index=first),
+            Columns(labels, index=first),
             Columns(foreign, index=rest, log_weight=log_weight),
         ]
 

@@ -149,8 +149,9 @@ def loss_rows(
         batch = sharded.gather(x, labels, shard, classes.batch_size)
         x, y = batch.x, batch.labels
     parts = _columns(y, classes, margin.training, start, backend)
-    for part in parts:
-        deferred.settle(weight, part.index)
+    if classes.sparse_grad:  # else no optimiser can owe rows anything
+        for part in parts:
+            deferred.settle(weight, part.index)
 
     ema = margin.norm_ema() if margin.training else None
     peers = collectives.world() if shard is None else shard.replicas
@@ -190,7 +191,9 @@ def reduce(rows: LossRows, reduction: str) -> Tensor:
     With sharded classes, mean and sum are over the rows of all processes and alike on each.
     """
     if reduction == "none":
-        return rows.loss if rows.batch is None else sharded.own_rows(rows.loss, rows.batch, rows.shard)
+        return (
+            rows.loss if rows.batch is None else sharded.own_rows(rows.loss, rows.batch, rows.shard)
+        )
     total, valid = rows.loss.sum(), rows.valid.sum()
     if rows.shard is not None:
         total, valid = sharded.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
@@ -210,13 +213,13 @@ def _columns(
     sampler = classes.sampler
     if sampler is None or not training:
         return [Columns(labels, start)]
-    if classes.shard is None or classes.shard.replicas is None:
-        sample = sampler.draw(labels, backend)
-    else:  # replicas hold the same centres, so they draw the same ones, for the rows of all
-        sample = sampler.draw(sharded.labels_of_all(labels, classes.shard), backend)
-        own = sample.column.view(classes.shard.copies, -1)[classes.shard.copy]
-        sample = replace(sample, column=own)
-    return Columns.of(sample, sampler.log_weight(sample) if classes.corrected else None)
+    rows = slice(None)
+    if classes.shard is not None and classes.shard.replicas is not None:
+        # replicas hold the same centres, so they draw the same ones, for the rows of all
+        rows = slice(classes.shard.copy * len(labels), (classes.shard.copy + 1) * len(labels))
+        labels = sharded.labels_of_all(labels, classes.shard)
+    sample = sampler.draw(labels, backend)
+    return Columns.of(sample, rows, sampler.log_weight(sample) if classes.corrected else None)
 
 
 def _statistics(
@@ -261,9 +264,7 @@ def _all_negatives(
     hard = None
     if type(margin).hard is not SoftmaxMargin.hard:
         first = task.columns[0]
-        cos_y = ops.target_cosine(
-            x_hat, weight, first.labels, first.class_start, index=first.index
-        )
+        cos_y = ops.target_cosine(x_hat, weight, first.labels, first.class_start, index=first.index)
         if task.shard is not None:
             cos_y = collectives.sum_all(cos_y, task.shard.group)
         hard = margin.hard(cos_y, labels)

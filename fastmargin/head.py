@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmargin import checks, class_set, deferred, functional, ops, sharded
+from fastmargin.deferred import SettledCopies
 from fastmargin.distributed.shard import ClassShard
 from fastmargin.functional import Classes, LossRows
 from fastmargin.margins import Margin, NearestMargin
@@ -41,7 +42,7 @@ class Prediction(NamedTuple):
     label: Tensor
 
 
-class MarginHead(nn.Module):
+class MarginHead(SettledCopies, nn.Module):
     """Class centres (C, D) under a margin loss; returns the loss.
 
     Equivalent to a cosine classifier, the margin and cross-entropy, without the (B, C) logits.
@@ -144,7 +145,6 @@ class MarginHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device))
         self._bind()
         self._rows: LossRows | None = None
-        self.register_state_dict_pre_hook(_settle)
         self.register_state_dict_post_hook(_share_out)
         self.register_load_state_dict_pre_hook(_take_own)
         self.reset_parameters()
@@ -364,10 +364,6 @@ class MarginHead(nn.Module):
         return text
 
 
-def _settle(head: MarginHead, prefix: str, keep_vars: bool) -> None:
-    deferred.settle(head.weight)
-
-
 def _rows_by_class(head: MarginHead, prefix: str) -> list[str]:
     """Names in a state_dict of what holds a row for each class that is here."""
     return [f"{prefix}weight", *(f"{prefix}margin.{name}" for name in head.margin.per_class)]
@@ -383,7 +379,6 @@ def _share_out(head: MarginHead, state: dict, prefix: str, _metadata) -> None:
 
 def _take_own(head: MarginHead, state: dict, prefix: str, *_) -> None:
     """This process's rows of what is loaded: a DTensor, or all rows."""
-    deferred.settle(head.weight)
     for name in _rows_by_class(head, prefix):
         if name in state:
             state[name] = class_set.own_rows(name, state[name], head.num_classes, head.shard)

@@ -392,6 +392,7 @@ def row_stats(
     backend: str = "auto",
     index: Tensor | None = None,
     sparse_grad: bool = False,
+    want_pull: bool | None = None,
 ) -> RowStats:
     """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
 
@@ -409,6 +410,7 @@ def row_stats(
             place; None for all rows.
         sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), so that nothing of
             size (C, D) is made; not under ``torch.compile``.
+        want_pull: form ``pull``, which a gradient of ``x_hat`` needs; default: where it is wanted.
 
     Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
 
@@ -419,7 +421,8 @@ def row_stats(
     rule = (None, None, 1.0)
     if hard is not None:
         rule = hard.threshold, hard.coefficients, float(hard.bound)
-    want_pull = torch.is_grad_enabled() and x_hat.requires_grad
+    if want_pull is None:
+        want_pull = torch.is_grad_enabled() and x_hat.requires_grad
     return RowStats(
         *_row_stats(
             x_hat,

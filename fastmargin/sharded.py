@@ -205,7 +205,7 @@ class Pass:
         own = self.batch.own
         arrived = arrived[: own.stop - own.start].contiguous()
         # every process has the whole gradient of the norms, so they are not summed
-        d_x = ops.row_prologue_backward(arrived, d_norm[own], x_hat[own], norm[own])
+        d_x = ops._row_prologue_backward(arrived, d_norm[own], x_hat[own], norm[own])
         return (d_x * self.grad_factor).to(self.batch.x.dtype)
 
 
@@ -244,7 +244,7 @@ class _Softmax(torch.autograd.Function):
         task, d_x, d_weight = ctx.task, None, None
         if ctx.needs_input_grad[0]:
             first = task.columns[0]
-            d_x_hat = ops.row_stats_backward_x(
+            d_x_hat = ops._row_stats_backward_x(
                 d_lse * share,
                 d_cos,
                 pull,
@@ -256,10 +256,10 @@ class _Softmax(torch.autograd.Function):
             )
             arriving = collectives.scatter_sum(d_x_hat, task.shard.group)
         if ctx.needs_input_grad[1]:
-            parts = []
+            found = []
             for column in task.columns:
                 lse = lse_neg if column.log_weight is None else lse_neg - column.log_weight
-                rows = ops.row_stats_backward(
+                rows = ops._row_stats_backward(
                     d_lse,
                     d_cos,
                     x_hat,
@@ -270,12 +270,15 @@ class _Softmax(torch.autograd.Function):
                     *rule,
                     ctx.bound,
                     column.class_start,
-                    lse.to(x_hat.dtype),
+                    lse,
                     task.precision,
                     task.backend,
                 )
-                parts.append((task.shard.sum(rows), column.index))
-            d_weight = ops.spread_rows(parts, weight, task.sparse_grad)
+                found.append(collectives.sum_all(rows, task.shard.replicas))
+            index = task.columns[0].index
+            if index is not None:
+                index = torch.cat([column.index for column in task.columns])
+            d_weight = ops.spread_rows(torch.cat(found), index, weight, task.sparse_grad)
         if ctx.needs_input_grad[0]:
             d_x = task.embedding_gradient(arriving(), x_hat, norm, d_norm)
         return d_x, d_weight, *(None,) * 5
@@ -294,7 +297,9 @@ class _Nearest(torch.autograd.Function):
             k,
             **task.options(column),
         )
-        found = collectives.gather_stacked(torch.cat([own, cos_y[:, None]], dim=1), task.shard.group)
+        found = collectives.gather_stacked(
+            torch.cat([own, cos_y[:, None]], dim=1), task.shard.group
+        )
         candidates = found[:, :, :k].transpose(0, 1).flatten(1)
         # shards are in the order of their classes: a stable sort gives ties to the lower class
         nearest, place = candidates.sort(dim=1, descending=True, stable=True)
@@ -309,15 +314,29 @@ class _Nearest(torch.autograd.Function):
         b, k = index.shape
         d_all = d_nearest.new_zeros((b, k * task.shard.ranks)).scatter(1, place, d_nearest)
         d_own = d_all[:, k * task.shard.rank :][:, :k].contiguous()
-        d_x_hat, d_weight = ops.row_topk_gradients(
-            d_own, d_cos, x_hat, weight, column.index, column.labels, index, column.class_start,
+        d_x_hat, rows, touched = ops._row_topk_backward(
+            d_own, d_cos, x_hat, weight, column.index, column.labels, index, column.class_start
         )
-        d_x = task.embedding_gradient(collectives.scatter_sum(d_x_hat, task.shard.group)(), x_hat, norm, d_norm)
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            arrived = collectives.scatter_sum(d_x_hat, task.shard.group)()
+            d_x = task.embedding_gradient(arrived, x_hat, norm, d_norm)
+        if ctx.needs_input_grad[1]:  # replicas have other rows in reach, so theirs are listed, too
+            rows, touched = collectives.gather_packed((rows, touched), task.shard.replicas)
+            d_weight = ops.spread_rows(
+                rows.flatten(0, 1), touched.flatten(), weight, task.sparse_grad, distinct=False
+            )
         return d_x, d_weight, *(None,) * 4
 
 
 def row_stats(
-    embeddings: Tensor, weight: Tensor, x_hat: Tensor, norm: Tensor, scale: float, hard: HardRule | None, task: Pass
+    embeddings: Tensor,
+    weight: Tensor,
+    x_hat: Tensor,
+    norm: Tensor,
+    scale: float,
+    hard: HardRule | None,
+    task: Pass,
 ) -> tuple[RowStats, Tensor]:
     """Statistics (R * b,) of all rows against all classes, and the norms with their gradient.
 

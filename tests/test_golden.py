@@ -35,8 +35,9 @@ class Curricular(SoftmaxMargin):
         self.m, self.alpha = m, alpha
         self.register_buffer("t", torch.as_tensor(t).reshape(1))
 
-    def hard(self, cos_y):
-        self.next_t = self.alpha * cos_y.mean() + (1 - self.alpha) * self.t
+    def hard(self, cos_y, labels):
+        mean = cos_y.sum() / (labels >= 0).sum()
+        self.next_t = self.alpha * mean + (1 - self.alpha) * self.t
         m = torch.full_like(cos_y, self.m)
         one, zero = torch.ones_like(self.t), torch.zeros_like(self.t)
         coefficients = torch.cat([one, self.next_t, zero])
@@ -60,7 +61,7 @@ class Filtered(SoftmaxMargin):
     def form(self):
         return self.inner.form()
 
-    def hard(self, cos_y):
+    def hard(self, cos_y, labels):
         if self.threshold == 0:
             return None
         return HardRule.of(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)

@@ -214,8 +214,14 @@ def test_bad_construction():
         ((0, 5, fm.ArcFace()), {}, ValueError),
         ((5, 0, fm.ArcFace()), {}, ValueError),
         ((5, 5, "arcface"), {}, TypeError),
-        ((5, 5, fm.ArcFace()), {"sample_rate": 0.1}, NotImplementedError),
-        ((5, 5, fm.ArcFace()), {"group": object()}, NotImplementedError),
+        ((5, 5, fm.ArcFace()), {"sample_rate": 0.0}, ValueError),
+        ((5, 5, fm.ArcFace()), {"sample_rate": 1.1}, ValueError),
+        ((5, 5, fm.ArcFace()), {"num_sampled": 0}, ValueError),
+        ((5, 5, fm.ArcFace()), {"num_sampled": 3, "sample_rate": 0.5}, ValueError),
+        ((5, 5, fm.NPT()), {"num_sampled": 3, "correct_sampling": True}, ValueError),
+        ((5, 5, fm.ArcFace()), {"grad_reduce": "avg"}, ValueError),
+        ((5, 5, fm.ArcFace()), {"batch_size": 0}, ValueError),
+        ((5, 5, fm.ArcFace()), {"group": object()}, TypeError),
     ):
         with pytest.raises(error):
             fm.MarginHead(*args, **kwargs)

@@ -49,7 +49,9 @@ def steps(head, rows: slice, count: int = 2, reduction="mean", optimiser=torch.o
         x = x[rows].clone().requires_grad_()
         loss = head(x, labels[rows], reduction)
         optimiser.zero_grad()
-        (loss * torch.linspace(0.5, 1.5, BATCH)[rows] if reduction == "none" else loss).sum().backward()
+        (
+            loss * torch.linspace(0.5, 1.5, BATCH)[rows] if reduction == "none" else loss
+        ).sum().backward()
         optimiser.step()
         found["loss"].append(loss.detach())
         found["d_x"].append(x.grad)
