@@ -36,7 +36,8 @@ class Curricular(SoftmaxMargin):
         self.register_buffer("t", torch.as_tensor(t).reshape(1))
 
     def hard(self, cos_y, labels):
-        mean = cos_y.sum() / (labels >= 0).sum()
+        total, rows = self.processes.sum(torch.stack([cos_y.sum(), (labels >= 0).sum().to(cos_y)]))
+        mean = total / rows
         self.next_t = self.alpha * mean + (1 - self.alpha) * self.t
         m = torch.full_like(cos_y, self.m)
         one, zero = torch.ones_like(self.t), torch.zeros_like(self.t)
