@@ -17,6 +17,7 @@ ALLOWED = {
     "distributed": {"distributed"},
     "backends": {"backends", "spec", "norms"},
     "ops": {"backends", "norms", "spec"},
+    "sampling": {"ops", "spec"},
     "checks": {"margins", "spec"},
     "functional": {"checks", "ops", "margins", "distributed", "norms", "spec"},
     "head": {"checks", "functional", "ops", "margins", "distributed", "norms"},

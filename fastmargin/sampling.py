@@ -1,0 +1,170 @@
+"""Which classes take part in a step of partial FC: all positives, and negatives at random.
+
+Exactly k rows without replacement in O(k + B log B), whatever the number of classes (An et al.,
+"Killing Two Birds with One Stone", CVPR 2022, sorts a random number per class). Nothing waits for
+the device, shapes are static, and a replayed CUDA graph draws anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastmargin import ops
+
+MAX_SHARDS = 2**16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows of one shard that take part in a step.
+
+    index: (K,) int64, distinct rows of this shard's weight; -1 in an empty place. The first
+        ``num_positives`` are the positives, ascending, the rest sampled negatives in random order.
+    column: (B,) int64, the position in ``index`` of each row's own centre; -1 where that is on
+        another shard or the row is ignored.
+    num_positives: () int64.
+    """
+
+    index: Tensor
+    column: Tensor
+    num_positives: Tensor
+
+
+class ClassSampler(nn.Module):
+    """Draws :class:`Sample` after :class:`Sample`, reproducibly from (seed, step, shard).
+
+    A draw fills ``num_sampled`` places (all rows, if there are fewer): the P positives and a
+    uniform choice of the other rows. If P is larger, all positives are kept and nothing is added.
+    ``index`` has K = max(num_sampled, min(B, num_classes)) places whatever P is.
+
+    The buffers ``seed`` and ``step`` (1,) int64 are saved; ``step`` advances in place. A scratch
+    byte per class tells positives from the others; it is not saved, and draws must not overlap.
+
+    Args:
+        num_classes: rows of this shard's weight; may be 0.
+        num_sampled: places to fill; no more than ``num_classes`` are.
+        seed: the same on all shards.
+        shard: number of this shard, below 2**16; shards draw independently.
+        class_start: global id of this shard's first row.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_sampled: int,
+        seed: int = 0,
+        shard: int = 0,
+        class_start: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {num_classes}")
+        if num_sampled < 1:
+            raise ValueError(
+                f"num_sampled must be 1 or more, got {num_sampled}: it counts classes, so pass "
+                "int(rate * num_classes) for a rate"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit in int64, got {seed}: use seed % 2**63")
+        if not 0 <= shard < MAX_SHARDS:
+            raise ValueError(f"shard must be in [0, {MAX_SHARDS}), got {shard}: pass the rank")
+        if class_start < 0:
+            raise ValueError(f"class_start must be 0 or more, got {class_start}")
+        self.num_classes, self.shard, self.class_start = num_classes, shard, class_start
+        self.num_sampled = min(num_sampled, num_classes)
+        self.register_buffer("seed", torch.tensor([seed], device=device))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
+        # one more than there are classes, for rows whose centre is not here
+        marks = torch.zeros(num_classes + 1, dtype=torch.uint8, device=device)
+        self.register_buffer("marks", marks, persistent=False)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, backend: str = "auto") -> Sample:
+        """The rows for this batch; the next call draws others.
+
+        Args:
+            labels: (B,) int64 global class ids; -1 for a row to ignore.
+            backend: "auto" or a backend's name; all draw the same.
+
+        Raises:
+            TypeError, ValueError: ``labels`` of another dtype, shape or device; nothing has
+                changed then.
+        """
+        self._check(labels)
+        k, places = self.num_sampled, max(self.num_sampled, min(len(labels), self.num_classes))
+        local = labels - self.class_start
+        here = (labels >= 0) & (local >= 0) & (local < self.num_classes)
+        local = torch.where(here, local, self.num_classes)
+
+        # the distinct positives ascending; rows without a centre here are sorted behind them
+        ascending, order = torch.sort(local, stable=True)
+        here = ascending < self.num_classes
+        first = here & (ascending != torch.cat([ascending[:1] - 1, ascending[:-1]]))
+        rank = first.cumsum(0) - 1
+        num_positives = first.sum()
+        column = torch.empty_like(labels).scatter_(0, order, torch.where(here, rank, -1))
+
+        # k numbers of a permutation hold at least k - P that are not among P positives
+        key = torch.cat([self.seed, self.step * MAX_SHARDS + self.shard])
+        candidates = ops.permutation(key, self.num_classes, k, backend)
+        negative = ~self._among(candidates, local)
+        negative_rank = negative.cumsum(0) - 1
+        negative = negative & (negative_rank < k - num_positives)
+
+        # the last place takes what belongs nowhere
+        index = torch.full((places + 1,), -1, dtype=torch.int64, device=labels.device)
+        index.scatter_(0, torch.where(first, rank, places), ascending)
+        index.scatter_(0, torch.where(negative, num_positives + negative_rank, places), candidates)
+        self.step.add_(1)
+        return Sample(index[:places], column, num_positives)
+
+    def forward(self, labels: Tensor, backend: str = "auto") -> Sample:
+        """See :meth:`draw`."""
+        return self.draw(labels, backend)
+
+    def log_weight(self, sample: Sample) -> Tensor:
+        """() float32: log of how many negatives of the shard a sampled one stands for.
+
+        Added to the logits of the sampled negatives it makes their sum of exponentials an unbiased
+        estimate of the sum over all N - P negatives: ``log((N - P) / (k - P))``. It is 0 where no
+        negative was sampled, k <= P, since there is none to weigh and the quotient has no value.
+        """
+        sampled = (self.num_sampled - sample.num_positives).double()
+        others = (self.num_classes - sample.num_positives).double()
+        return torch.where(sampled > 0, (others / sampled).log(), 0.0).float()
+
+    def _among(self, candidates: Tensor, local: Tensor) -> Tensor:
+        """Which of the candidates are in ``local``; the marks are clear before and after."""
+        try:
+            self.marks.scatter_(0, local, 1)
+            return self.marks[candidates] != 0
+        finally:
+            self.marks.scatter_(0, local, 0)
+
+    def _check(self, labels: Tensor) -> None:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, got {labels.dtype}: use labels.long()")
+        if labels.dim() != 1:
+            raise ValueError(
+                f"labels must have shape (B,), got {tuple(labels.shape)}: use labels.flatten()"
+            )
+        if labels.device != self.step.device:
+            raise ValueError(
+                f"labels are on {labels.device}, the sampler on {self.step.device}: move one of "
+                "them"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, num_sampled={self.num_sampled}, shard={self.shard}, "
+            f"class_start={self.class_start}"
+        )
