@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmargin.backends import _extension, _rows
+from fastmargin.backends import _extension, _permutation, _rows
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 
@@ -145,6 +145,12 @@ class CpuBackend:
             cos_y,
         )
         return values, nearest, cos_y
+
+    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
+        out = torch.empty(count, dtype=torch.int64)
+        side = _permutation.side_of(size)
+        torch.ops.fastmargin.cpu_permutation(key.contiguous(), size, side, out)
+        return out
 
 
 BACKEND = CpuBackend()

@@ -1,9 +1,9 @@
 """CUDA C++ kernels.
 
 ``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). The passes over
-the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) run on the kernels of the
-Triton backend for now, so this backend needs Triton too; :data:`CudaBackend.note` says so at run
-time.
+the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) and ``permutation`` run on
+the kernels of the Triton backend for now, so this backend needs Triton too;
+:data:`CudaBackend.note` says so at run time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 class CudaBackend:
     name = "cuda"
     note = (
-        "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward "
-        "and row_topk run on Triton's"
+        "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward, "
+        "row_topk and permutation run on Triton's"
     )
 
     max_dim = property(lambda self: self._heavy.max_dim)
@@ -100,6 +100,9 @@ class CudaBackend:
 
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.row_topk(*args)
+
+    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
+        return self._heavy.permutation(key, size, count)
 
 
 BACKEND = CudaBackend()

@@ -23,7 +23,7 @@ from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 
 class Backend(Protocol):
-    """One way to run the five operations."""
+    """One way to run the six operations."""
 
     name: str
     precisions: tuple[str, ...]
@@ -110,4 +110,11 @@ class Backend(Protocol):
 
         Returns ``loss``, ``d loss / d cos_y``, ``d loss / d lse_neg``, ``d loss / d norm`` and the
         margin ``cos_y - psi`` (cosine units), each (B,); all zero where the label is negative.
+        """
+
+    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
+        """The first ``count`` (int64) of the permutation of range(size) that ``key`` chooses.
+
+        ``key`` is (2,) int64, and every bit of it counts. The numbers are the same on every
+        backend; ``0 <= count <= size <= 2**60``.
         """

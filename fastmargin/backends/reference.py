@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmargin.backends import _permutation
 from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
 from fastmargin.rows import inside, take
 from fastmargin.spec import MarginForm, NormEma, RowStats
@@ -182,6 +183,9 @@ class ReferenceBackend:
             cos_y - psi,
         )
         return tuple(torch.where(valid, part, 0) for part in parts)
+
+    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
+        return _permutation.permutation(key, size, count)
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:

@@ -166,6 +166,11 @@ class TritonBackend:
             cos_y.contiguous(), lse_neg.contiguous(), norm.contiguous(), labels.contiguous(), form
         )
 
+    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
+        from fastmargin.backends.triton.permutation import permutation
+
+        return permutation(key.contiguous(), size, count)
+
 
 def _operands(
     precision: str, x_hat: Tensor, weight: Tensor, labels: Tensor, hard: HardRule | None

@@ -27,6 +27,7 @@ from fastmargin.backends.triton import (
     centre_norms,
     centre_pass,
     margin_rows,
+    permutation,
     row_prologue,
     stats_finish,
     stats_forward,
@@ -225,6 +226,13 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
         row_prologue.statistics_constants(),
         {},
     )
+    for name, wide in (("", "i32"), (" beyond 31 bits", "i64")):
+        yield Build(
+            f"permutation{name}",
+            permutation.permutation_kernel,
+            permutation.constants(),
+            {"p_key": "*i64", "p_out": "*i64", "size": wide, "count": wide},
+        )
     forms = (
         itertools.product(SOURCES, GUARDS, GRAD_MODES)
         if every

@@ -1,0 +1,98 @@
+"""The keyed permutation of ``backends/_permutation.py``, a block of numbers per program."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmargin.backends import _permutation
+from fastmargin.backends.triton.launch import on_device
+
+SHIFT_1: tl.constexpr = tl.constexpr(_permutation.SHIFTS[0])
+SHIFT_2: tl.constexpr = tl.constexpr(_permutation.SHIFTS[1])
+SHIFT_3: tl.constexpr = tl.constexpr(_permutation.SHIFTS[2])
+FACTOR_1: tl.constexpr = tl.constexpr(_permutation.FACTORS[0])
+FACTOR_2: tl.constexpr = tl.constexpr(_permutation.FACTORS[1])
+GOLDEN: tl.constexpr = tl.constexpr(_permutation.GOLDEN)
+MASK: tl.constexpr = tl.constexpr(_permutation.MASK)
+
+
+@triton.jit
+def _mix(b_h):
+    """The hash of uint32 numbers."""
+    b_h = b_h ^ (b_h >> SHIFT_1)
+    b_h = b_h * FACTOR_1
+    b_h = b_h ^ (b_h >> SHIFT_2)
+    b_h = b_h * FACTOR_2
+    return b_h ^ (b_h >> SHIFT_3)
+
+
+@triton.jit
+def _round_keys(p_key, ROUNDS: tl.constexpr):
+    """A tuple of ROUNDS numbers, uint32."""
+    first = tl.load(p_key)
+    second = tl.load(p_key + 1)
+    keys = ()
+    for i in tl.static_range(ROUNDS):
+        h = tl.full([], ((i + 1) * GOLDEN) & MASK, tl.uint32)
+        h = _mix(h ^ first.to(tl.uint32))
+        h = _mix(h ^ (first >> 32).to(tl.uint32))
+        h = _mix(h ^ second.to(tl.uint32))
+        h = _mix(h ^ (second >> 32).to(tl.uint32))
+        keys = keys + (h,)  # noqa: RUF005  Triton has no unpacking
+    return keys
+
+
+@triton.jit
+def _add_hash(b_digit, b_other, round_key, side):
+    """``b_digit`` plus a hash of the other digit, modulo ``side``."""
+    b_sum = b_digit + tl.umulhi(_mix(b_other + round_key), side)
+    return tl.minimum(b_sum, b_sum - side)  # wraps to a large number where b_sum is below side
+
+
+@triton.jit(do_not_specialize=["size", "side", "count"])
+def permutation_kernel(
+    p_key,  # (2,) int64
+    p_out,  # (count,) int64
+    size,
+    side,
+    count,
+    ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    keys = _round_keys(p_key, ROUNDS)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < count
+    digits = side.to(tl.uint32)
+    b_value = o_c
+    m_outside = m_c
+    while tl.max(m_outside.to(tl.int32), 0) > 0:
+        b_left = (b_value // side).to(tl.uint32)
+        b_right = (b_value % side).to(tl.uint32)
+        for i in tl.static_range(0, ROUNDS, 2):
+            b_left = _add_hash(b_left, b_right, keys[i], digits)
+            b_right = _add_hash(b_right, b_left, keys[i + 1], digits)
+        b_next = b_left.to(tl.int64) * side + b_right.to(tl.int64)
+        b_value = tl.where(m_outside, b_next, b_value)
+        m_outside = m_c & (b_value >= size)
+    tl.store(p_out + o_c, b_value, mask=m_c)
+
+
+def constants() -> dict:
+    """Compile-time arguments; a small block, since all of it waits for its slowest number."""
+    return {"ROUNDS": _permutation.ROUNDS, "BLOCK": 128, "num_warps": 1}
+
+
+def permutation(key: Tensor, size: int, count: int) -> Tensor:
+    """See :meth:`fastmargin.backends.interface.Backend.permutation`."""
+    out = torch.empty(count, dtype=torch.int64, device=key.device)
+    if count == 0:
+        return out
+    fixed = constants()
+    with on_device(key):
+        permutation_kernel[(triton.cdiv(count, fixed["BLOCK"]),)](
+            key, out, size, _permutation.side_of(size), count, **fixed
+        )
+    return out
