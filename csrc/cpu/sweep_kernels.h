@@ -99,6 +99,13 @@ struct Block {
   bool gaps;  // there are empty places among them
 };
 
+// The processor does not foresee where the next row of an index lies.
+template <typename In>
+FM_INLINE void prefetch(const In* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(In));
+  for (int64_t k = 0; k < dim; k += kLine) __builtin_prefetch(row + k);
+}
+
 template <typename T, typename In>
 void read_block(const Centres& centres, int64_t first, int64_t dim, Block<T>& block) {
   constexpr int64_t kPanel = kLanes<T>;
@@ -117,6 +124,10 @@ void read_block(const Centres& centres, int64_t first, int64_t dim, Block<T>& bl
       const int64_t row = centres.row(first + j);
       if (row < 0) continue;
       const In* from = data + row * centres.row_stride;
+      if (centres.index != nullptr && j + 1 < block.count) {
+        const int64_t next = centres.row(first + j + 1);
+        if (next >= 0) prefetch(data + next * centres.row_stride, centres.dim);
+      }
       T* to = block.unit + j * kPanel;
       int64_t start = 0;
       for (; start + kPanel <= centres.dim; start += kPanel, to += stride) {
