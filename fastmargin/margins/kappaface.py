@@ -59,7 +59,7 @@ class KappaFace(SoftmaxMargin):
 
     Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), of the classes
     here ``class_sums`` (C_local, D) and ``class_seen`` (C_local,), and with a memory ``memory``
-    (N + 1, D), ``memory_filled`` (N + 1,), whose last place is spare.
+    (N, D), ``memory_filled`` (N,).
     """
 
     per_class = ("class_sums", "class_seen")
@@ -122,9 +122,9 @@ class KappaFace(SoftmaxMargin):
         seen = torch.zeros(stop - start, dtype=torch.int64, device=device)
         self.register_buffer("class_seen", seen)
         if self.features == "memory":
-            memory = torch.zeros(self.num_samples + 1, embedding_size, device=device)
+            memory = torch.zeros(self.num_samples, embedding_size, device=device)
             self.register_buffer("memory", memory)
-            filled = torch.zeros(self.num_samples + 1, dtype=torch.bool, device=device)
+            filled = torch.zeros(self.num_samples, dtype=torch.bool, device=device)
             self.register_buffer("memory_filled", filled)
 
     def change_classes(self, change) -> None:
@@ -173,10 +173,13 @@ class KappaFace(SoftmaxMargin):
         mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
         fresh = nn.functional.normalize(mixed)
         unit = torch.where(self.memory_filled[index, None], fresh, unit)
-        # rows that are left out share the spare place at the end
-        place = torch.where(valid, index, self.num_samples)
-        self.memory[place] = unit
-        self.memory_filled[place] = valid
+        # rows that are left out repeat one that is not: the same values written twice do no harm
+        first = valid.to(torch.int8).argmax()
+        place = torch.where(valid, index, index[first])
+        stored = torch.where(valid[:, None], unit, unit[first])
+        some = valid[first]
+        self.memory[place] = torch.where(some, stored, self.memory[place])
+        self.memory_filled[place] |= some
         return unit
 
     def _add(self, unit: Tensor, labels: Tensor) -> None:
