@@ -3,7 +3,7 @@
 Importing builds nothing, prints nothing and leaves CUDA alone.
 """
 
-from fastmargin import backends
+from fastmargin import backends, optim
 from fastmargin.functional import margin_loss
 from fastmargin.head import MarginHead
 from fastmargin.margins import (
@@ -32,4 +32,5 @@ __all__ = [
     "__version__",
     "backends",
     "margin_loss",
+    "optim",
 ]

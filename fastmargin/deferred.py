@@ -50,8 +50,6 @@ def owe(parameter: Tensor, debt: Debt) -> None:
         _debts[parameter] = debt
 
 
-@torch._disable_dynamo  # a compiled caller must look the debt up each time, not once
-@torch.no_grad()
 def settle(parameter: Tensor, rows: Tensor | None = None) -> None:
     """Brings rows of a parameter up to date before they are used.
 
@@ -66,6 +64,14 @@ def settle(parameter: Tensor, rows: Tensor | None = None) -> None:
     Raises:
         ValueError: ``rows`` is not a vector of int64.
     """
+    # compiled callers break their graph here, since debts come and go from one call to the next
+    if _debts or torch.compiler.is_compiling():
+        _settle(parameter, rows)
+
+
+@torch._disable_dynamo
+@torch.no_grad()
+def _settle(parameter: Tensor, rows: Tensor | None) -> None:
     debt = _debts.get(parameter)
     if debt is None:
         return

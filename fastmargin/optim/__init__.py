@@ -1,0 +1,6 @@
+"""Optimisers that touch only the rows with a gradient: SGD and AdamW for class centres."""
+
+from fastmargin.optim.row_adamw import RowAdamW
+from fastmargin.optim.row_sgd import RowSGD
+
+__all__ = ["RowAdamW", "RowSGD"]

@@ -1,0 +1,266 @@
+"""What the optimisers over rows share: groups, steps, modes, and state that can be saved."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastmargin import deferred
+from fastmargin.optim.owed_steps import OwedSteps, Step
+from fastmargin.optim.row_chunks import (
+    as_rows,
+    compute_dtype,
+    gather,
+    merged_rows,
+    scatter,
+    slices,
+)
+
+UNSAMPLED = ("lazy", "dense", "frozen")
+REFUSED = ("amsgrad", "dampening", "maximize")
+"""Options of torch's optimisers that a loaded state may bring and that are not here."""
+
+
+class _Opaque:
+    """Hides a tensor from ``Optimizer.load_state_dict``, which casts to the parameter's type."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class RowOptimizer(Optimizer):
+    """Base of :class:`RowSGD` and :class:`RowAdamW`, which say what a step is."""
+
+    _step_type: ClassVar[type[Step]]
+    _row_states: ClassVar[tuple[str, ...]]
+    """Names of the states shaped as the parameter, in the order ``Step.update`` takes them."""
+    _numbers: ClassVar[tuple[str, ...]]
+    """Options that must be numbers from 0 on."""
+
+    def __init__(self, params, defaults: dict[str, Any]) -> None:
+        self._owed: dict[Tensor, OwedSteps] = {}
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises where an option of a group is out of its range."""
+        for name in self._numbers:
+            if not isinstance(group[name], Real):
+                raise TypeError(f"{name} must be a number, got {type(group[name]).__name__}")
+            if not group[name] >= 0:
+                raise ValueError(f"{name} must be at least 0, got {group[name]}")
+        if group["unsampled"] not in UNSAMPLED:
+            raise ValueError(f"unsampled must be one of {UNSAMPLED}, got {group['unsampled']!r}")
+        for name in REFUSED:
+            if group.get(name):
+                raise ValueError(f"{name} is not supported by {type(self).__name__}; leave it out")
+
+    def _needed_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Which of ``_row_states`` a step of this group needs."""
+        raise NotImplementedError
+
+    def _make_step(self, group: dict[str, Any], count: int) -> Step:
+        """The ``count``-th step of a parameter of this group, from 1."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``Optimizer.add_param_group``; checks the options first."""
+        if isinstance(param_group, dict):
+            self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def settle(self) -> None:
+        """Brings all rows of all parameters up to date."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                deferred.settle(parameter)
+                if parameter in self._owed:
+                    self._owed[parameter].settle(parameter)  # last_step too, if nothing was owed
+
+    # ---- the step -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and the gradients anew; its value is returned.
+
+        Raises:
+            ValueError, TypeError: an option or a gradient that does not fit, before any change.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)
+            for parameter in group["params"]:
+                _check_grad(parameter.grad)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_parameter(parameter, group)
+        return loss
+
+    def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        dtype = compute_dtype(parameter.dtype)
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+        for name in self._needed_states(group):
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
+        owed = self._ready(parameter, state, group["unsampled"])
+        state["step"] += 1
+        step = self._make_step(group, int(state["step"]))
+        names = [name for name in self._row_states if name in state]
+        tensors = [as_rows(tensor) for tensor in (parameter.data, *map(state.get, names))]
+        if parameter.grad.is_sparse:
+            _update_sparse(tensors, parameter.grad, step, dtype, owed)
+        else:
+            deferred.settle(parameter)
+            grad = as_rows(parameter.grad)
+            for start, stop, rows in slices(tensors, dtype):
+                step.update(*rows, grad[start:stop].to(dtype))
+        # a backward through weights from before this step must find out, late movers included
+        torch.autograd.graph.increment_version(parameter)
+        if owed is None:
+            return
+        if not parameter.grad.is_sparse:
+            owed.all_taken()
+            return
+        owed.append(step)
+        if owed.owing:
+            deferred.owe(parameter, owed)
+            if group["unsampled"] == "dense":
+                deferred.settle(parameter)
+
+    def _ready(self, parameter: Tensor, state: dict[str, Any], unsampled: str) -> OwedSteps | None:
+        """What keeps this parameter's missed steps, with room for one more; None if frozen."""
+        owed = self._owed.get(parameter)
+        if deferred.debt_of(parameter) is not owed or unsampled == "frozen":
+            # somebody else's debt, such as that of an optimiser that is gone, or one from before
+            # the mode changed
+            deferred.settle(parameter)
+        if unsampled == "frozen":
+            self._owed.pop(parameter, None)
+            state.pop("last_step", None)
+            return None
+        if owed is None:
+            now = int(state["step"])
+            rows = as_rows(parameter).shape[:1]
+            state["last_step"] = torch.full(rows, now, dtype=torch.int32, device=parameter.device)
+            owed = OwedSteps(self._step_type, self._row_states, state, now)
+            self._owed[parameter] = owed
+        elif owed.full:
+            owed.settle(parameter)
+        return owed
+
+    # ---- saving, loading, copying ---------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``Optimizer.state_dict``, with all rows brought up to date first.
+
+        The parameters' values change by that, so save them afterwards or settle them themselves.
+        """
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``Optimizer.load_state_dict``; takes what torch's SGD or AdamW saved, too.
+
+        ``unsampled`` stays as it is here. Rows that are owed steps take them first.
+
+        Raises:
+            ValueError: options that do not fit, or a state of another shape than its parameter.
+        """
+        # registered last, so that it sees what the hooks of the user make of the state
+        hook = self.register_load_state_dict_pre_hook(RowOptimizer._before_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Checks a state, and makes it one that the base class leaves alone."""
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [
+            len(group["params"]) for group in self.param_groups
+        ]:
+            return state_dict  # which the base class refuses
+        groups, state = [], dict(state_dict["state"])
+        for own, saved in zip(self.param_groups, saved_groups, strict=True):
+            options = {name: own[name] for name in self.defaults if name in own}
+            group = {**options, **saved, "unsampled": own["unsampled"]}
+            self._check_group(group)
+            groups.append(group)
+            for key, parameter in zip(saved["params"], own["params"], strict=True):
+                if key in state:
+                    state[key] = self._loadable(state[key], parameter)
+        self.settle()
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _loadable(self, saved: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        """State of one parameter without what a settled state does not need."""
+        loadable = {"step": torch.tensor(float(saved.get("step", 0.0)))}
+        for name in self._row_states:
+            tensor = saved.get(name)
+            if tensor is None:
+                continue
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, its parameter "
+                    f"{tuple(parameter.shape)}; load the state of these rows"
+                )
+            dtype = compute_dtype(parameter.dtype)
+            loadable[name] = _Opaque(tensor.to(device=parameter.device, dtype=dtype))
+        return loadable
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_owed": self._owed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also what ``load_state_dict`` ends with; a loaded state owes nothing."""
+        self._owed = {}
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                saved = self.state.get(parameter, {})
+                for name in self._row_states:
+                    if isinstance(saved.get(name), _Opaque):
+                        saved[name] = saved[name].tensor
+        for parameter, owed in self._owed.items():
+            if owed.owing:
+                deferred.owe(parameter, owed)
+
+
+def _check_grad(grad: Tensor | None) -> None:
+    if grad is not None and grad.is_sparse and grad.sparse_dim() != 1:
+        raise ValueError(
+            f"a sparse gradient must have one sparse dimension, its rows, got {grad.sparse_dim()}"
+        )
+
+
+def _update_sparse(
+    tensors: list[Tensor], grad: Tensor, step: Step, dtype: torch.dtype, owed: OwedSteps | None
+) -> None:
+    """Steps the rows of a sparse gradient: weight and states (C, ...), after what they are owed."""
+    last_step = [] if owed is None else [owed.state["last_step"]]
+    for ids, values, unfinished in merged_rows(grad, dtype):
+        end = ids[-1:]
+        before = [] if unfinished is None else [t.index_select(0, end) for t in tensors + last_step]
+        rows = gather(tensors, ids, dtype)
+        if owed is not None and owed.owing:
+            owed.catch_up(owed.state["last_step"].index_select(0, ids), rows)
+        step.update(*rows, values)
+        scatter(tensors, ids, rows)
+        if owed is not None:
+            owed.state["last_step"].index_fill_(0, ids, owed.now + 1)
+        for tensor, old in zip(tensors + last_step, before, strict=False):
+            # a row whose sum goes on in the next chunk is put back and waits for all of it
+            new = tensor.index_select(0, end)
+            tensor.index_copy_(0, end, torch.where(unfinished, old, new))

@@ -1,0 +1,124 @@
+"""SGD with momentum over the rows of class centres."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastmargin.optim.row_chunks import beside
+from fastmargin.optim.row_optimizer import RowOptimizer
+
+__all__ = ["RowSGD"]
+
+
+@dataclass(frozen=True)
+class SGDStep:
+    """One step; without a gradient it is a 2 x 2 linear map of (weight, momentum buffer)."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+    # the map, row by row: weight from (weight, buffer), buffer from (weight, buffer)
+    STILL = (1.0, 0.0, 0.0, 1.0)
+
+    def update(self, weight: Tensor, *buffer_and_grad: Tensor) -> None:
+        """As ``torch.optim.SGD``; a buffer of zeros is what torch calls no buffer."""
+        *buffer, grad = buffer_and_grad
+        if self.weight_decay:
+            grad = grad.add(weight, alpha=self.weight_decay)
+        if self.momentum:
+            buffer = buffer[0].mul_(self.momentum).add_(grad)
+            grad = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        weight.add_(grad, alpha=-self.lr)
+
+    def moves_still_rows(self) -> bool:
+        return bool(self.momentum or self.lr * self.weight_decay)
+
+    def append_to(self, table: Tensor) -> None:
+        weight, buffer = table[:2], table[2:]
+        grad = weight * self.weight_decay
+        if self.momentum:
+            buffer.mul_(self.momentum).add_(grad)
+            grad = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        weight.sub_(grad, alpha=self.lr)
+
+    @staticmethod
+    def catch_up(ways: Tensor, weight: Tensor, buffer: Tensor | None = None) -> None:
+        from_weight, from_buffer, to_buffer, keep_buffer = beside(ways, weight)
+        if buffer is None:
+            weight.mul_(from_weight)
+            return
+        moved = (weight * from_weight).addcmul_(buffer, from_buffer)
+        buffer.mul_(keep_buffer).addcmul_(weight, to_buffer)
+        weight.copy_(moved)
+
+
+class RowSGD(RowOptimizer):
+    """``torch.optim.SGD`` for row-sparse gradients of class centres; dense ones are taken too.
+
+    What happens in a step to the rows of a parameter that have no gradient in it is ``unsampled``:
+
+    - ``"dense"``: momentum and weight decay move them as if their gradient were zero. All rows are
+      touched in every step.
+    - ``"lazy"``: the same, but later: when a row is next used, at a cost per step that does not
+      grow with the number of rows. The missed steps are a product of 2 x 2 matrices, kept in
+      float64, so this is "dense" up to rounding whatever lr, momentum and weight decay do
+      meanwhile. Whoever reads the rows must call :func:`fastmargin.deferred.settle` first.
+    - ``"frozen"``: they stay, and their momentum too.
+
+    A parameter whose ``grad`` is None takes no step in any mode.
+
+    State per parameter: ``step``; ``momentum_buffer`` as the parameter (float32 for a 16-bit one)
+    once there is momentum; ``last_step`` (C,) int32, but not with "frozen".
+
+    Args:
+        params: tensors or groups, as for any optimiser. A sparse gradient has one sparse
+            dimension, the rows.
+        lr: learning rate, a number of the host.
+        momentum, weight_decay, nesterov: as ``torch.optim.SGD``.
+        unsampled: see above.
+
+    Raises:
+        ValueError: a number out of its range, in a group or, changed since, at the step.
+        TypeError: a number that is a tensor.
+    """
+
+    _step_type = SGDStep
+    _row_states = ("momentum_buffer",)
+    _numbers = ("lr", "momentum", "weight_decay")
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        unsampled: str = "lazy",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "unsampled": unsampled,
+            },
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("nesterov needs a momentum above 0")
+
+    def _needed_states(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self._row_states if group["momentum"] else ()
+
+    def _make_step(self, group: dict[str, Any], count: int) -> SGDStep:
+        numbers = (float(group[name]) for name in self._numbers)
+        return SGDStep(*numbers, bool(group["nesterov"]))
