@@ -7,6 +7,7 @@ import torch
 
 import fastmargin as fm
 from fastmargin import ops, testing
+from fastmargin.sampling import ClassSampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,3 +129,28 @@ def test_gradient_error_at_scale_64(precision):
     )
     for a, t in zip(ours, truth, strict=True):
         assert testing.relative_error(a, t) < (2e-3 if precision == "tf32" else 3e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_captured_draw_replays_with_the_next_step(backend):
+    """The draws of the CPU, one step further with each replay; nothing waits for the device."""
+    labels = torch.randint(-1, 100_000, (256,))
+    there = labels.cuda()
+    draws, plain = ClassSampler(100_000, 5000, device="cuda"), ClassSampler(100_000, 5000)
+    draws(there, backend)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draws(there, backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sample = draws(there, backend)
+    plain.load_state_dict(draws.state_dict())  # capturing has run nothing: step is 2
+    for _ in range(3):
+        there.copy_(labels)
+        graph.replay()
+        expected = plain(labels, "reference")
+        for name in ("index", "column", "num_positives"):
+            assert torch.equal(getattr(sample, name).cpu(), getattr(expected, name))
+        labels = torch.randint(-1, 100_000, (256,))
