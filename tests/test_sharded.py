@@ -585,3 +585,47 @@ def too_large(group):
     except ValueError as error:
         return str(error)
     return ""
+
+
+# ---- optimisers over rows ----
+
+
+def trained(group, margin: str, options: dict, optimiser: str, unsampled: str = ""):
+    """A head that learned from 12 batches with a schedule and two micro-batches a step."""
+    head = head_of(margin, 71, group, seed=3, **options)
+    rows = slice(None) if group is None else own_rows(group.size(), group.rank())
+    rule = getattr(fm.optim, optimiser, None) or getattr(torch.optim, optimiser)
+    settings = {"lr": 0.3, "momentum": 0.9} if "SGD" in optimiser else {"lr": 0.02, "eps": 1e-30}
+    settings |= {"unsampled": unsampled} if unsampled else {}
+    optimiser = rule(head.parameters(), weight_decay=0.02, **settings)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 12)
+    for step in range(12):
+        for part in range(2):
+            x, _, labels = batch_of(71, 2 * step + part)
+            head(x[rows], labels[rows]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    return head.state_dict(keep_vars=False)["weight"], head.export_centers(normalized=False)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("margin", ["arcface", "npt"])
+@pytest.mark.parametrize("unsampled", ["lazy", "dense"])
+def test_rows_learn_as_from_a_dense_gradient(n, kind, margin, unsampled):
+    """Sampling, row-sparse gradients and lazy rows together: torch's optimiser on the same draws."""
+    options = {"sample_rate": 0.2}
+
+    def learned(*args):
+        return [trained(None, margin, *args)] if n == 0 else run(n, trained, margin, *args)
+
+    dense = learned(options, kind)
+    rows = learned(options | {"sparse_grad": True}, f"Row{kind}", unsampled)
+    for own, expected in zip(rows, dense, strict=True):
+        close = {"rtol": 1e-6, "atol": 1e-9}  # each row's last change may be tiny
+        torch.testing.assert_close(own[1], expected[1], **close)
+        saved = own[0].to_local() if n else own[0]
+        assert torch.equal(saved, own[1])
+    whole = torch.cat([own[1] for own in rows])
+    assert not torch.isclose(whole, batch_of(71)[1]).all(1).any()
