@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from conftest import MARGINS
 from processes import run
-from test_golden import Curricular
 from safetensors.torch import load_file
+from test_golden import Curricular
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -245,7 +245,7 @@ def test_corrected_sampling_is_right_on_average():
 
 
 def test_sample_rate_of_one_and_eval_are_the_full_softmax():
-    x, weight, labels = batch_of(70)
+    x, _, labels = batch_of(70)
     heads = [head_of("arcface", 70), head_of("arcface", 70, sample_rate=0.1).eval()]
     heads.append(head_of("arcface", 70, num_sampled=70))
     losses = [head(x, labels) for head in heads]
@@ -475,7 +475,7 @@ def test_weight_may_be_a_dtensor():
 
 def epoch(group, features: str):
     margin = fm.KappaFace(features=features, num_samples=BATCH if features == "memory" else None)
-    head = fm.MarginHead(DIM, 70, margin, group=group)
+    fm.MarginHead(DIM, 70, margin, group=group)  # tells it the classes and processes
     rows = slice(None) if group is None else own_rows(group.size(), group.rank())
     for step in range(3):
         x, _, labels = batch_of(70, step)
@@ -614,7 +614,7 @@ def trained(group, margin: str, options: dict, optimiser: str, unsampled: str = 
 @pytest.mark.parametrize("margin", ["arcface", "npt"])
 @pytest.mark.parametrize("unsampled", ["lazy", "dense"])
 def test_rows_learn_as_from_a_dense_gradient(n, kind, margin, unsampled):
-    """Sampling, row-sparse gradients and lazy rows together: torch's optimiser on the same draws."""
+    """Sampled classes, sparse gradients and lazy rows: torch's optimiser on the same draws."""
     options = {"sample_rate": 0.2}
 
     def learned(*args):
