@@ -3,7 +3,7 @@
 Importing builds nothing, prints nothing and leaves CUDA alone.
 """
 
-from fastmargin import backends, optim
+from fastmargin import backends, checkpoint, optim
 from fastmargin.functional import margin_loss
 from fastmargin.head import MarginHead
 from fastmargin.margins import (
@@ -33,6 +33,7 @@ __all__ = [
     "SoftmaxMargin",
     "__version__",
     "backends",
+    "checkpoint",
     "margin_loss",
     "optim",
 ]

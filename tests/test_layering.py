@@ -24,13 +24,14 @@ ALLOWED = {
     "head": {"checks", "functional", "ops", "margins", "distributed", "norms"},
     "deferred": set(),
     "optim": {"deferred"},
+    "checkpoint": {"checkpoint", "deferred", "distributed", "head"},
     "testing": {"margins"},
-    "__init__": {"backends", "functional", "head", "margins", "optim"},
+    "__init__": {"backends", "checkpoint", "functional", "head", "margins", "optim"},
 }
 TOP = {"cli", "demo", "doctor", "build_info"}  # may import anything; nothing below imports them
 ONLY_HERE = {
     "triton": ("backends",),
-    "torch.distributed": ("distributed",),
+    "torch.distributed": ("distributed", "checkpoint"),
     "torch.library": ("ops",),
 }
 
