@@ -5,6 +5,7 @@ Importing builds nothing, prints nothing and leaves CUDA alone.
 
 from fastmargin import backends, optim
 from fastmargin.functional import margin_loss
+from fastmargin.gradient_norm import total_norm
 from fastmargin.head import MarginHead
 from fastmargin.margins import (
     NPT,
@@ -33,4 +34,5 @@ __all__ = [
     "backends",
     "margin_loss",
     "optim",
+    "total_norm",
 ]
