@@ -104,6 +104,25 @@ def git(*arguments: str) -> str:
     ).stdout.strip()
 
 
+def machine(script: str) -> dict:
+    """Hardware, versions, commit, date and command of this run."""
+    return {
+        "machine": {
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.ops.fastmargin.cpu_capability(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "build": build_info(),
+        },
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "csrc", "fastmargin")),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join([f"python {script}", *sys.argv[1:]]),
+    }
+
+
 def compare(size: tuple[int, int, int], repeats: int) -> dict:
     case = make_case(*size)
     losses = {head: step(head, case)[1] for head in HEADS}
@@ -153,19 +172,7 @@ def main() -> None:
     if reason:
         raise SystemExit(reason)
     result = compare(size, arguments.repeats)
-    result["machine"] = {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.ops.fastmargin.cpu_capability(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "build": build_info(),
-    }
-    result["commit"] = git("rev-parse", "HEAD")
-    result["uncommitted_changes"] = bool(git("status", "--porcelain", "--", "csrc", "fastmargin"))
-    result["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    result["command"] = " ".join(["python benchmarks/cpu_head.py", *sys.argv[1:]])
+    result |= machine("benchmarks/cpu_head.py")
     text = json.dumps(result, indent=2) + "\n"
     if arguments.output == "-":
         print(text, end="")

@@ -361,7 +361,7 @@ def row_stats(
 def row_topk(
     embeddings: Tensor, weight: Tensor, x_hat: Tensor, norm: Tensor, k: int, task: Pass
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k nearest negatives (R * b, k) of all rows, ``cos_y``, and norms; as :func:`row_stats`."""
+    """The k nearest negatives (R * b, k) of all rows, ``cos_y`` and norms; as :func:`row_stats`."""
     return _Nearest.apply(embeddings, weight, x_hat, norm, k, task)
 
 

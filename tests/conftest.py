@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastmargin import backends
-from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace, SoftmaxMargin
+from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, ElasticFace, KappaFace, SoftmaxMargin
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,7 @@ MARGINS = {
     "adaface_cvlface": lambda: AdaFace(
         t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
     ),
+    "elasticface": lambda: ElasticFace(std=0.1),
     "kappaface": lambda: KappaFace(m=0.8),
     "no_form": lambda: NoForm(s=20.0),
     "npt": lambda: NPT(),

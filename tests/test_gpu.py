@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastmargin as fm
 from fastmargin import ops, testing
@@ -86,6 +87,79 @@ def test_training_step_does_not_synchronise(name):
         _ = head.metrics
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "npt"])
+@pytest.mark.parametrize("options", [{}, {"sample_rate": 0.3}])
+def test_shared_out_step_on_nccl(name, options, nccl):
+    """One process that shares out classes with itself: the same numbers, no synchronisation."""
+    from conftest import MARGINS
+
+    heads = [
+        fm.MarginHead(64, 507, MARGINS[name](), device="cuda", **options),
+        fm.MarginHead(64, 507, MARGINS[name](), nccl, device="cuda", batch_size=40, **options),
+    ]
+    heads[1].load_state_dict(heads[0].state_dict())
+    x = torch.randn(32, 64, device="cuda")
+    labels = torch.randint(-1, 507, (32,), device="cuda")
+    found = []
+    for head in heads:
+        own = x.clone().requires_grad_()
+        head(own, labels).backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            head.weight.grad = own.grad = None
+            loss = head(own, labels)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append((loss, own.grad, head.weight.grad))
+    for plain, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["RowSGD", "RowAdamW"])
+def test_sampled_step_over_rows_does_not_synchronise(rule):
+    """Forward, backward and update of lazy rows; the CPU learns the same."""
+    losses = []
+    torch.manual_seed(0)
+    x, labels = torch.randn(32, 64), torch.randint(0, 5000, (32,))
+    state = fm.MarginHead(64, 5000, fm.ArcFace(), sample_rate=0.1).state_dict()
+    for device in ("cpu", "cuda"):
+        head = fm.MarginHead(
+            64,
+            5000,
+            fm.ArcFace(),
+            sample_rate=0.1,
+            sparse_grad=True,
+            device=device,
+            precision="fp32",
+        )
+        head.load_state_dict(state)
+        optimiser = getattr(fm.optim, rule)(head.parameters(), lr=0.01, weight_decay=1e-3)
+        batch = x.to(device), labels.to(device)
+        for step in range(4):
+            mode = "error" if step > 1 and device == "cuda" else "default"
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                optimiser.zero_grad()
+                loss = head(*batch)
+                loss.backward()
+                optimiser.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        losses.append((loss.cpu(), head.export_centers(normalized=False).cpu()))
+    for own, expected in zip(losses[1], losses[0], strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_runs_on_the_current_stream():

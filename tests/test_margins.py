@@ -10,7 +10,15 @@ from conftest import MARGINS, device_for
 
 import fastmargin as fm
 from fastmargin import ops, testing
-from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace, MomentumEncoder
+from fastmargin.margins import (
+    NPT,
+    AdaFace,
+    ArcFace,
+    CosFace,
+    ElasticFace,
+    KappaFace,
+    MomentumEncoder,
+)
 from fastmargin.margins.kappaface import concentration
 from fastmargin.spec import GRAD_MODES, GUARDS
 
@@ -407,3 +415,36 @@ def test_npt_keeps_the_gradient_at_a_tie():
     cos_y = torch.tensor([0.5], requires_grad=True)
     NPT(delta=0.5)(cos_y, torch.tensor([[0.0]])).sum().backward()
     assert cos_y.grad.item() == -2
+
+
+def test_elasticface_draws_a_margin_for_every_row():
+    margin = ElasticFace(m=0.35, std=0.05, angular=False)
+    cos, labels = torch.full((20000,), 0.5), torch.zeros(20000, dtype=torch.int64)
+    draws = []
+    for _ in range(2):
+        margin.observe(cos, labels)
+        draws.append(0.5 - margin(cos, cos, labels))
+    for drawn in draws:
+        z = ((drawn - 0.35) / 0.05).double()
+        assert abs(z.mean()) < 4 / 20000**0.5 and abs(z.var() - 1) < 4 * (2 / 20000) ** 0.5
+        # Kolmogorov-Smirnov against the normal distribution, at 1e-3
+        cdf = 0.5 * (1 + torch.erf(z.sort().values / 2**0.5))
+        steps = torch.arange(1, 20001) / 20000
+        assert (cdf - steps).abs().max() < 1.95 / 20000**0.5
+        assert abs(torch.corrcoef(torch.stack([z[1:], z[:-1]]))[0, 1]) < 4 / 20000**0.5
+    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 4 / 20000**0.5
+
+    again = ElasticFace(m=0.35, std=0.05, angular=False, seed=9)
+    again.load_state_dict(margin.state_dict())
+    assert torch.equal(0.5 - again(cos, cos, labels), draws[1])
+    assert not torch.equal(0.5 - ElasticFace(seed=1)(cos, cos, labels), draws[0])
+    margin.eval()
+    assert torch.equal(0.5 - margin(cos, cos, labels), cos - (cos - 0.35))
+
+
+def test_elasticface_on_the_angle():
+    margin = ElasticFace(m=0.5, std=0.1)
+    cos, labels = torch.linspace(-0.9, 0.9, 50).double(), torch.zeros(50, dtype=torch.int64)
+    drawn = torch.acos(margin(cos, cos, labels).clamp(-1, 1)) - torch.acos(cos)
+    inside = torch.acos(cos) + 0.8 < math.pi
+    assert inside.sum() > 30 and 0.3 < drawn[inside].mean() < 0.7 and drawn[inside].std() > 0.05

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from conftest import MARGINS
 from processes import run
-from test_golden import Curricular
 from safetensors.torch import load_file
+from test_golden import Curricular
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -245,7 +245,7 @@ def test_corrected_sampling_is_right_on_average():
 
 
 def test_sample_rate_of_one_and_eval_are_the_full_softmax():
-    x, weight, labels = batch_of(70)
+    x, _, labels = batch_of(70)
     heads = [head_of("arcface", 70), head_of("arcface", 70, sample_rate=0.1).eval()]
     heads.append(head_of("arcface", 70, num_sampled=70))
     losses = [head(x, labels) for head in heads]
@@ -475,7 +475,7 @@ def test_weight_may_be_a_dtensor():
 
 def epoch(group, features: str):
     margin = fm.KappaFace(features=features, num_samples=BATCH if features == "memory" else None)
-    head = fm.MarginHead(DIM, 70, margin, group=group)
+    fm.MarginHead(DIM, 70, margin, group=group)  # tells it the classes and processes
     rows = slice(None) if group is None else own_rows(group.size(), group.rank())
     for step in range(3):
         x, _, labels = batch_of(70, step)
@@ -585,3 +585,47 @@ def too_large(group):
     except ValueError as error:
         return str(error)
     return ""
+
+
+# ---- optimisers over rows ----
+
+
+def trained(group, margin: str, options: dict, optimiser: str, unsampled: str = ""):
+    """A head that learned from 12 batches with a schedule and two micro-batches a step."""
+    head = head_of(margin, 71, group, seed=3, **options)
+    rows = slice(None) if group is None else own_rows(group.size(), group.rank())
+    rule = getattr(fm.optim, optimiser, None) or getattr(torch.optim, optimiser)
+    settings = {"lr": 0.3, "momentum": 0.9} if "SGD" in optimiser else {"lr": 0.02, "eps": 1e-30}
+    settings |= {"unsampled": unsampled} if unsampled else {}
+    optimiser = rule(head.parameters(), weight_decay=0.02, **settings)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 12)
+    for step in range(12):
+        for part in range(2):
+            x, _, labels = batch_of(71, 2 * step + part)
+            head(x[rows], labels[rows]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+    return head.state_dict(keep_vars=False)["weight"], head.export_centers(normalized=False)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("margin", ["arcface", "npt"])
+@pytest.mark.parametrize("unsampled", ["lazy", "dense"])
+def test_rows_learn_as_from_a_dense_gradient(n, kind, margin, unsampled):
+    """Sampled classes, sparse gradients and lazy rows: torch's optimiser on the same draws."""
+    options = {"sample_rate": 0.2}
+
+    def learned(*args):
+        return [trained(None, margin, *args)] if n == 0 else run(n, trained, margin, *args)
+
+    dense = learned(options, kind)
+    rows = learned(options | {"sparse_grad": True}, f"Row{kind}", unsampled)
+    for own, expected in zip(rows, dense, strict=True):
+        close = {"rtol": 1e-6, "atol": 1e-9}  # each row's last change may be tiny
+        torch.testing.assert_close(own[1], expected[1], **close)
+        saved = own[0].to_local() if n else own[0]
+        assert torch.equal(saved, own[1])
+    whole = torch.cat([own[1] for own in rows])
+    assert not torch.isclose(whole, batch_of(71)[1]).all(1).any()

@@ -4,6 +4,7 @@ from fastmargin.margins.adaface import AdaFace
 from fastmargin.margins.arcface import ArcFace
 from fastmargin.margins.base import Margin, NearestMargin, Processes, SoftmaxMargin
 from fastmargin.margins.cosface import CosFace
+from fastmargin.margins.elasticface import ElasticFace
 from fastmargin.margins.kappaface import KappaFace
 from fastmargin.margins.momentum_encoder import MomentumEncoder
 from fastmargin.margins.npt import NPT
@@ -13,6 +14,7 @@ __all__ = [
     "AdaFace",
     "ArcFace",
     "CosFace",
+    "ElasticFace",
     "KappaFace",
     "Margin",
     "MomentumEncoder",

@@ -105,9 +105,9 @@ class KappaFace(SoftmaxMargin):
             bound = (*self.class_weights.shape, *self.class_sums.shape)
             if bound != (num_classes, stop - start, embedding_size):
                 raise ValueError(
-                    f"this KappaFace keeps state for (classes, classes here, embedding size) "
-                    f"{bound}, the classifier has "
-                    f"({num_classes}, {stop - start}, {embedding_size}): make a new KappaFace for it"
+                    "this KappaFace keeps state for (classes, classes here, embedding size) "
+                    f"{bound}, the classifier has {(num_classes, stop - start, embedding_size)}: "
+                    "make a new KappaFace for it"
                 )
             return
         if self.class_counts is not None and self.class_counts.shape != (num_classes,):

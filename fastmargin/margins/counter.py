@@ -1,0 +1,37 @@
+"""Random numbers that follow from a key: every process that has the key draws the same ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014), whose arithmetic wraps around as int64 does
+GOLDEN_GAMMA = -7046029254386353131
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+SHIFTS = (30, 27, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, multiplier in zip(SHIFTS, MULTIPLIERS, strict=False):
+        x = (x ^ _shift(x, shift)) * multiplier
+    return x ^ _shift(x, SHIFTS[2])
+
+
+def counter_normal(seed: Tensor, step: Tensor, number: Tensor) -> Tensor:
+    """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step.
+
+    seed, step: (1,) int64. On their device, without waiting for it; a replayed CUDA graph whose
+    step has advanced draws anew.
+    """
+    stream = _mix(_mix(seed + GOLDEN_GAMMA) + step)
+    counter = torch.stack([2 * number + 1, 2 * number + 2])
+    bits = _shift(_mix(stream + counter * GOLDEN_GAMMA), 11)
+    first, second = bits.double() * 2.0**-53
+    return ((-2 * (1 - first).log()).sqrt() * (2 * math.pi * second).cos()).float()

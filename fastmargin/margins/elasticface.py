@@ -1,0 +1,64 @@
+"""ElasticFace: every row draws its own margin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.margins import guards
+from fastmargin.margins.base import SoftmaxMargin
+from fastmargin.margins.counter import counter_normal
+
+
+class ElasticFace(SoftmaxMargin):
+    """``psi = cos(theta_y + e)`` or ``cos(theta_y) - e``, ``e ~ N(m, std^2)`` for every row.
+
+    Boutros et al. 2022; arXiv 2109.09416. The variant "plus" of the authors' code
+    (fdbtrs/ElasticFace) assigns its sorted margins by the wrong permutation, which leaves them
+    random: it is this one with another ``std``. In ``eval()`` the margin is m.
+
+    Args:
+        m: mean of the margin, radians if ``angular`` and cosine units otherwise; the authors take
+            0.5 and 0.35.
+        std: its standard deviation; the authors take 0.0125 to 0.05.
+        s: scale.
+        angular: whether the margin is on the angle.
+        guard, grad: as :class:`fastmargin.ArcFace`.
+        seed: of the draws. They follow from it, the step and how many rows with a class come
+            before, so that processes which share out the classes agree.
+
+    Buffers, saved: ``seed`` and ``step`` (1,) int64.
+    """
+
+    def __init__(
+        self,
+        m: float = 0.5,
+        std: float = 0.0125,
+        s: float = 64.0,
+        angular: bool = True,
+        guard: str = "none",
+        grad: str = "exact",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(s)
+        guards.check(guard, grad)
+        if not std >= 0:
+            raise ValueError(f"std must not be negative, got {std}")
+        self.m, self.std, self.angular, self.guard, self.grad = m, std, angular, guard, grad
+        self.register_buffer("seed", torch.tensor([seed]))
+        self.register_buffer("step", torch.zeros(1, dtype=torch.int64))
+
+    def observe(self, x_hat: Tensor, labels: Tensor) -> None:
+        self.step.add_(1)
+
+    def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        margin = torch.full_like(cos_y, self.m)
+        if self.training:
+            number = (labels >= 0).cumsum(0)
+            margin += self.std * counter_normal(self.seed, self.step, number).to(cos_y)
+        if self.angular:
+            return guards.add_angle(cos_y, margin, self.guard, self.grad)
+        return cos_y - margin
+
+    def extra_repr(self) -> str:
+        return f"m={self.m}, std={self.std}, s={self.s}, angular={self.angular}"
