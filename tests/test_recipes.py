@@ -182,7 +182,9 @@ def whole_in_ddp(group):
     training = Training()
     module = replicated(training, group)
     drawn = record_draws(training.head)
-    found = train(training.net, training.head, training.configure_optimizers(), group, loss_of=module)
+    found = train(
+        training.net, training.head, training.configure_optimizers(), group, loss_of=module
+    )
     return {**found, "drawn": drawn}
 
 
