@@ -169,6 +169,7 @@ class MarginHead(SettledCopies, nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the centres anew; with ``group`` every process calls it."""
+        deferred.settle(self.weight)
         class_set.draw_centres_(self.weight, self._range()[0], self.shard)
 
     def forward(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:

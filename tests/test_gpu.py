@@ -7,8 +7,12 @@ import torch
 import torch.distributed as dist
 
 import fastmargin as fm
+<<<<<<< HEAD
 from fastmargin import ops, testing
 from fastmargin.sampling import ClassSampler
+=======
+from fastmargin import deferred, ops, testing
+>>>>>>> optim
 
 pytestmark = [
     pytest.mark.gpu,
@@ -205,6 +209,7 @@ def test_gradient_error_at_scale_64(precision):
         assert testing.relative_error(a, t) < (2e-3 if precision == "tf32" else 3e-4)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_draw_replays_with_the_next_step(backend):
     """The draws of the CPU, one step further with each replay; nothing waits for the device."""
@@ -228,3 +233,58 @@ def test_captured_draw_replays_with_the_next_step(backend):
         for name in ("index", "column", "num_positives"):
             assert torch.equal(getattr(sample, name).cpu(), getattr(expected, name))
         labels = torch.randint(-1, 100_000, (256,))
+=======
+@pytest.mark.parametrize("unsampled", ["lazy", "dense", "frozen"])
+@pytest.mark.parametrize("kind", [fm.optim.RowSGD, fm.optim.RowAdamW])
+def test_row_optimisers_do_not_wait(kind, unsampled, monkeypatch):
+    """Nor do duplicates across chunks change a bit from run to run; the CPU gives the same."""
+    monkeypatch.setattr("fastmargin.optim.row_chunks.CHUNK_BYTES", 100 * 32 * 4)
+    options = {"weight_decay": 0.01} | ({"momentum": 0.9} if kind is fm.optim.RowSGD else {})
+    start = torch.randn(5000, 32)
+    grads = [(torch.randint(0, 600, (1, 700)), torch.randn(700, 32)) for _ in range(6)]
+    used = torch.randint(-1, 5000, (300,))
+    results = []
+    for device in ("cuda", "cuda", "cpu"):
+        weight = torch.nn.Parameter(start.to(device).clone())
+        optimizer = kind([weight], lr=0.01, unsampled=unsampled, **options)
+        on_device = [
+            torch.sparse_coo_tensor(i.to(device), v.to(device), start.shape, check_invariants=False)
+            for i, v in grads
+        ]
+        rows = used.to(device)
+        weight.grad = on_device[0]
+        optimizer.step()  # makes the state and the table
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for grad in on_device[1:]:
+                weight.grad = grad
+                deferred.settle(weight, rows)
+                optimizer.step()
+            optimizer.settle()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append(weight.detach().cpu())
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+
+
+def test_row_optimiser_beyond_31_bits():
+    """C x D = 2.25e9 elements: the last rows are stepped and settled as the first are."""
+    rows, dim = 4_400_000, 512
+    weight = torch.nn.Parameter(torch.ones(rows, dim, device="cuda", dtype=torch.bfloat16))
+    optimizer = fm.optim.RowSGD([weight], lr=0.5, momentum=0.5)
+    ids = torch.tensor([0, 1, rows - 2, rows - 1], device="cuda")
+    values = torch.ones(4, dim, device="cuda", dtype=torch.bfloat16)
+    for part in (ids, ids[::3]):
+        weight.grad = torch.sparse_coo_tensor(
+            part[None], values[: len(part)], weight.shape, check_invariants=True
+        )
+        optimizer.step()
+    deferred.settle(weight, ids[1:3])
+    # 1 - 0.5 - 0.75 with a second gradient, 1 - 0.5 - 0.25 without
+    expected = torch.tensor([-0.25, 0.25, 0.25, -0.25], device="cuda")
+    assert torch.equal(weight.detach()[ids].float(), expected[:, None].expand(4, dim))
+    optimizer.settle()
+    assert torch.equal(weight.detach()[ids].float(), expected[:, None].expand(4, dim))
+    assert bool((weight.detach()[2:-2] == 1).all())
+>>>>>>> optim

@@ -82,8 +82,9 @@ class RowAdamW(RowOptimizer):
 
     "lazy" sums the movements of the missed steps in closed form with one mean eps for all of them,
     right to first order in ``eps / sqrt(v)`` and exact for one missed step. Weight decay, m and v
-    are exact. A sum is never too large; with the default betas it is too small, relative to
-    itself and however many steps were missed, by at most
+    are exact. A sum is never too large; with the default betas and a weight decay of up to a
+    thousandth per step it is too small, relative to itself and however many steps were missed, by
+    at most
 
     ====================  ==================  ==============  ===============
     gradients of the row  missed from step 2  from step 101   from step 1001
