@@ -5,6 +5,7 @@ Importing builds nothing, prints nothing and leaves CUDA alone.
 
 from fastmargin import backends, checkpoint, optim
 from fastmargin.functional import margin_loss
+from fastmargin.gradient_norm import total_norm
 from fastmargin.head import MarginHead
 from fastmargin.margins import (
     NPT,
@@ -36,4 +37,5 @@ __all__ = [
     "checkpoint",
     "margin_loss",
     "optim",
+    "total_norm",
 ]

@@ -141,6 +141,7 @@ def loss_rows(
         labels = check_inputs(
             embeddings, weight, labels, margin, precision, validate, count, shard is not None
         )
+        _check_parameters(margin, shard)
         margin.bind(count, weight.shape[1], weight.device, (start, start + weight.shape[0]))
     # an ignored row may hold anything, NaN too: as zeros it takes part in nothing
     x = torch.where((labels >= 0)[:, None], embeddings, 0)
@@ -198,6 +199,16 @@ def reduce(rows: LossRows, reduction: str) -> Tensor:
     if rows.shard is not None:
         total, valid = sharded.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
     return total if reduction == "sum" else total / valid.clamp_min(1)
+
+
+def _check_parameters(margin: Margin, shard: ClassShard | None) -> None:
+    """Raises where the gradient of a margin's own parameters would be that of some rows only."""
+    if shard is not None and shard.replicas is not None:
+        if any(parameter.requires_grad for parameter in margin.parameters()):
+            raise ValueError(
+                "a margin with learnable parameters sees the rows of one replica only: share the "
+                "classes out among all processes, with a group or a mesh of one dimension"
+            )
 
 
 def _announced(shard: ClassShard | None, weight: Tensor, batch_size: int | None):

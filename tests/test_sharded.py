@@ -536,6 +536,40 @@ def test_bad_input_of_one_process_ends_the_step_of_all(what, at_fault, others):
         assert (at_fault if rank == 1 else others) in found[1]
 
 
+class Learnable(fm.SoftmaxMargin):
+    """One learnable margin for each class."""
+
+    def __init__(self):
+        super().__init__(8.0)
+        self.m = torch.nn.Parameter(torch.full((70,), 0.2))
+
+    def forward(self, cos_y, norm, labels):
+        return cos_y - self.m[labels.clamp_min(0)]
+
+
+def learnable(group, meshed: bool):
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2)) if meshed else group
+    head = fm.MarginHead(DIM, 70, Learnable(), group=mesh).double()
+    head.weight.data.mul_(100)
+    x, _, labels = batch_of(70)
+    rows = slice(None) if group is None else own_rows(group.size(), group.rank())
+    try:
+        head(x[rows], labels[rows]).backward()
+    except ValueError as error:
+        return str(error)
+    return head.margin.m.grad
+
+
+def test_parameters_of_a_margin():
+    """Every shard sees all rows, so it has their whole gradient; replicas would not."""
+    expected = learnable(None, False)
+    assert (expected != 0).sum() > 5
+    for found in run(3, learnable, False):
+        torch.testing.assert_close(found, expected)
+    for found in run(4, learnable, True):
+        assert "share the classes out among all processes" in found
+
+
 def test_batch_size_spares_the_exchange_before():
     """The same numbers, with one gathering and one sum of (B, 2), besides the metrics' maximum."""
     whole = steps(head_of("arcface", 70), slice(None))

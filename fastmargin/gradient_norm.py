@@ -1,0 +1,77 @@
+"""The norm of all gradients of a model, wherever its parts are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmargin.distributed import collectives
+from fastmargin.head import MarginHead
+from fastmargin.optim.row_chunks import compute_dtype, merged_rows
+
+
+@torch.no_grad()
+def total_norm(*modules: nn.Module) -> Tensor:
+    """Euclidean norm () of the gradients of all parameters of these modules, on their device.
+
+    As ``torch.nn.utils.get_total_norm``, which knows dense gradients only. Here they may be sparse
+    (rows listed several times are added up first), DTensors (``fully_shard``), and those of a
+    head that shares out its classes, which are summed over the processes, replicas counted once.
+    The number is the same on every process and that of one process with all rows and classes, if
+    the other gradients are (DDP). Then::
+
+        norm = fm.total_norm(backbone, head)
+        for module in (backbone, head):
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), 5.0, norm)
+
+    With a head that has a ``group``, all its processes call this. Nothing waits for the device.
+
+    Raises:
+        ValueError: the modules have no parameter.
+    """
+    shards = {
+        part.weight: part.shard
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, MarginHead) and part.shard is not None
+    }
+    parameters = dict.fromkeys(p for module in modules for p in module.parameters())
+    if not parameters:
+        raise ValueError("total_norm needs modules with parameters, such as (backbone, head)")
+    device = next(iter(parameters)).device
+    squares, whole, parted = [], [], []
+    for parameter in parameters:
+        grad = parameter.grad
+        if parameter in shards:
+            square = _square(grad) if grad is not None else torch.zeros((), device=device)
+            squares.append(collectives.sum_all(square.double(), shards[parameter].group))
+        elif grad is None:
+            continue
+        elif grad.is_sparse:
+            squares.append(_square(grad))
+        else:
+            (parted if hasattr(grad, "full_tensor") else whole).append(grad)
+    if whole:
+        squares.append(torch.nn.utils.get_total_norm(whole).double().square())
+    if parted:
+        norm = torch.nn.utils.get_total_norm(parted).full_tensor()
+        squares.append(norm.double().square())
+    total = sum((square.to(device, torch.float64) for square in squares), torch.tensor(0.0))
+    double = any(p.dtype == torch.float64 for p in parameters)
+    return total.to(device, torch.float64 if double else torch.float32).sqrt()
+
+
+def _square(grad: Tensor) -> Tensor:
+    """Sum of squares () float64 of a gradient, sparse or not."""
+    if not grad.is_sparse:
+        return torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype)).double().square()
+    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+    for ids, values, unfinished in merged_rows(grad, compute_dtype(grad.dtype)):
+        # a row that occurs n times comes n times, each time with its sum
+        counts = torch.ones_like(ids, dtype=torch.bool)
+        torch.ne(ids[1:], ids[:-1], out=counts[1:])
+        if unfinished is not None:
+            counts &= ~(unfinished & (ids == ids[-1]))
+        square = torch.linalg.vector_norm(values, dim=1).double().square()
+        total += torch.where(counts, square, 0).sum()
+    return total
