@@ -14,12 +14,7 @@ from torch import Tensor
 
 from fastmargin.backends.triton.configs import block_of, is_packed
 from fastmargin.backends.triton.launch import on_device
-from fastmargin.backends.triton.tile import (
-    index_rows,
-    inverse_norms,
-    row_pointer,
-    row_pointers,
-)
+from fastmargin.backends.triton.tile import indexed_rows, inverse_norms, row_pointer
 
 
 @triton.jit(do_not_specialize=["C", "rows_w"])
@@ -39,12 +34,11 @@ def centre_norms_kernel(
 ):
     i_c = tl.program_id(0).to(tl.int64)
     o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
     if INDEXED:
-        b_row = index_rows(p_index, i_c * BLOCK_C, C, BLOCK_C)
-        p_wc, m_c = row_pointers(p_w, b_row, rows_w, stride_wc, D, PACKED)
+        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
     else:
         p_wc = row_pointer(p_w, i_c * BLOCK_C, stride_wc, D, PACKED)
-        m_c = o_c < C
     b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_D, PACKED, INDEXED)
     tl.store(p_inverse + o_c, b_inverse, mask=o_c < C)
 

@@ -29,13 +29,12 @@ from fastmargin.backends.triton.tile import (
     cast,
     centre_rows,
     hard_rule,
-    index_rows,
+    indexed_rows,
     inverse_norms,
     load_rows,
     local_column,
     matmul,
     row_pointer,
-    row_pointers,
     streamed_cosines,
 )
 from fastmargin.spec import HardRule
@@ -93,12 +92,11 @@ def centre_pass_kernel(
     i_d = tl.program_id(0) % COLUMNS
     start = i_c * BLOCK_C
     o_c = start + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
     if INDEXED:
-        b_row = index_rows(p_index, start, C, BLOCK_C)
-        p_wc, m_c = row_pointers(p_w, b_row, rows_w, stride_wc, D, PACKED)
+        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
     else:
         p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-        m_c = o_c < C
     b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_N, PACKED, INDEXED)
     if WHOLE:
         b_w = centre_rows(

@@ -78,16 +78,12 @@ def row_pointer(p_rows, i_row, stride_row, D: tl.constexpr, PACKED: tl.constexpr
 
 
 @triton.jit
-def index_rows(p_index, start, C, BLOCK: tl.constexpr):
-    """BLOCK entries of the index from ``start`` on, int64; -1 past its end."""
-    o_c = start + tl.arange(0, BLOCK)
-    return tl.load(p_index + o_c, mask=o_c < C, other=-1)
-
-
-@triton.jit
-def row_pointers(p_rows, b_row, count, stride_row, D: tl.constexpr, PACKED: tl.constexpr):
-    """Where the rows ``b_row`` of an index begin, and which of its places are not empty."""
-    m_row = (b_row >= 0) & (b_row < count)
+def indexed_rows(
+    p_rows, p_index, o_c, C, rows_w, stride_row, D: tl.constexpr, PACKED: tl.constexpr
+):
+    """Where the rows behind the columns ``o_c`` begin, and which of them are not empty places."""
+    b_row = tl.load(p_index + o_c, mask=o_c < C, other=-1)
+    m_row = (b_row >= 0) & (b_row < rows_w)
     return row_pointer(p_rows, tl.where(m_row, b_row, 0), stride_row, D, PACKED), m_row
 
 

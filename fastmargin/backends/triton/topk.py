@@ -25,10 +25,9 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.tile import (
-    index_rows,
+    indexed_rows,
     local_column,
     row_pointer,
-    row_pointers,
     streamed_cosines,
     target_cosine,
 )
@@ -96,19 +95,15 @@ def topk_scan_kernel(
 
     i_first = i_split * tiles_per_split
     i_last = tl.minimum(i_first + tiles_per_split, tl.cdiv(C, BLOCK_C))
-    if INDEXED:
-        b_row = index_rows(p_index, i_first * BLOCK_C, C, BLOCK_C)
     for i_c in range(i_first, i_last):
         start = i_c * BLOCK_C
         o_c = start + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
         if INDEXED:
-            p_wc, m_c = row_pointers(p_w, b_row, rows_w, stride_wc, D, PACKED)
-            # ahead, so that no tile waits for its index
-            b_row = index_rows(p_index, start + BLOCK_C, C, BLOCK_C)
+            p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
         else:
             p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-            m_c = o_c < C
-        b_inverse = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0)
+        b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
         b_cos = streamed_cosines(
             p_xb,
             m_b,
