@@ -80,18 +80,20 @@ class TritonBackend:
         from fastmargin.backends.triton.stats_finish import stats_finish
         from fastmargin.backends.triton.stats_forward import stats_forward
 
-        b, c = x_hat.shape[0], weight.shape[0]
-        if b == 0 or c == 0:
+        b, columns = x_hat.shape[0], _columns(weight, index)
+        if b == 0 or columns == 0:
             none = x_hat.new_full((b,), -math.inf)
             pull = x_hat.new_zeros(x_hat.shape if want_pull else (0, x_hat.shape[1]))
             return RowStats(none, x_hat.new_zeros(b), none.clone(), pull)
-        precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
+        precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
+        index = _contiguous(index)
         bound = scale * (1.0 if hard is None else hard.bound)
-        online = needs_shift(bound, c, weight.dtype, precision, want_pull)
+        online = needs_shift(bound, columns, weight.dtype, precision, want_pull)
         partials = stats_forward(
             _cast(x_hat, precision),
             weight,
-            centre_norms(weight),
+            index,
+            centre_norms(weight, index),
             labels,
             scale,
             hard,
@@ -100,7 +102,7 @@ class TritonBackend:
             want_pull,
             online,
         )
-        return RowStats(*stats_finish(x_hat, weight, labels, class_start, partials, hard))
+        return RowStats(*stats_finish(x_hat, weight, index, labels, class_start, partials, hard))
 
     def row_stats_backward(
         self,
@@ -118,14 +120,18 @@ class TritonBackend:
     ) -> Tensor:
         from fastmargin.backends.triton.centre_pass import centre_pass
 
-        if x_hat.shape[0] == 0 or weight.shape[0] == 0:
-            return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-        precision, x_hat, labels, hard = _operands(precision, x_hat, weight, labels, hard)
+        if x_hat.shape[0] == 0 or _columns(weight, index) == 0:
+            columns = weight if index is None else index
+            shape = columns.shape[0], weight.shape[1]
+            return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
+        index = _contiguous(index)
         return centre_pass(
             d_lse.contiguous(),
             d_cos.contiguous(),
             _cast(x_hat, precision),
             weight,
+            index,
             labels,
             lse_neg.contiguous(),
             scale,
@@ -148,13 +154,21 @@ class TritonBackend:
         from fastmargin.backends.triton.topk import topk
 
         b = x_hat.shape[0]
-        if b == 0 or weight.shape[0] == 0:
-            index = torch.full((b, k), -1, dtype=torch.int64, device=x_hat.device)
-            return x_hat.new_full((b, k), -math.inf), index, x_hat.new_zeros(b)
-        precision, x_hat, labels, _ = _operands(precision, x_hat, weight, labels, None)
-        inverse = centre_norms(weight)
+        if b == 0 or _columns(weight, index) == 0:
+            none = torch.full((b, k), -1, dtype=torch.int64, device=x_hat.device)
+            return x_hat.new_full((b, k), -math.inf), none, x_hat.new_zeros(b)
+        precision, x_hat, labels, _ = _operands(precision, x_hat, labels, None)
+        index = _contiguous(index)
         return topk(
-            x_hat, _cast(x_hat, precision), weight, inverse, labels, k, class_start, precision
+            x_hat,
+            _cast(x_hat, precision),
+            weight,
+            index,
+            centre_norms(weight, index),
+            labels,
+            k,
+            class_start,
+            precision,
         )
 
     def margin_rows(
@@ -172,8 +186,17 @@ class TritonBackend:
         return permutation(key.contiguous(), size, count)
 
 
+def _columns(weight: Tensor, index: Tensor | None) -> int:
+    """How many columns the pass has; 0 where there is no centre that could be one."""
+    return weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
+
+
+def _contiguous(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()
+
+
 def _operands(
-    precision: str, x_hat: Tensor, weight: Tensor, labels: Tensor, hard: HardRule | None
+    precision: str, x_hat: Tensor, labels: Tensor, hard: HardRule | None
 ) -> tuple[str, Tensor, Tensor, HardRule | None]:
     """Precision without "auto", and the per-row tensors as the kernels take them."""
     from fastmargin.backends.triton.configs import resolve_precision

@@ -48,7 +48,7 @@ ARCHS = (80, 90, 100)
 WIDTHS = (128, 192, 256, 512, 1024)
 
 _POINTERS = {
-    **dict.fromkeys(("p_label", "p_key", "p_index"), "*i64"),
+    **dict.fromkeys(("p_label", "p_key", "p_index", "p_column"), "*i64"),
     **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
 }
 _FLOATS = (
@@ -127,25 +127,30 @@ def compile_build(build: Build, arch: int) -> Report:
     )
 
 
-def _weights(weight: str, packed: bool) -> dict:
+def _layout(packed: bool, indexed: bool) -> str:
+    return f"{'' if packed else ' transposed'}{' indexed' if indexed else ''}"
+
+
+def _weights(weight: str, packed: bool, indexed: bool) -> dict:
     strides = (
         {"stride_wc": "i32", "stride_wd": 1} if packed else {"stride_wc": 1, "stride_wd": "i32"}
     )
-    return {"p_w": f"*{weight}", "p_dw": f"*{weight}", **strides}
+    index = {} if indexed else {"p_index": None}
+    return {"p_w": f"*{weight}", "p_dw": f"*{weight}", **strides, **index}
 
 
 def _passes(
-    arch: int, d: int, precision: str, weight: str, packed: bool, every: bool
+    arch: int, d: int, precision: str, weight: str, packed: bool, indexed: bool, every: bool
 ) -> Iterator[Build]:
     """The passes over the centres for one width, operand and weight type and layout."""
     dtype = OPERAND_DTYPES[weight]
     raw = is_raw(dtype, precision)
     operand = {"fp32": "*fp32", "tf32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[precision]
-    base = {"p_x": operand, **_weights(weight, packed)}
-    label = f"D={d} {precision} W={weight}{'' if packed else ' transposed'}"
+    base = {"p_x": operand, **_weights(weight, packed, indexed)}
+    label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
 
     def tile(kernel: str) -> TileConfig:
-        return choose(kernel, d, precision, raw, packed, arch)
+        return choose(kernel, d, precision, raw, packed, indexed, arch)
 
     for hard in (True, False) if every else (True,):
         rule = {} if hard else {"p_threshold": None, "p_rule": None}
@@ -164,6 +169,7 @@ def _passes(
                     d,
                     precision,
                     packed,
+                    indexed,
                     raw,
                     tile("stats_pull" if pull else "stats_sum"),
                     pull,
@@ -175,14 +181,14 @@ def _passes(
         yield Build(
             f"centre_pass {label}{suffix}",
             centre_pass.centre_pass_kernel,
-            centre_pass.constants(d, precision, packed, raw, tile("centre_pass"), hard),
+            centre_pass.constants(d, precision, packed, indexed, raw, tile("centre_pass"), hard),
             base | rule,
         )
     for k in (1, 16) if every else (16,):
         yield Build(
             f"topk_scan {label} k={k}",
             topk.topk_scan_kernel,
-            topk.scan_constants(d, k, precision, packed, raw, tile("topk")),
+            topk.scan_constants(d, k, precision, packed, indexed, raw, tile("topk")),
             base,
         )
 
@@ -190,13 +196,14 @@ def _passes(
 def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
     """The kernels that do not depend on an operand type."""
     for d in widths:
-        for weight, packed in itertools.product(("fp32", "bf16"), (True, False)):
-            base = _weights(weight, packed)
-            label = f"D={d} W={weight}{'' if packed else ' transposed'}"
+        layouts = itertools.product(("fp32", "bf16"), (True, False), (False, True))
+        for weight, packed, indexed in layouts:
+            base = _weights(weight, packed, indexed)
+            label = f"D={d} W={weight}{_layout(packed, indexed)}"
             yield Build(
                 f"centre_norms {label}",
                 centre_norms.centre_norms_kernel,
-                centre_norms.constants(d, packed),
+                centre_norms.constants(d, packed, indexed),
                 base,
             )
             if not every and weight == "bf16":
@@ -204,13 +211,13 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
             yield Build(
                 f"stats_finish {label}",
                 stats_finish.stats_finish_kernel,
-                stats_finish.constants(d, 132, True, True),
+                stats_finish.constants(d, indexed, 132, True, True),
                 base,
             )
             yield Build(
                 f"topk_merge {label}",
                 topk.topk_merge_kernel,
-                topk.merge_constants(d, 16, 132),
+                topk.merge_constants(d, 16, indexed, 132),
                 base,
             )
         for kind in ("fp32", "bf16"):
@@ -255,15 +262,19 @@ def builds(arch: int, full: bool = False) -> Iterator[Build]:
     """Everything that ships for an architecture, or a representative part of it."""
     if full:
         pairs = list(itertools.product(OPERAND_DTYPES, ("fp32", "fp16", "bf16")))
-        for d, (precision, weight), packed in itertools.product(WIDTHS, pairs, (True, False)):
-            yield from _passes(arch, d, precision, weight, packed, every=True)
+        layouts = itertools.product(WIDTHS, pairs, (True, False), (False, True))
+        for d, (precision, weight), packed, indexed in layouts:
+            yield from _passes(arch, d, precision, weight, packed, indexed, every=True)
         yield from _row_kernels(WIDTHS, every=True)
         return
     for d, precision in itertools.product((192, 512), ("fp16", "tf32")):
-        yield from _passes(arch, d, precision, "fp32", True, every=False)
-    yield from _passes(arch, 512, "fp16", "fp16", True, every=False)
-    yield from _passes(arch, 512, "fp32", "fp32", True, every=False)
-    yield from _passes(arch, 1024, "bf16", "bf16", False, every=False)
+        yield from _passes(arch, d, precision, "fp32", True, False, every=False)
+    yield from _passes(arch, 512, "fp16", "fp16", True, False, every=False)
+    yield from _passes(arch, 512, "fp32", "fp32", True, False, every=False)
+    yield from _passes(arch, 1024, "bf16", "bf16", False, False, every=False)
+    for precision, weight in (("fp16", "fp32"), ("fp16", "fp16"), ("tf32", "fp32")):
+        yield from _passes(arch, 512, precision, weight, True, True, every=False)
+    yield from _passes(arch, 1024, "bf16", "bf16", False, True, every=False)
     yield from _row_kernels((512,), every=False)
 
 

@@ -29,6 +29,7 @@ from fastmargin.backends.triton.tile import (
     cast,
     centre_rows,
     hard_rule,
+    indexed_rows,
     inverse_norms,
     load_rows,
     local_column,
@@ -51,25 +52,28 @@ def _largest_gradient(p_d_lse, p_d_cos, B, lse_factor, BLOCK: tl.constexpr):
     return tl.max(b_top, 0)
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start"])
+@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start"])
 def centre_pass_kernel(
     p_d_lse,  # (B,) upstream gradient of lse_neg
     p_d_cos,  # (B,) upstream gradient of cos_y
     p_x,  # (B, D) contiguous unit rows
-    p_w,  # (C, D) strided centres
+    p_w,  # (rows_w, D) strided centres
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_label,  # (B,) int64
     p_lse,  # (B,) lse_neg
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
-    p_dw,  # (C, D) contiguous, out
+    p_dw,  # (C, D) contiguous, out, in the order of the columns
     B,
     C,
+    rows_w,
     class_start,
     stride_wc,
     stride_wd,
     scale,
     slope_limit,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -89,8 +93,11 @@ def centre_pass_kernel(
     start = i_c * BLOCK_C
     o_c = start + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-    b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_N, PACKED)
+    if INDEXED:
+        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+    else:
+        p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
+    b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_N, PACKED, INDEXED)
     if WHOLE:
         b_w = centre_rows(
             p_wc,
@@ -103,6 +110,7 @@ def centre_pass_kernel(
             BLOCK_C,
             BLOCK_K,
             PACKED,
+            INDEXED,
             OPERAND,
             RAW,
         )
@@ -140,6 +148,7 @@ def centre_pass_kernel(
                 BLOCK_C,
                 BLOCK_K,
                 PACKED,
+                INDEXED,
                 OPERAND,
                 RAW,
                 PRECISION,
@@ -174,21 +183,31 @@ def centre_pass_kernel(
             b_x = load_rows(p_xb, m_b, D, 1, i_d * BLOCK_D, D, BLOCK_B, BLOCK_D, True)
         b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
-    b_out = load_rows(p_wc, m_c, stride_wc, stride_wd, i_d * BLOCK_D, D, BLOCK_C, BLOCK_D, PACKED)
+    b_out = load_rows(
+        p_wc, m_c, stride_wc, stride_wd, i_d * BLOCK_D, D, BLOCK_C, BLOCK_D, PACKED, INDEXED
+    )
+    # the inverse norm of an empty place is 0, and so is its gradient
     b_out = b_out.to(tl.float32) * b_inverse[:, None]
     b_out = (b_grad - b_radial[:, None] * b_out) * (b_inverse / unit)[:, None]
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     p_tile = p_dw + start * D + (tl.arange(0, BLOCK_C)[:, None] * D + o_d[None, :])
-    m_tile = m_c[:, None] & (o_d < D)[None, :]
+    m_tile = (o_c < C)[:, None] & (o_d < D)[None, :]
     tl.store(p_tile, cast(b_out, p_dw.dtype.element_ty), mask=m_tile)
 
 
 def constants(
-    d: int, precision: str, packed: bool, raw: bool, tile: TileConfig, has_hard: bool
+    d: int,
+    precision: str,
+    packed: bool,
+    indexed: bool,
+    raw: bool,
+    tile: TileConfig,
+    has_hard: bool,
 ) -> dict:
     """Compile-time arguments."""
     return {
         "PACKED": packed,
+        "INDEXED": indexed,
         "D": d,
         "BLOCK_N": min(block_of(d), 128),
         "OPERAND": STREAM_TYPES[precision],
@@ -205,6 +224,7 @@ def centre_pass(
     d_cos: Tensor,
     x: Tensor,
     weight: Tensor,
+    index: Tensor | None,
     labels: Tensor,
     lse_neg: Tensor,
     scale: float,
@@ -212,13 +232,14 @@ def centre_pass(
     class_start: int,
     precision: str,
 ) -> Tensor:
-    """Gradient (C, D) of ``weight``, contiguous, in its dtype.
+    """Gradient (C, D) of ``weight``, or (K, D) of its rows in ``index``: contiguous, in its dtype.
 
     Args:
         d_lse: (B,) contiguous, fp32.
         d_cos: (B,) contiguous, fp32.
         x: (B, D) contiguous unit rows in the operand type.
         weight: (C, D).
+        index: (K,) contiguous, or None.
         labels: (B,) contiguous, int64.
         lse_neg: (B,) contiguous, fp32.
         scale: s.
@@ -226,11 +247,12 @@ def centre_pass(
         class_start: global id of ``weight[0]``.
         precision: one of "fp32", "tf32", "bf16", "fp16".
     """
-    c, d = weight.shape
+    c, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
     d_weight = torch.empty((c, d), dtype=weight.dtype, device=weight.device)
     packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    tile = choose("centre_pass", d, precision, raw, packed, chip(weight.device).arch)
-    fixed = constants(d, precision, packed, raw, tile, hard is not None)
+    indexed = index is not None
+    tile = choose("centre_pass", d, precision, raw, packed, indexed, chip(weight.device).arch)
+    fixed = constants(d, precision, packed, indexed, raw, tile, hard is not None)
     grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
     with on_device(weight):
         centre_pass_kernel[grid](
@@ -238,6 +260,7 @@ def centre_pass(
             d_cos,
             x,
             weight,
+            index,
             labels,
             lse_neg,
             None if hard is None else hard.threshold,
@@ -245,6 +268,7 @@ def centre_pass(
             d_weight,
             x.shape[0],
             c,
+            weight.shape[0],
             class_start,
             weight.stride(0),
             weight.stride(1),

@@ -263,7 +263,9 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
 }
 
 
-def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: int) -> TileConfig:
+def choose(
+    kernel: str, d: int, precision: str, raw: bool, packed: bool, indexed: bool, arch: int
+) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
     Args:
@@ -271,6 +273,7 @@ def choose(kernel: str, d: int, precision: str, raw: bool, packed: bool, arch: i
         precision: one of "fp32", "tf32", "bf16", "fp16".
         raw: whether weights are operands as they lie.
         packed: whether the rows of the weights lie one after the other.
+        indexed: whether the columns of the pass are rows of an index.
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
     """
     block = block_of(d)

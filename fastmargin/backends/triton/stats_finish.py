@@ -13,10 +13,11 @@ from fastmargin.backends.triton.tile import LN2, target_cosine
 from fastmargin.spec import HardRule
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "splits"])
+@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "splits"])
 def stats_finish_kernel(
     p_x,  # (B, D) contiguous unit rows
-    p_w,  # (C, D) strided centres
+    p_w,  # (rows_w, D) strided centres
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_label,  # (B,) int64
     p_sum,  # (splits, B)
     p_shift,  # (splits, B), if ONLINE
@@ -28,11 +29,13 @@ def stats_finish_kernel(
     p_pull,  # (B, D) out, if WANT_PULL
     B,
     C,
+    rows_w,
     class_start,
     stride_wc,
     stride_wd,
     splits,
     slope_unit,
+    INDEXED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -59,7 +62,20 @@ def stats_finish_kernel(
     tl.store(p_max_out + i_b, tl.max(b_max, 0))
 
     b_label = tl.load(p_label + i_b) - class_start
-    b_cos = target_cosine(p_x, p_w, i_b, b_label, C, stride_wc, stride_wd, D, BLOCK_D)
+    b_cos = target_cosine(
+        p_x,
+        p_w,
+        p_index,
+        i_b,
+        b_label,
+        C,
+        rows_w,
+        stride_wc,
+        stride_wd,
+        D,
+        BLOCK_D,
+        INDEXED,
+    )
     tl.store(p_cos + i_b, b_cos)
 
     if WANT_PULL:
@@ -75,9 +91,10 @@ def stats_finish_kernel(
         tl.store(p_pull + i_b * D + o_d, b_pull / (b_safe * slope_unit), mask=m_d)
 
 
-def constants(d: int, splits: int, want_pull: bool, online: bool) -> dict:
+def constants(d: int, indexed: bool, splits: int, want_pull: bool, online: bool) -> dict:
     """Compile-time arguments."""
     return {
+        "INDEXED": indexed,
         "D": d,
         "BLOCK_D": block_of(d),
         "BLOCK_S": triton.next_power_of_2(splits),
@@ -90,6 +107,7 @@ def constants(d: int, splits: int, want_pull: bool, online: bool) -> dict:
 def stats_finish(
     x_hat: Tensor,
     weight: Tensor,
+    index: Tensor | None,
     labels: Tensor,
     class_start: int,
     partials: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
@@ -100,6 +118,7 @@ def stats_finish(
     Args:
         x_hat: (B, D) contiguous.
         weight: (C, D).
+        index: (K,) contiguous, or None.
         labels: (B,) contiguous.
         class_start: global id of ``weight[0]``.
         partials: sums, shifts, maxima (splits, B) and pull numerators (splits, B, D).
@@ -109,11 +128,14 @@ def stats_finish(
     sums, shifts, maxima, numerators = partials
     lse, cos_y, max_neg = (torch.empty_like(x_hat[:, 0]) for _ in range(3))
     pull = torch.empty_like(x_hat) if numerators is not None else x_hat.new_empty((0, d))
-    fixed = constants(d, sums.shape[0], numerators is not None, shifts is not None)
+    fixed = constants(
+        d, index is not None, sums.shape[0], numerators is not None, shifts is not None
+    )
     with on_device(x_hat):
         stats_finish_kernel[(b,)](
             x_hat,
             weight,
+            index,
             labels,
             sums,
             shifts,
@@ -124,6 +146,7 @@ def stats_finish(
             max_neg,
             pull,
             b,
+            weight.shape[0] if index is None else index.shape[0],
             weight.shape[0],
             class_start,
             weight.stride(0),

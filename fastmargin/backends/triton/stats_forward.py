@@ -35,6 +35,7 @@ from fastmargin.backends.triton.tile import (
     cast,
     centre_rows,
     hard_rule,
+    indexed_rows,
     load_rows,
     local_column,
     matmul,
@@ -44,10 +45,11 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "tiles_per_split"])
 def stats_forward_kernel(
     p_x,  # (B, D) contiguous unit rows
-    p_w,  # (C, D) strided centres
+    p_w,  # (rows_w, D) strided centres
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_inverse,  # (C,) 1 / ||w||
     p_label,  # (B,) int64
     p_threshold,  # (B,) hard rule, if HAS_HARD
@@ -58,6 +60,7 @@ def stats_forward_kernel(
     p_pull,  # (splits, B, D) out: pull numerator times slope_unit, if WANT_PULL
     B,
     C,
+    rows_w,
     class_start,
     stride_wc,
     stride_wd,
@@ -65,6 +68,7 @@ def stats_forward_kernel(
     scale,
     slope_unit,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -109,7 +113,10 @@ def stats_forward_kernel(
         start = i_c * BLOCK_C
         o_c = start + tl.arange(0, BLOCK_C)
         m_c = o_c < C
-        p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
+        if INDEXED:
+            p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+        else:
+            p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
         b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
 
         if WHOLE:
@@ -124,6 +131,7 @@ def stats_forward_kernel(
                 BLOCK_C,
                 BLOCK_K,
                 PACKED,
+                INDEXED,
                 OPERAND,
                 RAW,
             )
@@ -143,6 +151,7 @@ def stats_forward_kernel(
                 BLOCK_C,
                 BLOCK_K,
                 PACKED,
+                INDEXED,
                 OPERAND,
                 RAW,
                 PRECISION,
@@ -190,6 +199,7 @@ def stats_forward_kernel(
                     BLOCK_C,
                     BLOCK_D,
                     PACKED,
+                    INDEXED,
                     OPERAND,
                     RAW,
                 )
@@ -212,6 +222,7 @@ def constants(
     d: int,
     precision: str,
     packed: bool,
+    indexed: bool,
     raw: bool,
     tile: TileConfig,
     want_pull: bool,
@@ -221,6 +232,7 @@ def constants(
     """Compile-time arguments."""
     return {
         "PACKED": packed,
+        "INDEXED": indexed,
         "D": d,
         "OPERAND": STREAM_TYPES[precision],
         "PRECISION": DOT_PRECISION[precision],
@@ -235,6 +247,7 @@ def constants(
 def stats_forward(
     x: Tensor,
     weight: Tensor,
+    index: Tensor | None,
     inverse: Tensor,
     labels: Tensor,
     scale: float,
@@ -252,7 +265,8 @@ def stats_forward(
     Args:
         x: (B, D) contiguous unit rows in the operand type.
         weight: (C, D), C > 0.
-        inverse: (C,) inverse norms of ``weight``.
+        index: (K,) contiguous, K > 0, or None.
+        inverse: (C,) or (K,) inverse norms of the columns.
         labels: (B,) contiguous, int64.
         scale: s.
         hard: rule for hard negatives, its threshold contiguous and fp32.
@@ -261,11 +275,11 @@ def stats_forward(
         want_pull: also form the pull numerators.
         online: whether the logits need a running shift.
     """
-    (b, d), c = x.shape, weight.shape[0]
+    (b, d), c = x.shape, inverse.shape[0]
     here = chip(x.device)
     kernel = "stats_pull" if want_pull else "stats_sum"
     packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    tile = choose(kernel, d, precision, raw, packed, here.arch)
+    tile = choose(kernel, d, precision, raw, packed, index is not None, here.arch)
     columns = triton.cdiv(d, tile.block_d) if want_pull else 1
     row_programs = triton.cdiv(b, tile.block_b) * columns
     splits, per_split = split_classes(row_programs, triton.cdiv(c, tile.block_c), here.processors)
@@ -277,6 +291,7 @@ def stats_forward(
         d,
         precision,
         packed,
+        index is not None,
         raw,
         tile,
         want_pull,
@@ -287,6 +302,7 @@ def stats_forward(
         stats_forward_kernel[(row_programs, splits)](
             x,
             weight,
+            index,
             inverse,
             labels,
             None if hard is None else hard.threshold,
@@ -297,6 +313,7 @@ def stats_forward(
             numerators,
             b,
             c,
+            weight.shape[0],
             class_start,
             weight.stride(0),
             weight.stride(1),

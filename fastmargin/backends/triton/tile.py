@@ -38,16 +38,23 @@ def load_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr = False,
 ):
     """Columns ``start .. start + BLOCK`` of ROWS rows of width D, the first one at ``p_first``.
 
     Zero where ``m_row`` is false and past column D. PACKED rows lie one after the other, so their
     offsets within the tile are known when compiling, which saves registers; the strides then do
     not matter. Otherwise offsets are int64: the transposed view of (D, C) has strides of C.
+    INDEXED rows lie anywhere: ``p_first`` (ROWS,) is where each of them begins.
     """
     o_row = tl.arange(0, ROWS)
     o_col = start + tl.arange(0, BLOCK)
-    if PACKED:
+    if INDEXED:
+        if PACKED:
+            p_tile = p_first[:, None] + o_col[None, :]
+        else:
+            p_tile = p_first[:, None] + o_col.to(tl.int64)[None, :] * stride_col
+    elif PACKED:
         p_tile = p_first + (o_row[:, None] * D + o_col[None, :])
     else:
         p_tile = (
@@ -71,6 +78,16 @@ def row_pointer(p_rows, i_row, stride_row, D: tl.constexpr, PACKED: tl.constexpr
 
 
 @triton.jit
+def indexed_rows(
+    p_rows, p_index, o_c, C, rows_w, stride_row, D: tl.constexpr, PACKED: tl.constexpr
+):
+    """Where the rows behind the columns ``o_c`` begin, and which of them are not empty places."""
+    b_row = tl.load(p_index + o_c, mask=o_c < C, other=-1)
+    m_row = (b_row >= 0) & (b_row < rows_w)
+    return row_pointer(p_rows, tl.where(m_row, b_row, 0), stride_row, D, PACKED), m_row
+
+
+@triton.jit
 def inverse_norms(
     p_first,
     m_row,
@@ -80,11 +97,14 @@ def inverse_norms(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
     """1 / ||row|| of ROWS rows, 0 for a (nearly) zero row; fp32."""
     b_square = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
-        b_tile = load_rows(p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED)
+        b_tile = load_rows(
+            p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED
+        )
         b_tile = b_tile.to(tl.float32)
         b_square += b_tile * b_tile
     return inverse(tl.sqrt_rn(tl.sum(b_square, 1)))
@@ -121,6 +141,7 @@ def centre_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     OPERAND: tl.constexpr,
     RAW: tl.constexpr,
 ):
@@ -130,7 +151,9 @@ def centre_rows(
     weights stored in the operand type: the tile then needs no registers, and the products are
     scaled by the inverse norms instead.
     """
-    b_tile = load_rows(p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED)
+    b_tile = load_rows(
+        p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED
+    )
     if not RAW:
         b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], OPERAND)
     return b_tile
@@ -160,6 +183,7 @@ def streamed_cosines(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     OPERAND: tl.constexpr,
     RAW: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -186,6 +210,7 @@ def streamed_cosines(
             BLOCK_C,
             BLOCK_K,
             PACKED,
+            INDEXED,
             OPERAND,
             RAW,
         )
@@ -220,18 +245,24 @@ def hard_rule(b_cos, b_threshold, p_rule):
 def target_cosine(
     p_x,
     p_w,
+    p_index,
     i_row,
     b_label,
     C,
+    rows_w,
     stride_wc,
     stride_wd,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
-    """fp32 cosine of row ``i_row`` and its centre ``b_label`` (a row of ``p_w``); 0 if not here."""
+    """fp32 cosine of row ``i_row`` and the centre of its column ``b_label``; 0 if not here."""
     o_d = tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_d < D
     m_here = (b_label >= 0) & (b_label < C)
+    if INDEXED:
+        b_label = tl.load(p_index + tl.where(m_here, b_label, 0), mask=m_here, other=-1)
+        m_here = (b_label >= 0) & (b_label < rows_w)
     b_x = tl.load(p_x + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
     p_row = p_w + tl.where(m_here, b_label, 0) * stride_wc + o_d * stride_wd
     b_w = tl.load(p_row, mask=m_d & m_here, other=0.0).to(tl.float32)

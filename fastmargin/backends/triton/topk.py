@@ -1,6 +1,6 @@
 """The k nearest negatives of every row, exact, and the target cosine.
 
-A cosine and its class make one int64 key whose order is "larger cosine first, then lower class",
+A cosine and its column make one int64 key whose order is "larger cosine, then lower column",
 so that the k largest keys are the answer whatever the order they were met in. The scan keeps k
 keys per row of a program's split and looks further into a tile only while it holds a better one;
 the merge picks from all splits.
@@ -25,6 +25,7 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.tile import (
+    indexed_rows,
     local_column,
     row_pointer,
     streamed_cosines,
@@ -38,11 +39,11 @@ UNTAKEN: tl.constexpr = tl.constexpr(-(2**63) + 2**32)
 
 
 @triton.jit
-def make_key(b_value, b_class):
-    """Orders by value, then by lower class; -0.0 counts as 0.0."""
+def make_key(b_value, b_column):
+    """Orders by value, then by lower column; -0.0 counts as 0.0."""
     b_bits = tl.where(b_value == 0.0, 0.0, b_value).to(tl.int32, bitcast=True)
     b_order = b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
-    return (b_order.to(tl.int64) << 32) | (b_class.to(tl.int64) ^ LOW_WORD)
+    return (b_order.to(tl.int64) << 32) | (b_column.to(tl.int64) ^ LOW_WORD)
 
 
 @triton.jit
@@ -52,24 +53,27 @@ def key_value(b_key):
 
 
 @triton.jit
-def key_class(b_key):
+def key_column(b_key):
     return (b_key & LOW_WORD) ^ LOW_WORD
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "tiles_per_split"])
 def topk_scan_kernel(
     p_x,  # (B, D) contiguous unit rows
-    p_w,  # (C, D) strided centres
+    p_w,  # (rows_w, D) strided centres
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_inverse,  # (C,) 1 / ||w||
     p_label,  # (B,) int64
     p_key,  # (splits, B, K) int64, out
     B,
     C,
+    rows_w,
     class_start,
     stride_wc,
     stride_wd,
     tiles_per_split,
     PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -95,7 +99,10 @@ def topk_scan_kernel(
         start = i_c * BLOCK_C
         o_c = start + tl.arange(0, BLOCK_C)
         m_c = o_c < C
-        p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
+        if INDEXED:
+            p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+        else:
+            p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
         b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
         b_cos = streamed_cosines(
             p_xb,
@@ -110,6 +117,7 @@ def topk_scan_kernel(
             BLOCK_C,
             BLOCK_K,
             PACKED,
+            INDEXED,
             OPERAND,
             RAW,
             PRECISION,
@@ -134,22 +142,25 @@ def topk_scan_kernel(
     tl.store(p_row[:, None] + o_k[None, :], b_best, mask=m_b[:, None])
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "splits", "wanted"])
+@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "splits", "wanted"])
 def topk_merge_kernel(
     p_x,  # (B, D) contiguous unit rows, fp32
-    p_w,  # (C, D) strided centres
+    p_w,  # (rows_w, D) strided centres
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_label,  # (B,) int64
     p_key,  # (splits, B, K) int64
     p_value,  # (B, wanted) out
-    p_index,  # (B, wanted) int64, out
+    p_column,  # (B, wanted) int64, out
     p_cos,  # (B,) out
     B,
     C,
+    rows_w,
     class_start,
     stride_wc,
     stride_wd,
     splits,
     wanted,
+    INDEXED: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,22 +175,36 @@ def topk_merge_kernel(
         m_none = b_top < UNTAKEN
         b_value = tl.where(m_none, float("-inf"), key_value(b_top))
         tl.store(p_value + i_b * wanted + i_k, b_value)
-        tl.store(p_index + i_b * wanted + i_k, tl.where(m_none, -1, key_class(b_top)))
+        tl.store(p_column + i_b * wanted + i_k, tl.where(m_none, -1, key_column(b_top)))
         b_key = tl.where(b_key == b_top, LEAST, b_key)
 
     b_label = tl.load(p_label + i_b) - class_start
-    b_cos = target_cosine(p_x, p_w, i_b, b_label, C, stride_wc, stride_wd, D, BLOCK_D)
+    b_cos = target_cosine(
+        p_x,
+        p_w,
+        p_index,
+        i_b,
+        b_label,
+        C,
+        rows_w,
+        stride_wc,
+        stride_wd,
+        D,
+        BLOCK_D,
+        INDEXED,
+    )
     tl.store(p_cos + i_b, b_cos)
 
 
 def scan_constants(
-    d: int, k: int, precision: str, packed: bool, raw: bool, tile: TileConfig
+    d: int, k: int, precision: str, packed: bool, indexed: bool, raw: bool, tile: TileConfig
 ) -> dict:
     """Compile-time arguments of the scan."""
     arguments = tile.arguments()
     del arguments["BLOCK_D"]  # no accumulator over D
     return {
         "PACKED": packed,
+        "INDEXED": indexed,
         "D": d,
         # a tensor of one column is not worth its own case
         "K": max(2, triton.next_power_of_2(k)),
@@ -190,9 +215,10 @@ def scan_constants(
     }
 
 
-def merge_constants(d: int, k: int, splits: int) -> dict:
+def merge_constants(d: int, k: int, indexed: bool, splits: int) -> dict:
     """Compile-time arguments of the merge."""
     return {
+        "INDEXED": indexed,
         "D": d,
         "K": max(2, triton.next_power_of_2(k)),
         "BLOCK_D": block_of(d),
@@ -205,44 +231,49 @@ def topk(
     x_hat: Tensor,
     x: Tensor,
     weight: Tensor,
+    index: Tensor | None,
     inverse: Tensor,
     labels: Tensor,
     k: int,
     class_start: int,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (B, k) descending, rows of ``weight`` (B, k) int64, target cosine (B,).
+    """Cosines (B, k) descending, their columns (B, k) int64, target cosine (B,).
 
     Args:
         x_hat: (B, D) contiguous unit rows, fp32.
         x: the same in the operand type.
         weight: (C, D), C > 0.
-        inverse: (C,) inverse norms of ``weight``.
+        index: (K,) contiguous, K > 0, or None.
+        inverse: (C,) or (K,) inverse norms of the columns.
         labels: (B,) contiguous, int64.
         k: at most 16.
         class_start: global id of ``weight[0]``.
         precision: one of "fp32", "tf32", "bf16", "fp16".
     """
-    (b, d), c = x.shape, weight.shape[0]
+    (b, d), c = x.shape, inverse.shape[0]
+    indexed = index is not None
     here = chip(x.device)
     packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    tile = choose("topk", d, precision, raw, packed, here.arch)
+    tile = choose("topk", d, precision, raw, packed, indexed, here.arch)
     row_programs = triton.cdiv(b, tile.block_b)
     splits, per_split = split_classes(row_programs, triton.cdiv(c, tile.block_c), here.processors)
-    fixed = scan_constants(d, k, precision, packed, raw, tile)
+    fixed = scan_constants(d, k, precision, packed, indexed, raw, tile)
     keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
     value = torch.empty((b, k), dtype=torch.float32, device=x.device)
-    index = torch.empty((b, k), dtype=torch.int64, device=x.device)
+    column = torch.empty((b, k), dtype=torch.int64, device=x.device)
     cos_y = torch.empty_like(value[:, 0])
     with on_device(x):
         topk_scan_kernel[(row_programs, splits)](
             x,
             weight,
+            index,
             inverse,
             labels,
             keys,
             b,
             c,
+            weight.shape[0],
             class_start,
             weight.stride(0),
             weight.stride(1),
@@ -252,18 +283,20 @@ def topk(
         topk_merge_kernel[(b,)](
             x_hat,
             weight,
+            index,
             labels,
             keys,
             value,
-            index,
+            column,
             cos_y,
             b,
             c,
+            weight.shape[0],
             class_start,
             weight.stride(0),
             weight.stride(1),
             splits,
             k,
-            **merge_constants(d, k, splits),
+            **merge_constants(d, k, indexed, splits),
         )
-    return value, index, cos_y
+    return value, column, cos_y
