@@ -221,7 +221,7 @@ def test_the_next_steps_of_two_processes_are_the_same(tmp_path):
 
 
 def test_rows_take_what_they_are_owed_first(tmp_path):
-    """Of any module, and whatever comes first."""
+    """Of any module, with its optimiser or without."""
 
     def made():
         table = nn.Embedding(20, 4, sparse=True)
@@ -236,8 +236,11 @@ def test_rows_take_what_they_are_owed_first(tmp_path):
     saved, loaded = made(), made()
     step(**saved, rows=[1, 2])
     step(**saved, rows=[3])
-    fm.checkpoint.save(tmp_path, saved)
-    fm.checkpoint.load(tmp_path, loaded)
+    fm.checkpoint.save(tmp_path / "alone", {"table": saved["table"]})
+    fm.checkpoint.load(tmp_path / "alone", {"table": loaded["table"]})
+    fm.checkpoint.save(tmp_path / "both", saved)
+    assert loaded["table"].weight.equal(saved["table"].weight)
+    fm.checkpoint.load(tmp_path / "both", loaded)
     for objects in (saved, loaded):
         step(**objects, rows=[2, 4])
     assert_same(snapshot(loaded), snapshot(saved))
@@ -576,6 +579,15 @@ def dies(group, path, how):
         if rank == 1:
             os._exit(7)
         loss.backward()
+    elif how == "load":
+        training.step(2)
+        before = training.state()
+        if rank == 1:
+            storage.read = die
+        try:
+            fm.checkpoint.load(path, training.objects)
+        finally:
+            assert_same(training.state(), before)
     elif how == "absent":
         if rank == 1:
             time.sleep(6)
@@ -602,6 +614,7 @@ def dies(group, path, how):
         ("write", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
         ("async", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
         ("end", 0, -signal.SIGKILL, r"saving the checkpoint .*\(its end\)"),
+        ("load", 1, -signal.SIGKILL, r"loading the checkpoint .*\(reading it\)"),
         ("absent", 1, None, "preparing the checkpoint"),
     ],
 )
