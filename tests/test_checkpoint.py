@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -219,7 +220,30 @@ def test_the_next_steps_of_two_processes_are_the_same(tmp_path):
     fresh(2, next_steps, tmp_path)
 
 
-KAPPA = {"kappaface": CASES["kappaface"]}
+def test_rows_take_what_they_are_owed_first(tmp_path):
+    """Of any module, with its optimiser or without."""
+
+    def made():
+        table = nn.Embedding(20, 4, sparse=True)
+        optimiser = fm.optim.RowSGD(table.parameters(), lr=0.1, momentum=0.9)
+        return {"table": table, "optimiser": optimiser}
+
+    def step(table, optimiser, rows):
+        optimiser.zero_grad()
+        table(torch.tensor(rows)).square().sum().backward()
+        optimiser.step()
+
+    saved, loaded = made(), made()
+    step(**saved, rows=[1, 2])
+    step(**saved, rows=[3])
+    fm.checkpoint.save(tmp_path / "alone", {"table": saved["table"]})
+    fm.checkpoint.load(tmp_path / "alone", {"table": loaded["table"]})
+    fm.checkpoint.save(tmp_path / "both", saved)
+    assert loaded["table"].weight.equal(saved["table"].weight)
+    fm.checkpoint.load(tmp_path / "both", loaded)
+    for objects in (saved, loaded):
+        step(**objects, rows=[2, 4])
+    assert_same(snapshot(loaded), snapshot(saved))
 
 
 def half_an_epoch(group, replicas, path):
@@ -230,9 +254,9 @@ def half_an_epoch(group, replicas, path):
     head = fm.MarginHead(DIM, 5, fm.KappaFace(), group=mesh)
     head(x, labels)
     before = head.margin.class_sums.clone()
-    fm.checkpoint.save(path, {"head": head})
+    fm.checkpoint.save(path, {"model": nn.ModuleDict({"head": head})})
     again = fm.MarginHead(DIM, 5, fm.KappaFace(), group=mesh)
-    fm.checkpoint.load(path, {"head": again})
+    fm.checkpoint.load(path, {"model": nn.ModuleDict({"head": again})})
     for each in (head, again):
         each(x.flip(0), labels)
         each.margin.end_epoch()
@@ -244,7 +268,7 @@ def half_an_epoch(group, replicas, path):
 def test_sums_of_replicas_are_added_up(n, replicas, tmp_path):
     found = fresh(n, half_an_epoch, replicas, tmp_path)
     head = fm.MarginHead(DIM, 5, fm.KappaFace())
-    fm.checkpoint.load(tmp_path, {"head": head})
+    fm.checkpoint.load(tmp_path, {"model": nn.ModuleDict({"head": head})})
     labels = torch.cat([labels for _, labels in found])
     assert head.margin.class_seen.equal(labels.bincount(minlength=5))
     sums = [sums for sums, _ in found]
@@ -415,6 +439,8 @@ def test_no_checkpoint(tmp_path):
 
 
 def test_odd_tensors_and_names_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="process_group must be None or a ProcessGroup, got str"):
+        fm.checkpoint.save(tmp_path, {"a": 1}, process_group="all")
     with pytest.raises(TypeError, match="a is a Tensor of layout"):
         fm.checkpoint.save(tmp_path, {"a": torch.eye(2).to_sparse()})
     with pytest.raises(ValueError, match="two tensors would be stored as"):
@@ -429,13 +455,16 @@ def test_a_state_of_odd_tensors(tmp_path):
         "number": torch.tensor(2.5, dtype=torch.float64),
         "half": torch.randn(300, 3).bfloat16(),
         "views": [base.t(), base[:, ::2], (base[1:3] > 9,)],
+        "ordered": OrderedDict(a=torch.ones(1)),
     }
+    values["ordered"]._metadata = {"": {"version": 2}}  # as a module's state_dict has it
     fm.checkpoint.save(tmp_path, {"values": values})
     loaded = fm.checkpoint.load(tmp_path, {})["values"]
     expected, found = Training(cases={}), Training(cases={})
     expected.objects, found.objects = {"v": StateOf(values)}, {"v": StateOf(loaded)}
     assert_same(found.state(), expected.state())
     assert isinstance(loaded["views"][2], tuple)
+    assert loaded["ordered"]._metadata == {"": {"version": 2}}
 
 
 class StateOf:
@@ -476,6 +505,19 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(where, tmp_path, monkeyp
     fm.checkpoint.load(tmp_path, loaded)
     assert_same(snapshot(loaded), snapshot(saved))
     assert len(list(tmp_path.glob("version-*"))) == 1
+
+
+def test_a_damaged_file_changes_nothing(tmp_path):
+    saved = stepped(small())
+    fm.checkpoint.save(tmp_path, saved)
+    (file,) = tmp_path.glob("*/*.distcp")
+    with open(file, "r+b") as stream:
+        stream.truncate(file.stat().st_size - 100)
+    objects = stepped(small(), 1)
+    before = snapshot(objects)
+    with pytest.raises((RuntimeError, EOFError)):
+        fm.checkpoint.load(tmp_path, objects)
+    assert_same(snapshot(objects), before)
 
 
 def test_training_goes_on_while_it_writes(tmp_path, monkeypatch):
@@ -537,6 +579,15 @@ def dies(group, path, how):
         if rank == 1:
             os._exit(7)
         loss.backward()
+    elif how == "load":
+        training.step(2)
+        before = training.state()
+        if rank == 1:
+            storage.read = die
+        try:
+            fm.checkpoint.load(path, training.objects)
+        finally:
+            assert_same(training.state(), before)
     elif how == "absent":
         if rank == 1:
             time.sleep(6)
@@ -563,6 +614,7 @@ def dies(group, path, how):
         ("write", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
         ("async", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
         ("end", 0, -signal.SIGKILL, r"saving the checkpoint .*\(its end\)"),
+        ("load", 1, -signal.SIGKILL, r"loading the checkpoint .*\(reading it\)"),
         ("absent", 1, None, "preparing the checkpoint"),
     ],
 )

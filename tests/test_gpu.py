@@ -127,6 +127,42 @@ def test_shared_out_step_on_nccl(name, options, nccl):
         torch.testing.assert_close(shared, plain, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_checkpoint_of_a_gpu(shared, nccl, tmp_path):
+    """Written at once or later, it loads and trains on to the bit, and into a CPU."""
+
+    def made(device="cuda"):
+        torch.manual_seed(0)
+        head = fm.MarginHead(
+            64, 507, fm.AdaFace(), nccl if shared and device == "cuda" else None, device=device
+        )
+        return {"head": head, "optimiser": torch.optim.AdamW(head.parameters())}
+
+    def step(head, optimiser):
+        generator = torch.Generator("cuda").manual_seed(1)
+        x = torch.randn(32, 64, device="cuda", generator=generator)
+        head(x, torch.arange(32, device="cuda")).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    saved = made()
+    step(**saved)
+    fm.checkpoint.save(tmp_path / "now", saved)
+    saving = fm.checkpoint.async_save(tmp_path / "later", saved)
+    weight = saved["head"].weight.detach().clone()
+    step(**saved)
+    saving.result()
+    for path in (tmp_path / "now", tmp_path / "later"):
+        loaded = made()
+        fm.checkpoint.load(path, loaded)
+        assert loaded["head"].weight.equal(weight)
+        step(**loaded)
+        assert loaded["head"].weight.equal(saved["head"].weight)
+        on_cpu = made("cpu")
+        fm.checkpoint.load(path, on_cpu)
+        assert on_cpu["head"].weight.equal(weight.cpu())
+
+
 @pytest.mark.parametrize("rule", ["RowSGD", "RowAdamW"])
 def test_sampled_step_over_rows_does_not_synchronise(rule):
     """Forward, backward and update of lazy rows; the CPU learns the same."""

@@ -36,13 +36,11 @@ def current_version(path: Path) -> Path | None:
 def new_version(path: Path) -> Path:
     """Makes the folder of a version to write, and removes those that do not count."""
     path.mkdir(parents=True, exist_ok=True)
-    current = current_version(path)
-    number = 0 if current is None else int(_VERSION.fullmatch(current.name)[1])
-    # a name that was never used: a process of an earlier, unfinished save may still write there
-    number = max([number, *(int(_VERSION.fullmatch(old.name)[1]) for old in _versions(path))])
+    # not the name of a version that is left over: somebody may still write there
+    number = max((int(_VERSION.fullmatch(old.name)[1]) for old in _versions(path)), default=0)
     version = path / f"version-{number + 1:010d}"
     version.mkdir()
-    _remove_others(path, [current, version])
+    _remove_others(path, [current_version(path), version])
     return version
 
 

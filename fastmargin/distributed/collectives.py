@@ -148,9 +148,11 @@ def channel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     None without other processes.
 
     Raises:
-        ValueError: this process is not in the group.
+        TypeError, ValueError: it is no process group, or one without this process.
     """
     group = world() if group is None else group
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be None or a ProcessGroup, got {type(group).__name__}")
     if group is None or group.size() == 1:
         return None
     if dist.get_rank(group) < 0:
