@@ -3,7 +3,7 @@
 Importing builds nothing, prints nothing and leaves CUDA alone.
 """
 
-from fastmargin import backends, optim
+from fastmargin import backends, checkpoint, optim
 from fastmargin.functional import margin_loss
 from fastmargin.gradient_norm import total_norm
 from fastmargin.head import MarginHead
@@ -34,6 +34,7 @@ __all__ = [
     "SoftmaxMargin",
     "__version__",
     "backends",
+    "checkpoint",
     "margin_loss",
     "optim",
     "total_norm",

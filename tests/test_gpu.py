@@ -7,12 +7,8 @@ import torch
 import torch.distributed as dist
 
 import fastmargin as fm
-<<<<<<< HEAD
-from fastmargin import ops, testing
-from fastmargin.sampling import ClassSampler
-=======
 from fastmargin import deferred, ops, testing
->>>>>>> optim
+from fastmargin.sampling import ClassSampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -209,7 +205,6 @@ def test_gradient_error_at_scale_64(precision):
         assert testing.relative_error(a, t) < (2e-3 if precision == "tf32" else 3e-4)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_draw_replays_with_the_next_step(backend):
     """The draws of the CPU, one step further with each replay; nothing waits for the device."""
@@ -233,7 +228,8 @@ def test_captured_draw_replays_with_the_next_step(backend):
         for name in ("index", "column", "num_positives"):
             assert torch.equal(getattr(sample, name).cpu(), getattr(expected, name))
         labels = torch.randint(-1, 100_000, (256,))
-=======
+
+
 @pytest.mark.parametrize("unsampled", ["lazy", "dense", "frozen"])
 @pytest.mark.parametrize("kind", [fm.optim.RowSGD, fm.optim.RowAdamW])
 def test_row_optimisers_do_not_wait(kind, unsampled, monkeypatch):
@@ -287,4 +283,3 @@ def test_row_optimiser_beyond_31_bits():
     optimizer.settle()
     assert torch.equal(weight.detach()[ids].float(), expected[:, None].expand(4, dim))
     assert bool((weight.detach()[2:-2] == 1).all())
->>>>>>> optim

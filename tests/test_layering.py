@@ -16,22 +16,34 @@ ALLOWED = {
     "rows": set(),
     "margins": {"margins", "spec"},
     "distributed": {"distributed"},
-    "backends": {"backends", "spec", "norms"},
-    "ops": {"backends", "norms", "spec"},
+    "backends": {"backends", "norms", "rows", "spec"},
+    "ops": {"backends", "norms", "rows", "spec"},
     "sampling": {"ops", "spec"},
+    "columns": {"sampling", "spec"},
+    "sharded": {"columns", "distributed", "margins", "ops", "spec"},
+    "class_set": {"distributed", "norms"},
     "checks": {"margins", "spec"},
-    "functional": {"checks", "ops", "margins", "distributed", "norms", "spec"},
-    "head": {"checks", "functional", "ops", "margins", "distributed", "norms"},
     "deferred": set(),
+    "functional": {
+        *("checks", "columns", "deferred", "distributed", "margins", "norms", "ops", "sampling"),
+        *("sharded", "spec"),
+    },
+    "head": {
+        *("checks", "class_set", "deferred", "distributed", "functional", "margins", "norms"),
+        *("ops", "sampling", "sharded"),
+    },
     "optim": {"deferred"},
+    "checkpoint": {"checkpoint", "deferred", "distributed", "head"},
     "gradient_norm": {"distributed", "head", "optim"},
     "testing": {"margins"},
-    "__init__": {"backends", "functional", "gradient_norm", "head", "margins", "optim"},
+    "__init__": {
+        *("backends", "checkpoint", "functional", "gradient_norm", "head", "margins", "optim"),
+    },
 }
 TOP = {"cli", "demo", "doctor", "build_info"}  # may import anything; nothing below imports them
 ONLY_HERE = {
     "triton": ("backends",),
-    "torch.distributed": ("distributed",),
+    "torch.distributed": ("distributed", "checkpoint"),
     "torch.library": ("ops",),
 }
 

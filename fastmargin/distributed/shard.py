@@ -112,6 +112,10 @@ class ClassShard:
         """Place among the processes with the same classes."""
         return 0 if self.replicas is None else dist.get_rank(self.replicas)
 
+    def processes(self) -> list[int]:
+        """Numbers in the default group of all that share the classes out, and of their replicas."""
+        return self.mesh.mesh.flatten().tolist()
+
     def resized(self, num_classes: int) -> ClassShard:
         """The same processes with another number of classes."""
         return ClassShard.of(num_classes, self.mesh, self.mesh.device_type)

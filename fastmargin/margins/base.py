@@ -42,6 +42,9 @@ class Margin(nn.Module):
     per_class: tuple[str, ...] = ()
     """Names of buffers that hold a row for each of *this process's* classes."""
 
+    summed: tuple[str, ...] = ()
+    """Names of buffers that add up over this process's rows: what counts is ``processes.sum``."""
+
     def bind(
         self,
         num_classes: int,

@@ -63,6 +63,7 @@ class KappaFace(SoftmaxMargin):
     """
 
     per_class = ("class_sums", "class_seen")
+    summed = ("class_sums", "class_seen")
 
     def __init__(
         self,

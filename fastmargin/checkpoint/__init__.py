@@ -1,0 +1,263 @@
+"""Checkpoints of a training, which load into any number of processes.
+
+::
+
+    training = {"head": head, "backbone": net, "optimizer": optimizer}
+    fm.checkpoint.save(path, {**training, "epoch": 3})
+    epoch = fm.checkpoint.load(path, training)["epoch"]
+
+All processes of the group call these functions, with objects of the same names. An object is
+
+- a module. DDP is looked through; DTensors, such as a head's rows or what ``fully_shard`` makes,
+  are stored in parts, and everything else as the first process has it;
+- an optimiser. What it keeps for a head's centres is shared out as those are, if the head is in
+  the objects, by itself or inside a module;
+- anything else with ``state_dict`` and ``load_state_dict``: schedulers, gradient scalers;
+- a plain value that pickles, which :func:`load` returns.
+
+``path`` is a folder on storage that all processes see. A version is written beside the one before
+and replaces it in one step once every process has written its part, so whatever is interrupted,
+there is a whole checkpoint. Tensors are in the format of ``torch.distributed.checkpoint``.
+
+A checkpoint is trusted as code is: loading unpickles ``.metadata`` and ``structure.pt``, which may
+run anything. Tensors are read with ``weights_only``. Do not load a checkpoint from people you
+would not run a program from; centres alone travel safely in the file of
+:meth:`fastmargin.MarginHead.export_centers`.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmargin.checkpoint import folder
+from fastmargin.checkpoint.objects import FORMAT, Loading, Objects, Taken, sum_up, take
+from fastmargin.distributed import collectives
+
+__all__ = ["Saving", "async_save", "load", "save"]
+
+
+class Saving:
+    """A checkpoint that is being written."""
+
+    def __init__(self, future: Future) -> None:
+        self._future, self._asked = future, False
+
+    def done(self) -> bool:
+        """Whether writing has ended, well or badly."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits until the checkpoint is the current one, ``timeout`` seconds at most.
+
+        Raises:
+            ProcessError: another process failed or died; the checkpoint before is the current one.
+            OSError: this process could not write.
+            TimeoutError: it takes longer.
+        """
+        try:
+            self._future.result(timeout)
+        finally:
+            self._asked = self._asked or self.done()
+
+    def _end(self) -> None:
+        """Waits, and raises what nobody was told."""
+        if not self._asked:
+            self.result()
+
+
+_writer: ThreadPoolExecutor | None = None
+_last: Saving | None = None
+
+
+def _end_last() -> None:
+    """Lets an asynchronous save end before anything else happens to checkpoints."""
+    if _last is not None:
+        _last._end()
+
+
+def save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> None:
+    """Writes a checkpoint and returns when it is the current one of ``path``.
+
+    Lazy optimisers first bring all rows up to date, which they would do sooner or later. Of what
+    differs between processes without being shared out, the first one's is kept: statistics of
+    ``AdaFace(stats="local")``, memories of ``KappaFace`` in replicas, plain values. KappaFace's
+    sums over an epoch are added up.
+
+    Args:
+        path: folder; made where it is missing.
+        objects: what to save, by name.
+        process_group: those who save; default: all processes, and just this one without
+            ``init_process_group``.
+
+    Raises:
+        ValueError, TypeError: something cannot be saved.
+        ProcessError: another process failed or died, or took longer than the group's timeout.
+        OSError: a file cannot be written. In all cases the checkpoint before stays the current one.
+    """
+    _end_last()
+    group = collectives.channel(process_group)
+    _write(Path(path), _taken(path, objects, group), group, staged=False)
+
+
+def async_save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> Saving:
+    """:func:`save` that copies the state to the host's memory and writes while training goes on.
+
+    One is written at a time: the next call of a function of this module waits for it, and raises
+    its error if nobody has seen it. Call ``result()`` before ``destroy_process_group``.
+    """
+    global _writer, _last
+    _end_last()
+    group = collectives.channel(process_group)
+    taken = _taken(path, objects, group)
+
+    def stage() -> None:
+        for name, piece in taken.pieces.items():
+            taken.pieces[name] = piece.with_tensor(_copied_to_host(piece.tensor))
+
+    collectives.all_or_none(f"staging the checkpoint {path}", stage, group)
+    if _writer is None:
+        _writer = ThreadPoolExecutor(1, "fastmargin-checkpoint")
+    _last = Saving(_writer.submit(_write, Path(path), taken, group, staged=True))
+    return _last
+
+
+def _copied_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor)
+
+
+@torch.no_grad()
+def _taken(path: str | os.PathLike, objects: dict[str, Any], group) -> Taken:
+    """What to store; the processes agree that they can and that they mean the same."""
+    taken = of = None
+
+    def take_here() -> dict[str, tuple]:
+        nonlocal taken, of
+        of = Objects(objects, group)
+        of.settle()
+        taken = take(of)
+        facts = {f"object {name!r}": (kind, False) for name, kind in of.kinds.items()}
+        for name, piece in taken.pieces.items():
+            facts[name] = (f"{piece.tensor.dtype} {piece.size}", piece.split)
+        return facts
+
+    facts = collectives.all_or_none(f"preparing the checkpoint {path}", take_here, group)
+    _check_alike(facts)
+    sum_up(of, taken.pieces)
+    return taken
+
+
+def _check_alike(facts: list[dict[str, tuple]]) -> None:
+    """What processes have under one name is alike; only parts may be missing on some."""
+    for name in dict.fromkeys(name for own in facts for name in own):
+        found = [own.get(name) for own in facts]
+        known = {fact for fact in found if fact is not None}
+        if len(known) > 1 or (None in found and not next(iter(known))[1]):
+            raise ValueError(
+                f"{name} differs between processes: "
+                + ", ".join(f"{i}: {fact[0] if fact else 'none'}" for i, fact in enumerate(found))
+                + ": all processes save the same objects"
+            )
+
+
+def _write(path: Path, taken: Taken, group, staged: bool) -> None:
+    from fastmargin.checkpoint import storage  # takes seconds to import
+
+    what, rank = f"saving the checkpoint {path}", collectives.rank_in(group)
+
+    def together(step: str, function) -> list:
+        return collectives.all_or_none(f"{what} ({step})", function, group)
+
+    offers = together("its plan", lambda: storage.to_write(taken.pieces, rank == 0))
+    plans, metadata = storage.plan(offers)
+    names = together("its folder", lambda: folder.new_version(path).name if rank == 0 else None)
+    version = path / names[0]
+    writer = storage.writer(version, staged, rank == 0)
+    plan = writer.prepare_global_plan(plans)[rank]
+
+    def write() -> list:
+        if not version.is_dir():
+            raise FileNotFoundError(f"{version} is not there: use storage that all processes see")
+        return storage.write(writer, plan, taken.pieces)
+
+    results = together("its files", write)
+
+    def complete() -> None:
+        if rank == 0:
+            with open(version / folder.STRUCTURE, "wb") as file:
+                file.write(taken.structure)
+                file.flush()
+                os.fsync(file.fileno())
+            writer.finish(metadata, results)
+            folder.make_current(version)
+
+    together("its end", complete)
+
+
+@torch.no_grad()
+def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> dict[str, Any]:
+    """Brings objects to the state in a checkpoint, whatever number of processes saved it.
+
+    Everything is read into the host's memory, compared and agreed upon before anything changes.
+    An optimiser needs no state of its own; it gets the saved one.
+
+    Args:
+        path: folder.
+        objects: as for :func:`save`, under the same names; plain values may be left out.
+        process_group: those who load; default as in :func:`save`.
+
+    Returns:
+        The plain values, by name.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint and the objects do not fit: other numbers of classes, other
+            sizes, dtypes, margins, optimisers, or names.
+        ProcessError: another process failed or died.
+    """
+    from fastmargin.checkpoint import storage
+
+    _end_last()
+    path, group = Path(path), collectives.channel(process_group)
+    what = f"loading the checkpoint {path}"
+    versions = collectives.all_or_none(what, lambda: folder.current_version(path), group)
+    if versions[0] is None:
+        raise FileNotFoundError(
+            f"{path}: there is no checkpoint, or none that was finished: start afresh or see to "
+            "the path"
+        )
+    version = path / versions[0].name
+    loading = take_back = None
+
+    def read() -> None:
+        nonlocal loading
+        structure = torch.load(version / folder.STRUCTURE, map_location="cpu", weights_only=False)
+        if structure["format"] != FORMAT:
+            raise ValueError(
+                f"{path} has format {structure['format']}, this fastmargin reads {FORMAT}: "
+                "use the one that wrote it"
+            )
+        metadata = storage.metadata_of(version)
+        loading = Loading(
+            Objects(objects, group), structure["objects"], storage.stored_in(metadata)
+        )
+        storage.read(version, metadata, loading.pieces)
+        loading.keep_sums_once()
+
+    def put_others() -> None:
+        nonlocal take_back
+        take_back = loading.put_others()
+
+    collectives.all_or_none(f"{what} (reading it)", read, group)
+    try:
+        collectives.all_or_none(f"{what} (optimisers)", put_others, group)
+    except Exception:
+        if take_back is not None:
+            take_back()
+        raise
+    collectives.all_or_none(f"{what} (modules)", loading.put_modules, group)
+    return loading.values()

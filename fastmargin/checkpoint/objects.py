@@ -1,0 +1,392 @@
+"""What is saved of objects, and how it comes back into them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmargin import deferred
+from fastmargin.checkpoint.pieces import Piece, Place, put_back, replace, take_out
+from fastmargin.distributed import collectives
+from fastmargin.distributed.shard import ClassShard
+from fastmargin.head import MarginHead
+
+MODULE, OPTIMIZER, STATE, VALUE = "module", "optimizer", "state", "value"
+FORMAT = 1
+"""Of what is stored beside the tensors."""
+SHOWN = 10
+"""Entries that an error names."""
+
+
+def kind_of(thing: Any) -> str:
+    if isinstance(thing, nn.Module):
+        return MODULE
+    if isinstance(thing, torch.optim.Optimizer):
+        return OPTIMIZER
+    stateful = hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")
+    return STATE if stateful else VALUE
+
+
+def _listed(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class Objects:
+    """The objects of one call, by name, and the processes that make it.
+
+    group: of all processes that save or load; None for this one alone.
+
+    Raises:
+        ValueError: a head's classes are on processes that take no part, or an optimiser has
+            parameters of no module, of which nobody can tell how the processes share them out.
+    """
+
+    def __init__(self, objects: dict[str, Any], group) -> None:
+        unwrapped = {
+            name: thing.module if isinstance(thing, nn.parallel.DistributedDataParallel) else thing
+            for name, thing in objects.items()
+        }
+        self.objects, self.group = unwrapped, group
+        self.kinds = {name: kind_of(thing) for name, thing in unwrapped.items()}
+        self.shards: dict[int, ClassShard] = {
+            id(head.weight): head.shard for _, head in self.heads() if head.shard is not None
+        }
+        self._check()
+
+    def of_kind(self, kind: str) -> dict[str, Any]:
+        return {name: thing for name, thing in self.objects.items() if self.kinds[name] == kind}
+
+    def heads(self) -> Iterator[tuple[str, MarginHead]]:
+        """All heads in the modules, with the names of their entries up to the last dot."""
+        for name, module in self.of_kind(MODULE).items():
+            for inner, part in module.named_modules():
+                if isinstance(part, MarginHead):
+                    yield f"{name}.{inner}" if inner else name, part
+
+    def _check(self) -> None:
+        if self.group is None:
+            return
+        members = set(collectives.ranks_of(self.group))
+        for name, head in self.heads():
+            if head.shard is not None and not members.issuperset(head.shard.processes()):
+                raise ValueError(
+                    f"{name}: processes {head.shard.processes()} share out its classes, and only "
+                    f"{sorted(members)} take part: give a process_group of all"
+                )
+        modules = self.of_kind(MODULE).values()
+        known = {id(parameter) for module in modules for parameter in module.parameters()}
+        for name, optimizer in self.of_kind(OPTIMIZER).items():
+            for i, parameter in enumerate(_parameters(optimizer)):
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"{name}: its parameter {i}, {tuple(parameter.shape)}, is of no module in "
+                        "objects: add the module, which says how processes share it out"
+                    )
+
+    def settle(self) -> None:
+        """Rows take the steps that lazy optimisers owe them."""
+        for module in self.of_kind(MODULE).values():
+            for parameter in module.parameters():
+                deferred.settle(parameter)
+        for optimizer in self.of_kind(OPTIMIZER).values():
+            for parameter in _parameters(optimizer):
+                deferred.settle(parameter)
+
+    def size_of(self, parameter: Tensor) -> tuple[int, ...]:
+        """Shape of a parameter over all processes."""
+        shard = self.shards.get(id(parameter))
+        return tuple(
+            parameter.shape if shard is None else (shard.num_classes, *parameter.shape[1:])
+        )
+
+    def sizes(self, optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
+        return [
+            [self.size_of(parameter) for parameter in group["params"]]
+            for group in optimizer.param_groups
+        ]
+
+    def summed(self) -> Iterator[tuple[str, Any, bool]]:
+        """Entries whose sum over processes counts: name, the processes, whether this is the first.
+
+        The processes are None for those of the call.
+        """
+        for name, head in self.heads():
+            for buffer in head.margin.summed:
+                entry = f"{name}.margin.{buffer}"
+                if head.shard is None:
+                    yield entry, None, collectives.rank_in(self.group) == 0
+                elif head.shard.replicas is not None:
+                    yield entry, head.shard.replicas, head.shard.copy == 0
+
+
+# ---- taking ----
+
+
+@dataclass
+class Taken:
+    """What is stored: tensors by name, and the rest pickled, which only the first process has."""
+
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    structure: bytes = b""
+
+
+def take(objects: Objects) -> Taken:
+    """The state of all objects, which must be settled; tensors are those of the objects.
+
+    Raises:
+        ValueError, TypeError: a state that cannot be stored.
+    """
+    taken, structure = Taken(), {}
+    for name, thing in objects.objects.items():
+        kind = objects.kinds[name]
+        entry: dict[str, Any] = {"kind": kind, "type": type(thing).__name__}
+        if kind == OPTIMIZER:
+            entry["sizes"] = objects.sizes(thing)
+            entry["state"] = _take_optimizer(name, thing, objects, taken.pieces)
+        else:
+            state = thing if kind == VALUE else thing.state_dict()
+            entry["state"] = take_out(state, name, taken.pieces)
+        structure[name] = entry
+    if collectives.rank_in(objects.group) == 0:
+        file = io.BytesIO()
+        torch.save({"format": FORMAT, "objects": structure}, file)
+        taken.structure = file.getvalue()
+    return taken
+
+
+def _take_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, objects: Objects, pieces: dict[str, Piece]
+) -> Any:
+    state = dict(optimizer.state_dict())
+    of_parameters = dict(state["state"])
+    for i, parameter in enumerate(_parameters(optimizer)):
+        shard = objects.shards.get(id(parameter))
+        if shard is not None and i in of_parameters:
+            of_parameters[i] = take_out(
+                of_parameters[i], f"{name}.state.{i}", pieces, _rows_of(parameter, shard)
+            )
+    state["state"] = of_parameters
+    return take_out(state, name, pieces)
+
+
+def _rows_of(parameter: Tensor, shard: ClassShard) -> Callable[[str, Tensor], Piece]:
+    """How the state of a parameter whose rows are shared out is stored."""
+
+    def piece(name: str, tensor: Tensor) -> Piece:
+        if tensor.dim() == 0:
+            return Piece.of(name, tensor)
+        if tensor.shape[0] != parameter.shape[0]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and its parameter "
+                f"{tuple(parameter.shape)}: of a parameter whose rows are shared out, only "
+                "optimisers whose state is a number or has those rows can be saved"
+            )
+        return Piece.of_rows(tensor, shard.start, shard.num_classes)
+
+    return piece
+
+
+def sum_up(objects: Objects, pieces: dict[str, Piece]) -> None:
+    """Buffers that add up over processes become their sum; all processes call this."""
+    for name, peers, _ in objects.summed():
+        piece = pieces[name]
+        tensor = piece.tensor.cpu() if peers is None else piece.tensor
+        total = collectives.sum_all(tensor, objects.group if peers is None else peers)
+        pieces[name] = piece.with_tensor(total)
+
+
+# ---- putting back ----
+
+
+class Loading:
+    """A checkpoint that is to come into objects; nothing changes before :meth:`put_others`.
+
+    Args:
+        structure: what was stored beside the tensors.
+        stored: of every tensor that is stored, shape and dtype.
+
+    Raises:
+        ValueError: it does not fit the objects.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        structure: dict[str, dict[str, Any]],
+        stored: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    ) -> None:
+        self.objects, self.structure, self.stored = objects, structure, stored
+        self.pieces: dict[str, Piece] = {}
+        """To be filled from the files."""
+        self._originals: dict[str, Tensor] = {}
+        self._check_objects()
+        for name in structure:
+            {MODULE: self._plan_module, OPTIMIZER: self._plan_optimizer}.get(
+                structure[name]["kind"], self._plan_state
+            )(name)
+
+    def _check_objects(self) -> None:
+        saved, here = self.structure, self.objects.kinds
+        absent = here.keys() - saved.keys()
+        # values need no object to come back into
+        extra = {name for name in saved.keys() - here.keys() if saved[name]["kind"] != VALUE}
+        if absent or extra:
+            raise ValueError(
+                f"objects: only in the checkpoint: {_listed(extra) or 'none'}; only here: "
+                f"{_listed(absent) or 'none'}: pass objects under the names they were saved with"
+            )
+        for name, kind in here.items():
+            entry, type_here = saved[name], type(self.objects.objects[name]).__name__
+            differs = kind == STATE and entry["type"] != type_here
+            if entry["kind"] != kind or differs:
+                raise ValueError(
+                    f"{name}: a {entry['type']} was saved ({entry['kind']}), and a {type_here} "
+                    f"({kind}) is here: pass an object of the saved kind"
+                )
+
+    def _add(self, name: str, original: Tensor, layout: Piece) -> None:
+        self.pieces[name] = layout.empty(self.stored[name][1])
+        self._originals[name] = original
+
+    def _add_wholes(self, state: Any, name: str) -> None:
+        for entry in _places(state, name):
+            if entry not in self.pieces:
+                size, _ = self.stored[entry]
+                like = torch.empty(()).expand(size)
+                self._add(entry, like, Piece.of(entry, like))
+
+    def _plan_state(self, name: str) -> None:
+        self._add_wholes(self.structure[name]["state"], name)
+
+    def _plan_module(self, name: str) -> None:
+        own: dict[str, Piece] = {}
+        state = self.objects.objects[name].state_dict()
+        take_out(state, name, own)
+        saved = set(_places(self.structure[name]["state"], name))
+        if own.keys() != saved:
+            raise ValueError(
+                f"{name}: only in the checkpoint: {_listed(saved - own.keys()) or 'none'}; only "
+                f"here: {_listed(own.keys() - saved) or 'none'}: make it as it was made for the "
+                "checkpoint, with the same margin and options"
+            )
+        for prefix, head in self.objects.heads():
+            entry = f"{prefix}.weight"
+            if entry in own and self.stored[entry][0][0] != head.num_classes:
+                raise ValueError(
+                    f"{entry} has {self.stored[entry][0][0]} rows in the checkpoint, and the head "
+                    f"{head.num_classes} classes: make the head with the saved number, load, and "
+                    "then change it with extend_classes or select_rows"
+                )
+        differ = [
+            f"{entry}: {self.stored[entry][0]} {self.stored[entry][1]} in the checkpoint, "
+            f"{piece.size} {piece.tensor.dtype} here"
+            for entry, piece in own.items()
+            if self.stored[entry] != (piece.size, piece.tensor.dtype)
+        ]
+        if differ:
+            raise ValueError("; ".join(differ[:SHOWN]) + ": make it with the saved sizes and dtype")
+        originals: dict[str, Tensor] = {}
+        replace(Tensor, state, name, originals.__setitem__)
+        for entry, piece in own.items():
+            self._add(entry, originals[entry], piece)
+
+    def _plan_optimizer(self, name: str) -> None:
+        optimizer, entry = self.objects.objects[name], self.structure[name]
+        sizes, saved = self.objects.sizes(optimizer), entry["sizes"]
+        if sizes != saved:
+            raise ValueError(
+                f"{name}: its parameters have the shapes {saved} in the checkpoint, by group, and "
+                f"{sizes} here: make it for the same parameters"
+            )
+        of_parameters = entry["state"]["state"]
+        for i, parameter in enumerate(_parameters(optimizer)):
+            for part in _places(of_parameters.get(i), f"{name}.state.{i}"):
+                self._plan_state_of(part, parameter)
+        self._add_wholes(entry["state"], name)
+
+    def _plan_state_of(self, entry: str, parameter: Tensor) -> None:
+        """A state of a parameter is shared out as the parameter is, where its shape says so."""
+        size, _ = self.stored[entry]
+        shard = self.objects.shards.get(id(parameter))
+        if shard is not None and size:
+            if size[0] != shard.num_classes:
+                raise ValueError(
+                    f"{entry} has shape {size} in the checkpoint, which has no row for each of "
+                    f"{shard.num_classes} classes: it cannot be shared out"
+                )
+            like = torch.empty(()).expand(shard.stop - shard.start, *size[1:])
+            self._add(entry, like, Piece.of_rows(like, shard.start, shard.num_classes))
+        elif size == tuple(parameter.shape) and hasattr(parameter, "placements"):
+            self._add(entry, parameter, Piece.of(entry, parameter))
+
+    def _state(self, name: str) -> Any:
+        return put_back(
+            self.structure[name]["state"],
+            lambda entry: self.pieces[entry].back(self._originals[entry]),
+        )
+
+    def values(self) -> dict[str, Any]:
+        """The plain values that were saved."""
+        return {name: self._state(name) for name, e in self.structure.items() if e["kind"] == VALUE}
+
+    def keep_sums_once(self) -> None:
+        """Of what was summed up over processes, the first one has all and the others nothing."""
+        for name, _, first in self.objects.summed():
+            if not first and name in self.pieces:
+                self.pieces[name].tensor.zero_()
+
+    def put_others(self) -> Callable[[], None]:
+        """Into everything but modules; returns what takes it back. Itself all or nothing."""
+        undo: list[tuple[Any, Any]] = []
+
+        def take_back() -> None:
+            for thing, state in reversed(undo):
+                thing.load_state_dict(state)
+
+        try:
+            for name, thing in self.objects.of_kind(STATE).items():
+                undo.append((thing, copy.deepcopy(thing.state_dict())))
+                thing.load_state_dict(self._state(name))
+            for name, optimizer in self.objects.of_kind(OPTIMIZER).items():
+                # its tensors are replaced, not written to: no copy is needed
+                undo.append((optimizer, optimizer.state_dict()))
+                options = [set(group) for group in optimizer.param_groups]
+                optimizer.load_state_dict(self._state(name))
+                self._check_options(name, optimizer, options)
+        except Exception:
+            take_back()
+            raise
+        return take_back
+
+    def _check_options(
+        self, name: str, optimizer: torch.optim.Optimizer, options: list[set[str]]
+    ) -> None:
+        for before, group in zip(options, optimizer.param_groups, strict=True):
+            if lost := before - set(group):
+                raise ValueError(
+                    f"{name}: a {self.structure[name]['type']} was saved, which has no "
+                    f"{_listed(lost)}: load it into the same optimiser"
+                )
+
+    def put_modules(self) -> None:
+        """Into modules, which were checked."""
+        for name, module in self.objects.of_kind(MODULE).items():
+            module.load_state_dict(self._state(name))
+
+
+def _places(state: Any, name: str) -> list[str]:
+    """Names of the tensors that were taken out of a state."""
+    found: list[str] = []
+    replace(Place, state, name, lambda _, place: found.append(place.name))
+    return found

@@ -1,0 +1,582 @@
+"""Checkpoints: nothing is lost between any numbers of processes, and one is always whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from fresh_processes import run_fresh
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+import fastmargin as fm
+from fastmargin.checkpoint import folder
+from fastmargin.distributed import collectives
+
+pytestmark = pytest.mark.dist
+
+DIM, BATCH = 8, 12
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def row_sgd(parameters):
+    return fm.optim.RowSGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def row_adamw(parameters):
+    return fm.optim.RowAdamW(parameters, lr=0.01)
+
+
+# name -> classes, margin, options of the head, optimiser
+CASES = {
+    "adaface": (507, lambda: fm.AdaFace(t_alpha=0.5), {}, sgd),
+    "kappaface": (5, lambda: fm.KappaFace(), {}, adamw),
+    "sampled": (507, lambda: fm.CosFace(), {"sample_rate": 0.3, "seed": 7}, adamw),
+    "row_sgd": (300, lambda: fm.ElasticFace(), {"sample_rate": 0.5, "sparse_grad": True}, row_sgd),
+    "row_adamw": (5, lambda: fm.ArcFace(), {"num_sampled": 1, "sparse_grad": True}, row_adamw),
+}
+
+
+class Training:
+    """A backbone, heads on it, and what trains them."""
+
+    def __init__(self, group=None, cases=CASES) -> None:
+        self.net = nn.Sequential(nn.Linear(6, DIM), nn.LayerNorm(DIM))
+        if group is not None:
+            self.net = DistributedDataParallel(self.net, process_group=group)
+        self.optimisers = [adamw(self.net.parameters())]
+        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimisers[0], 2)
+        self.objects = {
+            "net": self.net,
+            "net optimiser": self.optimisers[0],
+            "schedule": self.schedule,
+        }
+        self.heads = {}
+        for name, (classes, margin, options, optimiser) in cases.items():
+            self.heads[name] = fm.MarginHead(DIM, classes, margin(), group=group, **options)
+            self.optimisers.append(optimiser(self.heads[name].parameters()))
+            self.objects[name] = self.heads[name]
+            self.objects[f"{name} optimiser"] = self.optimisers[-1]
+
+    def loss(self, number: int, rows: slice = slice(None)) -> torch.Tensor:
+        """Of some rows of a batch."""
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(BATCH, 6, generator=generator)
+        features, total = self.net(x[rows]), 0
+        for head in self.heads.values():
+            labels = torch.randint(head.num_classes, (BATCH,), generator=generator)
+            total = total + head(features, labels[rows])
+        return total
+
+    def step(self, number: int, rows: slice = slice(None)) -> None:
+        loss = self.loss(number, rows)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self.schedule.step()
+
+    def trained(self, steps: int = 3, rows: slice = slice(None)) -> Training:
+        for number in range(steps):
+            self.step(number, rows)
+        return self
+
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Which classes of every head are here."""
+        return {name: (head.shard.start, head.shard.stop) for name, head in self.heads.items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that counts, by name; of split tensors the rows that are here."""
+        found = {}
+
+        def add(name, value):
+            if isinstance(value, dict):
+                for key, part in value.items():
+                    add(f"{name}.{key}", part)
+            elif isinstance(value, (list, tuple)):
+                add(name, dict(enumerate(value)))
+            elif isinstance(value, torch.Tensor):
+                value = value.to_local() if hasattr(value, "placements") else value
+                found[name] = value.detach().clone()
+            elif isinstance(value, (int, float)):
+                found[name] = torch.tensor(value, dtype=torch.float64)
+
+        # optimisers first: taking their state settles rows
+        for name in sorted(self.objects, key=lambda name: "optimiser" not in name):
+            thing = self.objects[name]
+            thing = thing.module if isinstance(thing, DistributedDataParallel) else thing
+            add(name, thing.state_dict())
+        # where a lazy optimiser stands; it starts anew when nothing is owed
+        return {name: value for name, value in found.items() if not name.endswith("last_step")}
+
+
+def per_class(name: str, value: torch.Tensor) -> bool:
+    """Whether this part of a state has a row for every class that is here."""
+    owner, *_, last = name.split(".")
+    case, _, optimiser = owner.partition(" ")
+    if case not in CASES:
+        return False
+    return value.dim() > 0 if optimiser else last in ("weight", "class_sums", "class_seen")
+
+
+def assert_same(found: dict, expected: dict, rows=None) -> None:
+    """To the bit. rows: name of a case -> which of its rows ``found`` has; None: all."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        whole = expected[name]
+        if rows is not None and per_class(name, value):
+            whole = whole[slice(*rows[name.split(".")[0].split()[0]])]
+        assert value.dtype == whole.dtype and value.equal(whole), name
+
+
+def small_chunks() -> None:
+    """Tensors of tests have several chunks."""
+    from fastmargin.checkpoint import storage
+
+    storage.CHUNK_BYTES = 1000
+
+
+@pytest.fixture(autouse=True)
+def chunks():
+    small_chunks()
+
+
+def fresh(n: int, function, *args, **options) -> list:
+    """What a function returns on n processes, none of which fails."""
+    outcomes = run_fresh(n, function, *args, **options)
+    assert [outcome[1:] for outcome in outcomes] == [(None, None)] * n
+    return [outcome.value for outcome in outcomes]
+
+
+# ---- any number of processes ----
+
+
+def pass_on(group, source, target, seed):
+    """Loads into something made otherwise and saves; the state and where its rows are."""
+    small_chunks()
+    torch.manual_seed(seed)
+    training = Training(group)
+    if seed % 2:
+        training.trained(1)  # optimisers have other state
+    values = fm.checkpoint.load(source, training.objects)
+    fm.checkpoint.save(target, {**training.objects, **values})
+    return training.state(), values, training.rows()
+
+
+def test_from_one_process_to_three_to_eight_to_two_to_one(tmp_path):
+    training = Training().trained()
+    values = {"epoch": 3, "note": ["a", {"b": 1.5}], "rng": torch.get_rng_state()}
+    fm.checkpoint.save(tmp_path / "1", {**training.objects, **values})
+    expected = training.state()
+    assert {name.split(".")[0] for name in expected} == training.objects.keys()
+
+    found = []
+    for seed, (before, n) in enumerate([(1, 3), (3, 8), (8, 2)]):
+        found += fresh(n, pass_on, tmp_path / str(before), tmp_path / str(n), seed, seconds=60)
+    for state, loaded, rows in found:
+        assert_same(state, expected, rows)
+        assert loaded.keys() == values.keys() and loaded["note"] == values["note"]
+        assert loaded["rng"].equal(values["rng"])
+    # empty shards were among them
+    assert {rows["kappaface"] for *_, rows in found} >= {(0, 1), (5, 5), (4, 5), (0, 3)}
+
+    again = Training()
+    assert fm.checkpoint.load(tmp_path / "2", again.objects)["epoch"] == 3
+    assert_same(again.state(), expected)
+    again.step(3), training.step(3)
+    assert_same(again.state(), training.state())
+
+
+def next_steps(group, path):
+    rows = slice(0, 7) if group.rank() == 0 else slice(7, BATCH)
+    training = Training(group).trained(3, rows)
+    fm.checkpoint.save(path, training.objects)
+    torch.manual_seed(5)
+    again = Training(group)
+    fm.checkpoint.load(path, again.objects)
+    assert_same(again.state(), training.state())
+    for number in (3, 4):
+        training.step(number, rows), again.step(number, rows)
+    assert_same(again.state(), training.state())
+
+
+def test_the_next_steps_of_two_processes_are_the_same(tmp_path):
+    fresh(2, next_steps, tmp_path)
+
+
+KAPPA = {"kappaface": CASES["kappaface"]}
+
+
+def half_an_epoch(group, replicas, path):
+    """Sums over an epoch of processes with other rows, and what a checkpoint makes of them."""
+    rank, n = group.rank(), group.size()
+    mesh = init_device_mesh("cpu", (n // 2, 2)) if replicas else None
+    x, labels = torch.randn(n, 5, DIM)[rank], torch.randint(5, (n, 5))[rank]
+    head = fm.MarginHead(DIM, 5, fm.KappaFace(), group=mesh)
+    head(x, labels)
+    before = head.margin.class_sums.clone()
+    fm.checkpoint.save(path, {"head": head})
+    again = fm.MarginHead(DIM, 5, fm.KappaFace(), group=mesh)
+    fm.checkpoint.load(path, {"head": again})
+    for each in (head, again):
+        each(x.flip(0), labels)
+        each.margin.end_epoch()
+    torch.testing.assert_close(again.margin.class_weights, head.margin.class_weights)
+    return before, labels
+
+
+@pytest.mark.parametrize("n, replicas", [(4, True), (2, False)])
+def test_sums_of_replicas_are_added_up(n, replicas, tmp_path):
+    found = fresh(n, half_an_epoch, replicas, tmp_path)
+    head = fm.MarginHead(DIM, 5, fm.KappaFace())
+    fm.checkpoint.load(tmp_path, {"head": head})
+    labels = torch.cat([labels for _, labels in found])
+    assert head.margin.class_seen.equal(labels.bincount(minlength=5))
+    sums = [sums for sums, _ in found]
+    if replicas:
+        sums = [torch.cat(sums[:2]), torch.cat(sums[2:])]
+    torch.testing.assert_close(head.margin.class_sums, sum(sums))
+
+
+def fully_sharded(group, source, target):
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Linear(6, 5)
+    fully_shard(net, mesh=init_device_mesh("cpu", (group.size(),)))
+    optimiser = adamw(net.parameters())
+    fm.checkpoint.load(source, {"net": net, "optimiser": optimiser})
+    fm.checkpoint.save(target, {"net": net, "optimiser": optimiser})
+    return type(optimiser.state[net.weight]["exp_avg"]).__name__
+
+
+def test_a_fully_sharded_backbone(tmp_path):
+    def made():
+        net = nn.Linear(6, 5)
+        return {"net": net, "optimiser": adamw(net.parameters())}
+
+    saved, loaded = made(), made()
+    saved["net"](torch.randn(3, 6)).square().sum().backward()
+    saved["optimiser"].step()
+    fm.checkpoint.save(tmp_path / "1", saved)
+    assert fresh(2, fully_sharded, tmp_path / "1", tmp_path / "2") == ["DTensor", "DTensor"]
+    fm.checkpoint.load(tmp_path / "2", loaded)
+    assert loaded["net"].weight.equal(saved["net"].weight)
+    for one, other in zip(*(x["optimiser"].state.values() for x in (saved, loaded)), strict=True):
+        assert one.keys() == other.keys() and all(other[key].equal(one[key]) for key in one)
+
+
+# ---- what does not fit ----
+
+
+def small(classes=20, dim=DIM, margin=fm.AdaFace, optimiser=adamw, **options):
+    head = fm.MarginHead(dim, classes, margin(), **options)
+    return {"head": head, "optimiser": optimiser(head.parameters())}
+
+
+def stepped(objects, number=0):
+    head, optimiser = objects["head"], objects["optimiser"]
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(6, head.embedding_size, generator=generator)
+    head(x, torch.arange(6)).backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    return objects
+
+
+def snapshot(objects) -> dict:
+    training = Training(cases={})
+    training.objects = {name: thing for name, thing in objects.items() if name != "value"}
+    return training.state()
+
+
+class Refuses:
+    """Has a state that it does not take."""
+
+    def __init__(self, refuses=True):
+        self.refuses, self.count = refuses, 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+        if self.refuses and self.count == 2:
+            raise ValueError("no")
+
+
+MISFITS = {
+    "rows": (lambda: small(21), "head.weight has 20 rows in the checkpoint.*21 classes.*extend_cl"),
+    "embedding size": (lambda: small(dim=9), r"head.weight: \(20, 8\).*\(20, 9\)"),
+    "dtype": (lambda: {**small(), "head": small()["head"].double()}, "float32.*float64"),
+    "margin": (lambda: small(margin=fm.KappaFace), "batch_mean.*class_sums.*same margin"),
+    "sampling": (lambda: small(sample_rate=0.5), "head.sampler.seed"),
+    "absent": (lambda: {"head": small()["head"]}, "only in the checkpoint: optimiser"),
+    "extra": (lambda: {**small(), "more": nn.Linear(1, 1)}, "only here: more"),
+    "kind": (lambda: {**small(), "optimiser": nn.Linear(1, 1)}, "optimiser: a AdamW was saved"),
+    "optimiser": (lambda: small(optimiser=sgd), "AdamW was saved, which has no .*momentum"),
+    "groups": (
+        lambda: small(optimiser=lambda p: adamw([*p, torch.zeros(2, requires_grad=True)])),
+        "its parameters have the shapes",
+    ),
+    "scheduler": (
+        lambda: {**small(), "other": torch.optim.lr_scheduler.StepLR(small()["optimiser"], 1)},
+        "other: a Refuses was saved .* StepLR",
+    ),
+    "refused": (lambda: {**small(), "other": Refuses()}, "^no$"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_does_not_fit_changes_nothing(misfit, tmp_path):
+    saved = stepped(small())
+    if misfit in ("scheduler", "refused"):
+        saved["other"] = Refuses()
+        saved["other"].count = 2
+    fm.checkpoint.save(tmp_path, saved)
+    make, error = MISFITS[misfit]
+    objects = make()
+    if misfit == "optimiser" or misfit == "refused":
+        stepped(objects, 1)  # what must come back has something in it
+    before = snapshot(objects)
+    with pytest.raises(ValueError, match=error):
+        fm.checkpoint.load(tmp_path, objects)
+    assert_same(snapshot(objects), before)
+
+
+def one_refuses(group, path):
+    objects = stepped(small(group=group), group.rank())
+    objects["other"] = Refuses(group.rank() == 1)
+    before = snapshot(objects)
+    fm.checkpoint.save(path / "good", objects)
+    objects["other"].count = 2
+    fm.checkpoint.save(path / "refused", stepped(objects, 3))
+    fm.checkpoint.load(path / "good", objects)
+    assert_same(snapshot(objects), before)
+    try:
+        fm.checkpoint.load(path / "refused", objects)
+    except (ValueError, collectives.ProcessError) as error:
+        assert_same(snapshot(objects), before)
+        return str(error)
+
+
+def test_what_one_process_refuses_changes_nothing_on_the_others(tmp_path):
+    other, refusing = fresh(2, one_refuses, tmp_path)
+    assert refusing == "no"
+    assert "(optimisers) failed on process 1 of 2: ValueError: no" in other
+
+
+def differently(group, path, case):
+    objects = small(group=group)
+    if case == "names" and group.rank() == 1:
+        objects["more"] = nn.Linear(1, 1)
+    if case == "head missing":
+        del objects["head"]
+    if case == "state":
+        objects["optimiser"].state[objects["head"].weight]["odd"] = torch.zeros(3)
+    fm.checkpoint.save(path, objects)
+
+
+@pytest.mark.parametrize(
+    "case, error",
+    [
+        ("names", "'more' differs between processes: 0: none, 1: module"),
+        ("head missing", "optimiser: its parameter 0.* is of no module in objects: add"),
+        ("state", r"optimiser.state.0.odd has shape \(3,\) and its parameter \(10, 8\)"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(case, error, tmp_path):
+    for outcome in run_fresh(2, differently, tmp_path, case):
+        assert re.search(error, outcome.error)
+    assert folder.current_version(tmp_path) is None
+
+
+def test_no_checkpoint(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+            fm.checkpoint.load(path, small())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        fm.checkpoint.load(tmp_path / "file", small())
+
+
+def test_odd_tensors_and_names_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="a is a Tensor of layout"):
+        fm.checkpoint.save(tmp_path, {"a": torch.eye(2).to_sparse()})
+    with pytest.raises(ValueError, match="two tensors would be stored as"):
+        fm.checkpoint.save(tmp_path, {"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)})
+
+
+def test_a_state_of_odd_tensors(tmp_path):
+    """Empty ones, without dimension, of other dtypes and strides, in nested containers."""
+    base = torch.arange(24).view(4, 6)
+    values = {
+        "empty": torch.zeros(0, 3),
+        "number": torch.tensor(2.5, dtype=torch.float64),
+        "half": torch.randn(300, 3).bfloat16(),
+        "views": [base.t(), base[:, ::2], (base[1:3] > 9,)],
+    }
+    fm.checkpoint.save(tmp_path, {"values": values})
+    loaded = fm.checkpoint.load(tmp_path, {})["values"]
+    expected, found = Training(cases={}), Training(cases={})
+    expected.objects, found.objects = {"v": StateOf(values)}, {"v": StateOf(loaded)}
+    assert_same(found.state(), expected.state())
+    assert isinstance(loaded["views"][2], tuple)
+
+
+class StateOf:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+
+# ---- interrupted ----
+
+
+@pytest.mark.parametrize(
+    "where", ["storage.write", "storage.plan", "folder.make_current", "os.replace"]
+)
+def test_a_save_that_fails_leaves_the_checkpoint_before(where, tmp_path, monkeypatch):
+    from fastmargin.checkpoint import storage
+
+    saved = stepped(small())
+    fm.checkpoint.save(tmp_path, saved)
+    before = snapshot(saved)
+    stepped(saved, 1)
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    module, name = where.split(".")
+    with monkeypatch.context() as patch:
+        patch.setattr({"storage": storage, "folder": folder, "os": os}[module], name, fail)
+        with pytest.raises(OSError, match="no space left"):
+            fm.checkpoint.save(tmp_path, saved)
+    loaded = small()
+    fm.checkpoint.load(tmp_path, loaded)
+    assert_same(snapshot(loaded), before)
+    # the next one clears up
+    fm.checkpoint.save(tmp_path, saved)
+    fm.checkpoint.load(tmp_path, loaded)
+    assert_same(snapshot(loaded), snapshot(saved))
+    assert len(list(tmp_path.glob("version-*"))) == 1
+
+
+def test_training_goes_on_while_it_writes(tmp_path, monkeypatch):
+    from fastmargin.checkpoint import storage
+
+    go, write = threading.Event(), storage.write
+    monkeypatch.setattr(storage, "write", lambda *a: (go.wait(30), write(*a))[1])
+    saved = {**stepped(small()), "value": [1]}
+    before = snapshot(saved)
+    saving = fm.checkpoint.async_save(tmp_path, saved)
+    stepped(saved, 1)["value"].append(2)
+    assert not saving.done()
+    go.set()
+    loaded = small()
+    assert fm.checkpoint.load(tmp_path, loaded) == {"value": [1]}  # it waits
+    assert saving.done()
+    assert_same(snapshot(loaded), before)
+
+
+def test_an_error_nobody_asked_for_is_told_once(tmp_path, monkeypatch):
+    from fastmargin.checkpoint import storage
+
+    saved, unwritten = stepped(small()), storage.write
+    monkeypatch.setattr(storage, "write", lambda *_: 1 / 0)
+    fm.checkpoint.async_save(tmp_path, saved)
+    with pytest.raises(ZeroDivisionError):
+        fm.checkpoint.save(tmp_path, saved)
+    monkeypatch.setattr(storage, "write", unwritten)
+    fm.checkpoint.save(tmp_path, saved)
+    fm.checkpoint.load(tmp_path, saved)
+
+
+# ---- a process dies ----
+
+
+def dies(group, path, how):
+    """Saves, trains on, and process 1 or 0 dies on the way, or does not come."""
+    from fastmargin.checkpoint import storage
+
+    small_chunks()
+    rank, write = group.rank(), storage.write
+    training = Training(group).trained(2)
+    torch.save((training.state(), training.rows()), path / f"state-{rank}")
+    path = path / "checkpoint"
+    fm.checkpoint.save(path, training.objects)
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(writer, plan, pieces):
+        if rank == 1:
+            half = [*plan.items][: len(plan.items) // 2]
+            write(writer, dataclasses.replace(plan, items=half), pieces)
+            die()
+        return write(writer, plan, pieces)
+
+    if how == "step":
+        loss = training.loss(2)
+        if rank == 1:
+            os._exit(7)
+        loss.backward()
+    elif how == "absent":
+        if rank == 1:
+            time.sleep(6)
+            return
+        fm.checkpoint.save(path, training.objects)
+    else:
+        training.step(2)
+        if how == "end" and rank == 0:
+            os.replace = die
+        elif how != "end":
+            storage.write = write_half
+        if how == "async":
+            saving = fm.checkpoint.async_save(path, training.objects)
+            time.sleep(0.2)
+            saving.result()
+        else:
+            fm.checkpoint.save(path, training.objects)
+
+
+@pytest.mark.parametrize(
+    "how, dead, code, named",
+    [
+        ("step", 1, 7, "gradients|sum|gathering"),
+        ("write", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
+        ("async", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
+        ("end", 0, -signal.SIGKILL, r"saving the checkpoint .*\(its end\)"),
+        ("absent", 1, None, "preparing the checkpoint"),
+    ],
+)
+def test_a_process_that_dies_is_an_error_and_no_loss(how, dead, code, named, tmp_path):
+    outcomes = run_fresh(3, dies, tmp_path, how, seconds=3 if how == "absent" else 20)
+    for rank, outcome in enumerate(outcomes):
+        if rank == dead:
+            assert outcome.code == code
+        else:
+            assert re.match(
+                f"ProcessError: .*({named}).* between 3 processes failed", outcome.error
+            )
+    loaded = Training()
+    fm.checkpoint.load(tmp_path / "checkpoint", loaded.objects)
+    for rank in range(3):
+        state, rows = torch.load(tmp_path / f"state-{rank}")
+        assert_same(state, loaded.state(), rows)
