@@ -328,7 +328,7 @@ def test_total_norm_adds_up_rows_listed_twice(monkeypatch):
     weight = nn.Module()
     weight.rows = nn.Parameter(torch.zeros(9, 4))
     index, values = torch.tensor([[3, 8, 3, 0, 3, 8]]), torch.randn(6, 4)
-    weight.rows.grad = torch.sparse_coo_tensor(index, values, (9, 4))
+    weight.rows.grad = torch.sparse_coo_tensor(index, values, (9, 4), check_invariants=True)
     expected = weight.rows.grad.to_dense().norm()
     for size in (1 << 20, 48, 32, 16):
         monkeypatch.setattr("fastmargin.optim.row_chunks.CHUNK_BYTES", size)
