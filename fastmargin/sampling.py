@@ -36,16 +36,16 @@ class Sample:
 class ClassSampler(nn.Module):
     """Draws :class:`Sample` after :class:`Sample`, reproducibly from (seed, step, shard).
 
-    A draw fills ``num_sampled`` places (all rows, if there are fewer): the P positives and a
-    uniform choice of the other rows. If P is larger, all positives are kept and nothing is added.
-    ``index`` has K = max(num_sampled, min(B, num_classes)) places whatever P is.
+    A draw fills k = min(num_sampled, num_classes) places with the P positives and a uniform choice
+    of k - P other rows. If P is larger than k, all positives are kept and nothing is added.
+    ``index`` has K = max(k, min(B, num_classes)) places whatever P is.
 
     The buffers ``seed`` and ``step`` (1,) int64 are saved; ``step`` advances in place. A scratch
     byte per class tells positives from the others; it is not saved, and draws must not overlap.
 
     Args:
         num_classes: rows of this shard's weight; may be 0.
-        num_sampled: places to fill; no more than ``num_classes`` are.
+        num_sampled: k; with ``num_classes`` or more, every row takes part in every step.
         seed: the same on all shards.
         shard: number of this shard, below 2**16; shards draw independently.
         class_start: global id of this shard's first row.
@@ -100,7 +100,7 @@ class ClassSampler(nn.Module):
         self._check(labels)
         k, places = self.num_sampled, max(self.num_sampled, min(len(labels), self.num_classes))
         local = labels - self.class_start
-        here = (labels >= 0) & (local >= 0) & (local < self.num_classes)
+        here = (local >= 0) & (local < self.num_classes)  # -1 is not, as class_start >= 0
         local = torch.where(here, local, self.num_classes)
 
         # the distinct positives ascending; rows without a centre here are sorted behind them

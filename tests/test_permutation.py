@@ -59,8 +59,8 @@ def test_backends_agree_bit_for_bit(backend):
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_a_prefix_is_a_prefix(backend):
-    whole = permute((1, 2), 500, 300, backend)
-    for count in (0, 1, 128, 129):
+    whole = permute((1, 2), 500, 300, "reference")
+    for count in (0, 1, 128, 129, 300):
         assert torch.equal(permute((1, 2), 500, count, backend), whole[:count])
 
 

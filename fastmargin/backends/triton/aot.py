@@ -238,7 +238,7 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
             f"permutation{name}",
             permutation.permutation_kernel,
             permutation.constants(),
-            {"p_key": "*i64", "p_out": "*i64", "size": wide, "count": wide},
+            {"p_out": "*i64", "size": wide, "count": wide},
         )
     forms = (
         itertools.product(SOURCES, GUARDS, GRAD_MODES)
