@@ -117,7 +117,7 @@ def machine(script: str) -> dict:
             "build": build_info(),
         },
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "csrc", "fastmargin")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", ":/csrc", ":/fastmargin")),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join([f"python {script}", *sys.argv[1:]]),
     }
