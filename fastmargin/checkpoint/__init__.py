@@ -76,8 +76,10 @@ _last: Saving | None = None
 
 def _end_last() -> None:
     """Lets an asynchronous save end before anything else happens to checkpoints."""
-    if _last is not None:
-        _last._end()
+    global _last
+    last, _last = _last, None
+    if last is not None:
+        last._end()
 
 
 def save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> None:

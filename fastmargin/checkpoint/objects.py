@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,10 +232,16 @@ class Loading:
         """To be filled from the files."""
         self._originals: dict[str, Tensor] = {}
         self._check_objects()
-        for name in structure:
-            {MODULE: self._plan_module, OPTIMIZER: self._plan_optimizer}.get(
-                structure[name]["kind"], self._plan_state
-            )(name)
+        # modules first: their errors say more than those of their optimisers
+        for kind, plan in (
+            (MODULE, self._plan_module),
+            (OPTIMIZER, self._plan_optimizer),
+            (STATE, self._plan_state),
+            (VALUE, self._plan_state),
+        ):
+            for name in structure:
+                if structure[name]["kind"] == kind:
+                    plan(name)
 
     def _check_objects(self) -> None:
         saved, here = self.structure, self.objects.kinds
@@ -303,12 +310,15 @@ class Loading:
 
     def _plan_optimizer(self, name: str) -> None:
         optimizer, entry = self.objects.objects[name], self.structure[name]
-        sizes, saved = self.objects.sizes(optimizer), entry["sizes"]
-        if sizes != saved:
-            raise ValueError(
-                f"{name}: its parameters have the shapes {saved} in the checkpoint, by group, and "
-                f"{sizes} here: make it for the same parameters"
-            )
+        for i, (saved, here) in enumerate(
+            itertools.zip_longest(entry["sizes"], self.objects.sizes(optimizer))
+        ):
+            for j, (old, new) in enumerate(itertools.zip_longest(saved or [], here or [])):
+                if old != new:
+                    raise ValueError(
+                        f"{name}: parameter {j} of group {i} has shape {old} in the checkpoint "
+                        f"and {new} here: make it for the same parameters in the same order"
+                    )
         of_parameters = entry["state"]["state"]
         for i, parameter in enumerate(_parameters(optimizer)):
             for part in _places(of_parameters.get(i), f"{name}.state.{i}"):
