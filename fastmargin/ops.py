@@ -25,8 +25,13 @@ __all__ = [
     "margin_rows",
     "permutation",
     "row_prologue",
+    "row_prologue_backward",
     "row_stats",
+    "row_stats_backward",
+    "row_stats_backward_x",
     "row_topk",
+    "row_topk_backward",
+    "spread_rows",
     "target_cosine",
 ]
 
@@ -183,13 +188,13 @@ def _row_prologue_setup(ctx, inputs, output):
 @_op(
     "row_prologue_backward", "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm) -> Tensor"
 )
-def _row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
+def row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
     radial = (d_x_hat * x_hat).sum(1, keepdim=True)
     d_x = (d_x_hat - radial * x_hat) * inverse_norm(norm[:, None])
     return d_x if d_norm is None else d_x + d_norm[:, None] * x_hat
 
 
-@_row_prologue_backward.register_fake
+@row_prologue_backward.register_fake
 def _(d_x_hat, d_norm, x_hat, norm):
     return x_hat.new_empty(x_hat.shape)
 
@@ -198,7 +203,7 @@ def _row_prologue_autograd(ctx, d_x_hat, d_norm, _mean, _std):
     x_hat, norm = ctx.saved_tensors
     if d_x_hat is None:
         d_x_hat = torch.zeros_like(x_hat)
-    d_x = _row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm)
+    d_x = row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm)
     return d_x.to(ctx.x_dtype), None, None, None, None, None
 
 
@@ -279,7 +284,7 @@ def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start
     f"(Tensor d_lse, Tensor d_cos, {_STATS_ARGS}, Tensor lse_neg, str precision, str backend)"
     " -> Tensor",
 )
-def _row_stats_backward(
+def row_stats_backward(
     d_lse,
     d_cos,
     x_hat,
@@ -310,7 +315,7 @@ def _row_stats_backward(
     )
 
 
-@_row_stats_backward.register_fake
+@row_stats_backward.register_fake
 def _(d_lse, d_cos, x_hat, weight, index, *_):
     rows = weight.shape[0] if index is None else index.shape[0]
     return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
@@ -321,12 +326,12 @@ def _(d_lse, d_cos, x_hat, weight, index, *_):
     "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor? index, Tensor labels,"
     " float scale, int class_start) -> Tensor",
 )
-def _row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
+def row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
     own, _ = _own_rows(weight, _row_numbers(labels - class_start, index))
     return (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
 
 
-@_row_stats_backward_x.register_fake
+@row_stats_backward_x.register_fake
 def _(d_lse, d_cos, pull, *_):
     return pull.new_empty(pull.shape)
 
@@ -354,11 +359,11 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
     if ctx.needs_input_grad[0]:
         if not ctx.has_pull:
             raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
-        d_x_hat = _row_stats_backward_x(
+        d_x_hat = row_stats_backward_x(
             d_lse, d_cos, pull, weight, index, labels, scale, class_start
         )
     if ctx.needs_input_grad[1]:
-        rows = _row_stats_backward(
+        rows = row_stats_backward(
             d_lse,
             d_cos,
             x_hat,
@@ -477,7 +482,7 @@ def _row_topk_setup(ctx, inputs, output):
     "(Tensor d_top, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor? index, Tensor labels,"
     " Tensor nearest, int class_start) -> (Tensor, Tensor, Tensor)",
 )
-def _row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
+def row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
     # the target is one more column; only B * (k + 1) centres take part
     columns = torch.cat([nearest, (labels - class_start)[:, None]], dim=1)
     touched = _row_numbers(columns, index)
@@ -490,7 +495,7 @@ def _row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, clas
     return d_x_hat, rows.flatten(0, 1), torch.where(known, touched, -1).flatten()
 
 
-@_row_topk_backward.register_fake
+@row_topk_backward.register_fake
 def _(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
     count = nearest.shape[0] * (nearest.shape[1] + 1)
     rows = x_hat.new_empty((count, x_hat.shape[1]))
@@ -504,7 +509,7 @@ def _row_topk_autograd(ctx, d_top, _nearest, d_cos):
         return None, None, *rest
     d_top = x_hat.new_zeros(nearest.shape) if d_top is None else d_top
     d_cos = x_hat.new_zeros(labels.shape) if d_cos is None else d_cos
-    d_x_hat, rows, touched = _row_topk_backward(
+    d_x_hat, rows, touched = row_topk_backward(
         d_top, d_cos, x_hat, weight, index, labels, nearest, ctx.class_start
     )
     d_weight = None

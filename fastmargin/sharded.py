@@ -205,7 +205,7 @@ class Pass:
         own = self.batch.own
         arrived = arrived[: own.stop - own.start].contiguous()
         # every process has the whole gradient of the norms, so they are not summed
-        d_x = ops._row_prologue_backward(arrived, d_norm[own], x_hat[own], norm[own])
+        d_x = ops.row_prologue_backward(arrived, d_norm[own], x_hat[own], norm[own])
         return (d_x * self.grad_factor).to(self.batch.x.dtype)
 
 
@@ -244,7 +244,7 @@ class _Softmax(torch.autograd.Function):
         task, d_x, d_weight = ctx.task, None, None
         if ctx.needs_input_grad[0]:
             first = task.columns[0]
-            d_x_hat = ops._row_stats_backward_x(
+            d_x_hat = ops.row_stats_backward_x(
                 d_lse * share,
                 d_cos,
                 pull,
@@ -259,7 +259,7 @@ class _Softmax(torch.autograd.Function):
             found = []
             for column in task.columns:
                 lse = lse_neg if column.log_weight is None else lse_neg - column.log_weight
-                rows = ops._row_stats_backward(
+                rows = ops.row_stats_backward(
                     d_lse,
                     d_cos,
                     x_hat,
@@ -314,7 +314,7 @@ class _Nearest(torch.autograd.Function):
         b, k = index.shape
         d_all = d_nearest.new_zeros((b, k * task.shard.ranks)).scatter(1, place, d_nearest)
         d_own = d_all[:, k * task.shard.rank :][:, :k].contiguous()
-        d_x_hat, rows, touched = ops._row_topk_backward(
+        d_x_hat, rows, touched = ops.row_topk_backward(
             d_own, d_cos, x_hat, weight, column.index, column.labels, index, column.class_start
         )
         d_x = d_weight = None
