@@ -1,30 +1,16 @@
-"""The rows of a classifier: drawn, moved to other places and processes, written to a file."""
+"""The rows of a classifier: drawn, loaded, moved to other places and processes."""
 
 from __future__ import annotations
-
-import json
-import os
-import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastmargin.distributed import collectives
 from fastmargin.distributed.shard import ClassShard, bounds
-from fastmargin.norms import inverse_norm
 
 INIT_STD = 0.01
 DRAWN_TOGETHER = 1024
 """Classes drawn from one generator: fixed, so that centres do not depend on how they are split."""
-PIECE = 1 << 14
-"""Rows that are in memory at a time while a file is written."""
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 @torch.no_grad()
@@ -33,6 +19,8 @@ def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
 
     The same centres for any number of processes, from torch's default generator on the first one.
     """
+    if weight.is_meta:
+        return
     base = torch.randint(2**62, (1,)).to(weight.device)
     if shard is not None:
         base = collectives.gather_stacked(base, shard.group)[0]
@@ -48,7 +36,7 @@ def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
         weight[low - start : high - start] = drawn[low - first : high - first]
 
 
-def own_rows(name: str, value: Tensor, num_classes: int, shard: ClassShard | None) -> Tensor:
+def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | None) -> Tensor:
     """This process's rows of a tensor of all classes, a DTensor or not.
 
     Raises:
@@ -78,8 +66,18 @@ class Change:
         self.index, self.num_classes, self.before = index, num_classes, shard
         self.after = None if shard is None else shard.resized(len(index))
 
+    @property
+    def start(self) -> int:
+        """First class that is here afterwards."""
+        return 0 if self.after is None else self.after.start
+
+    @property
+    def stop(self) -> int:
+        """One past the last class that is here afterwards."""
+        return len(self.index) if self.after is None else self.after.stop
+
     def _here(self) -> slice:
-        return slice(None) if self.after is None else slice(self.after.start, self.after.stop)
+        return slice(self.start, self.stop)
 
     def fill_new_(self, rows: Tensor, values: Tensor) -> None:
         """Writes ``values`` (n, ...) into the rows of the n new classes that are here."""
@@ -118,45 +116,3 @@ class Change:
         new = old[index.clamp_min(0)]
         new[index < 0] = fill
         return new
-
-
-def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShard | None) -> None:
-    """All (C, D) centres into a safetensors file, in pieces; the first process writes."""
-    if shard is not None and shard.copy > 0:
-        return
-    ranks = 1 if shard is None else shard.ranks
-    num_classes = weight.shape[0] if shard is None else shard.num_classes
-    first = shard is None or shard.rank == 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    file = open(temporary, "wb") if first else None
-    try:
-        if first:
-            size = num_classes * weight.shape[1] * weight.element_size()
-            entry = {
-                "dtype": SAFETENSORS_DTYPES[weight.dtype],
-                "shape": [num_classes, weight.shape[1]],
-                "data_offsets": [0, size],
-            }
-            header = json.dumps({"__metadata__": {"format": "pt"}, "centers": entry}).encode()
-            header += b" " * (-len(header) % 8)
-            file.write(struct.pack("<Q", len(header)) + header)
-        for rank in range(ranks):
-            start, stop = bounds(num_classes, ranks, rank)
-            for low in range(0, stop - start, PIECE):
-                count = min(PIECE, stop - start - low)
-                piece = weight.new_empty((count, weight.shape[1]))
-                if shard is None or shard.rank == rank:
-                    piece.copy_(weight.detach()[low : low + count])
-                    piece *= inverse_norm(piece) if normalized else 1
-                if rank > 0:
-                    collectives.send_to_first(piece, rank, shard.group)
-                if first:
-                    file.write(piece.cpu().contiguous().view(torch.uint8).numpy().data)
-        if first:
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        if first:
-            file.close()
-            temporary.unlink(missing_ok=True)

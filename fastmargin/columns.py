@@ -1,4 +1,4 @@
-"""The columns of the softmax: which centres take part in a step, and parts of them added up."""
+"""What a pass over the centres is about: which of them take part, and where the others are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmargin.sampling import Sample
+from fastmargin.distributed.batch import Batch
+from fastmargin.distributed.shard import ClassShard
+from fastmargin.sampling import ClassSampler, Sample
 from fastmargin.spec import RowStats
+
+GRAD_REDUCES = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,63 @@ class Columns:
         place = torch.arange(sample.index.shape[0], device=sample.index.device)
         positive = place < sample.num_positives
         # no more positives than rows: a short pass, though which places they take is not known here
-        first = torch.where(positive, sample.index, -1)[: sample.column.shape[0]]
-        rest = torch.where(positive, -1, sample.index)
+        # an empty place names a row that takes part, as its complement: see ops.spread_rows
+        empty = ~sample.index[:1]
+        first = torch.where(positive, sample.index, empty)[: sample.column.shape[0]]
+        rest = torch.where(positive | (sample.index < 0), empty, sample.index)
         foreign = torch.full_like(labels, -1)
         return [
             Columns(labels, index=first),
             Columns(foreign, index=rest, log_weight=log_weight),
         ]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Which classes the weight holds and which of them take part in a step; by default all.
+
+    shard: a :class:`fastmargin.distributed.shard.ClassShard`, where the weight is this process's
+    part of the classes. sampler: draws those that take part. The others are as in
+    :class:`fastmargin.MarginHead`.
+    """
+
+    shard: ClassShard | None = None
+    sampler: ClassSampler | None = None
+    sparse_grad: bool = False
+    corrected: bool = False
+    grad_reduce: str = "mean"
+    batch_size: int | None = None
+
+    @property
+    def grad_factor(self) -> int:
+        """What makes a mean over the processes the sum that is the gradient."""
+        if self.shard is None or self.grad_reduce == "sum":
+            return 1
+        return self.shard.ranks * self.shard.num_replicas
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over the centres, besides its tensors.
+
+    columns: disjoint parts of the centres that are here; targets are among the first part's.
+    batch: where the rows come from, with ``classes.shard``; else None.
+    """
+
+    columns: Sequence[Columns]
+    classes: Classes
+    batch: Batch | None
+    precision: str
+    backend: str
+
+    def options(self, column: Columns) -> dict:
+        """Arguments of the operators of :mod:`fastmargin.ops` for one part."""
+        return {
+            "class_start": column.class_start,
+            "precision": self.precision,
+            "backend": self.backend,
+            "index": column.index,
+        }
 
 
 def merge(parts: Sequence[RowStats], columns: Sequence[Columns]) -> RowStats:

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastmargin import deferred, ops, sharded
 from fastmargin.checks import check_choice, check_inputs
-from fastmargin.columns import Columns, merge
+from fastmargin.columns import GRAD_REDUCES, Classes, Columns, Pass, merge
+from fastmargin.distributed import batch as batches
 from fastmargin.distributed import collectives
+from fastmargin.distributed.batch import Batch
+from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard
 from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.norms import advance, moments
-from fastmargin.sampling import ClassSampler
-from fastmargin.sharded import Batch, Pass
 from fastmargin.spec import NormEma, RowStats
 
 REDUCTIONS = ("mean", "sum", "none")
-GRAD_REDUCES = ("mean", "sum")
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Which classes the weight holds and which of them take part in a step; by default all.
-
-    shard: a :class:`fastmargin.distributed.shard.ClassShard`, where the weight is this process's
-    part of the classes. sampler: draws those that take part. The others are as in
-    :class:`fastmargin.MarginHead`.
-    """
-
-    shard: ClassShard | None = None
-    sampler: ClassSampler | None = None
-    sparse_grad: bool = False
-    corrected: bool = False
-    grad_reduce: str = "mean"
-    batch_size: int | None = None
-
-    @property
-    def grad_factor(self) -> int:
-        """What makes a mean over the processes the sum that is the gradient."""
-        if self.shard is None or self.grad_reduce == "sum":
-            return 1
-        return self.shard.ranks * self.shard.copies
-
-
 ALL = Classes()
 
 
@@ -68,9 +41,11 @@ class LossRows:
     batch: Batch | None = None
     shard: ClassShard | None = None
 
+    TENSORS = ("loss", "valid", "cos_y", "max_neg", "norm", "margin")
+
     def detached(self) -> LossRows:
         """The same without gradient."""
-        return replace(self, **{f.name: getattr(self, f.name).detach() for f in fields(self)[:6]})
+        return replace(self, **{name: getattr(self, name).detach() for name in self.TENSORS})
 
 
 def margin_loss(
@@ -116,9 +91,9 @@ def margin_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
     classes = Classes(grad_reduce=grad_reduce)
-    if hasattr(weight, "placements"):
+    if hasattr(weight, "placements") and isinstance(margin, Margin):
         shard = ClassShard.of_dtensor(weight)
-        margin.processes = sharded.Processes(shard)
+        margin.processes = GroupProcesses(shard)
         classes, weight = replace(classes, shard=shard), weight.to_local()
     rows = loss_rows(embeddings, weight, labels, margin, backend, precision, validate, classes)
     return reduce(rows, reduction)
@@ -137,20 +112,23 @@ def loss_rows(
     """:func:`margin_loss` before the reduction."""
     shard = classes.shard
     start, count = (0, weight.shape[0]) if shard is None else (shard.start, shard.num_classes)
-    with _announced(shard, weight, classes.batch_size):
+    with batches.announced(shard, weight.device, classes.batch_size):
         labels = check_inputs(
             embeddings, weight, labels, margin, precision, validate, count, shard is not None
         )
         _check_parameters(margin, shard)
         margin.bind(count, weight.shape[1], weight.device, (start, start + weight.shape[0]))
+        if not torch.compiler.is_compiling():  # before a draw or anything else that lasts
+            k = margin.top_k if isinstance(margin, NearestMargin) else 1
+            ops.check_backend(embeddings, precision, backend, k)
     # an ignored row may hold anything, NaN too: as zeros it takes part in nothing
     x = torch.where((labels >= 0)[:, None], embeddings, 0)
     y, batch = labels, None
     if shard is not None:
-        batch = sharded.gather(x, labels, shard, classes.batch_size)
-        x, y = batch.x, batch.labels
+        wanted = weight.requires_grad
+        x, y, batch = batches.gather(x, labels, shard, classes.batch_size, wanted)
     parts = _columns(y, classes, margin.training, start, backend)
-    if classes.sparse_grad:  # else no optimiser can owe rows anything
+    if classes.sparse_grad or not torch.compiler.is_compiling():
         for part in parts:
             deferred.settle(weight, part.index)
 
@@ -158,7 +136,7 @@ def loss_rows(
     peers = collectives.world() if shard is None else shard.replicas
     whole = ema is not None and peers is None and (shard is None or margin.stats == "global")
     x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
-    task = Pass(parts, precision, backend, classes.sparse_grad, shard, batch, classes.grad_factor)
+    task = Pass(parts, classes, batch, precision, backend)
     softmax = isinstance(margin, SoftmaxMargin)
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
     negatives, norm = pass_over_centres(embeddings, weight, x_hat, norm, y, margin, task)
@@ -192,12 +170,12 @@ def reduce(rows: LossRows, reduction: str) -> Tensor:
     With sharded classes, mean and sum are over the rows of all processes and alike on each.
     """
     if reduction == "none":
-        return (
-            rows.loss if rows.batch is None else sharded.own_rows(rows.loss, rows.batch, rows.shard)
-        )
+        if rows.batch is None:
+            return rows.loss
+        return batches.own_rows(rows.loss, rows.batch, rows.shard)
     total, valid = rows.loss.sum(), rows.valid.sum()
     if rows.shard is not None:
-        total, valid = sharded.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
+        total, valid = batches.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
     return total if reduction == "sum" else total / valid.clamp_min(1)
 
 
@@ -211,12 +189,6 @@ def _check_parameters(margin: Margin, shard: ClassShard | None) -> None:
             )
 
 
-def _announced(shard: ClassShard | None, weight: Tensor, batch_size: int | None):
-    if shard is None:
-        return contextlib.nullcontext()
-    return sharded.announced(shard, weight.device, batch_size)
-
-
 def _columns(
     labels: Tensor, classes: Classes, training: bool, start: int, backend: str
 ) -> list[Columns]:
@@ -227,8 +199,9 @@ def _columns(
     rows = slice(None)
     if classes.shard is not None and classes.shard.replicas is not None:
         # replicas hold the same centres, so they draw the same ones, for the rows of all
-        rows = slice(classes.shard.copy * len(labels), (classes.shard.copy + 1) * len(labels))
-        labels = sharded.labels_of_all(labels, classes.shard)
+        start = classes.shard.replica * len(labels)
+        rows = slice(start, start + len(labels))
+        labels = collectives.gather_stacked(labels, classes.shard.replicas).flatten()
     sample = sampler.draw(labels, backend)
     return Columns.of(sample, rows, sampler.log_weight(sample) if classes.corrected else None)
 
@@ -265,8 +238,10 @@ def _rows_by_process(
         part = RowStats(*block[:3], stats.pull)
         found.append(_softmax_rows(part, *block[3:], margin, backend))
     margin.set_norm_ema(*kept)
-    names = [f.name for f in fields(LossRows)[:6]]
-    return LossRows(*(torch.cat([getattr(rows, name) for rows in found]) for name in names))
+    parts = zip(
+        *([getattr(rows, name) for name in LossRows.TENSORS] for rows in found), strict=True
+    )
+    return LossRows(*map(torch.cat, parts))
 
 
 def _all_negatives(
@@ -276,10 +251,10 @@ def _all_negatives(
     if type(margin).hard is not SoftmaxMargin.hard:
         first = task.columns[0]
         cos_y = ops.target_cosine(x_hat, weight, first.labels, first.class_start, index=first.index)
-        if task.shard is not None:
-            cos_y = collectives.sum_all(cos_y, task.shard.group)
+        if task.classes.shard is not None:
+            cos_y = collectives.sum_all(cos_y, task.classes.shard.group)
         hard = margin.hard(cos_y, labels)
-    if task.shard is not None:
+    if task.classes.shard is not None:
         return sharded.row_stats(embeddings, weight, x_hat, norm, margin.s, hard, task)
     found = [
         ops.row_stats(
@@ -288,7 +263,7 @@ def _all_negatives(
             column.labels,
             margin.s,
             hard,
-            sparse_grad=task.sparse_grad,
+            sparse_grad=task.classes.sparse_grad,
             **task.options(column),
         )
         for column in task.columns
@@ -297,7 +272,7 @@ def _all_negatives(
 
 
 def _nearest_negatives(embeddings, weight, x_hat, norm, labels, margin: NearestMargin, task: Pass):
-    if task.shard is not None:
+    if task.classes.shard is not None:
         *found, norm = sharded.row_topk(embeddings, weight, x_hat, norm, margin.top_k, task)
         return found, norm
     (column,) = task.columns
@@ -306,7 +281,7 @@ def _nearest_negatives(embeddings, weight, x_hat, norm, labels, margin: NearestM
         weight,
         column.labels,
         margin.top_k,
-        sparse_grad=task.sparse_grad,
+        sparse_grad=task.classes.sparse_grad,
         **task.options(column),
     )
     return (nearest, cos_y), norm

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fastmargin.distributed import collectives
 from fastmargin.head import MarginHead
-from fastmargin.optim.row_chunks import compute_dtype, merged_rows
+from fastmargin.norms import compute_dtype
+from fastmargin.optim.row_chunks import merged_rows
 
 
 @torch.no_grad()

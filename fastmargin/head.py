@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmargin import checks, class_set, deferred, functional, ops, sharded
+from fastmargin import checks, class_set, deferred, export, functional, ops
+from fastmargin.columns import GRAD_REDUCES, Classes
 from fastmargin.deferred import SettledCopies
+from fastmargin.distributed import batch as batches
+from fastmargin.distributed import collectives
+from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard
-from fastmargin.functional import Classes, LossRows
+from fastmargin.functional import LossRows
 from fastmargin.margins import Margin, NearestMargin
 from fastmargin.norms import inverse_norm
 from fastmargin.sampling import ClassSampler
@@ -28,7 +33,8 @@ def _plain(method):
     @functools.wraps(method)
     def run(self, embeddings, *args, **kwargs):
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            checks.check_embeddings(embeddings, self.weight, self.shard is not None)
+            with batches.announced(self.shard, self.weight.device, None):
+                checks.check_embeddings(embeddings, self.weight, self.shard is not None)
             deferred.settle(self.weight)
             return method(self, embeddings, *args, **kwargs)
 
@@ -63,9 +69,10 @@ class MarginHead(SettledCopies, nn.Module):
             the positives of the batch, and negatives drawn without replacement to make up
             ``int(sample_rate * classes here)``. More positives than that all take part. 1.0 is
             the full softmax, as is ``eval()``.
-        group: None, or who shares out the classes: a ProcessGroup
-            (``torch.distributed.group.WORLD``) or a DeviceMesh; in a mesh of two dimensions the
-            last one shares out the classes, and the first one repeats them for other rows.
+        group: None, or who shares out the classes: "world" for all processes, a ProcessGroup or a
+            DeviceMesh; in a mesh of two dimensions the last one shares out the classes, and the
+            first one repeats them for other rows. All make the head, with the same arguments.
+            (``torch.distributed.group.WORLD`` is None before ``init_process_group``.)
         backend, precision, validate: as :func:`fastmargin.margin_loss`.
         device: where the centres are made.
         num_sampled: number of classes per shard to take part, instead of ``sample_rate``.
@@ -78,7 +85,8 @@ class MarginHead(SettledCopies, nn.Module):
             FSDP; embeddings get the gradient times the number of processes, as in insightface),
             or "sum". Matters with ``group`` only.
         batch_size: the most rows that any process has in a step. With ``group``, spares the
-            exchange of the numbers of rows before each step, for which the host waits.
+            exchange of the numbers of rows before each step, for which the host waits. Whether
+            embeddings want a gradient must then be alike on all.
         seed: of the sampling.
 
     Attributes:
@@ -132,7 +140,7 @@ class MarginHead(SettledCopies, nn.Module):
             )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        checks.check_choice("grad_reduce", grad_reduce, functional.GRAD_REDUCES)
+        checks.check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.backend, self.precision, self.validate = backend, precision, validate
         self.sample_rate, self.num_sampled, self.seed = sample_rate, num_sampled, seed
@@ -141,8 +149,9 @@ class MarginHead(SettledCopies, nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         self.shard = None if group is None else ClassShard.of(num_classes, group, device.type)
         self.margin = margin.to(device)
-        margin.processes = sharded.Processes(self.shard)
+        margin.processes = GroupProcesses(self.shard, batch_size)
         self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device))
+        self._check_alike()
         self._bind()
         self._rows: LossRows | None = None
         self.register_state_dict_post_hook(_share_out)
@@ -157,15 +166,38 @@ class MarginHead(SettledCopies, nn.Module):
         start, stop = self._range()
         return stop - start, self.embedding_size
 
+    def _check_alike(self) -> None:
+        """Raises ValueError on all processes of the group if their heads differ."""
+        if self.shard is None:
+            return
+        names = ("num_classes", "embedding_size", "batch_size", "num_sampled", "seed")
+        names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce")
+        # numbers of any type, and words, as integers that are alike where they are
+        own = [zlib.crc32(repr(getattr(self, name)).encode()) for name in names]
+        own = torch.tensor(own, device=self.weight.device)
+        found = collectives.gather_stacked(own, self.shard.group)
+        found = collectives.gather_stacked(found, self.shard.replicas).flatten(0, 1)
+        for name, values in zip(names, found.t().tolist(), strict=True):
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} on this process and another on others: "
+                    "all processes of the group make the same head"
+                )
+
     def _bind(self) -> None:
         """Tells the margin and the sampler which classes are here."""
         device, (start, stop) = self.weight.device, self._range()
         self.margin.bind(self.num_classes, self.embedding_size, device, (start, stop))
-        self.sampler = None
-        if self.sample_rate < 1 or self.num_sampled is not None:
-            count = self.num_sampled or max(1, int(self.sample_rate * (stop - start)))
-            place = 0 if self.shard is None else self.shard.rank
-            self.sampler = ClassSampler(stop - start, count, self.seed, place, start, device)
+        self.sampler = self._new_sampler()
+
+    def _new_sampler(self) -> ClassSampler | None:
+        if self.sample_rate == 1 and self.num_sampled is None:
+            return None
+        start, stop = self._range()
+        count = self.num_sampled or max(1, int(self.sample_rate * (stop - start)))
+        place = 0 if self.shard is None else self.shard.rank
+        device = self.weight.device
+        return ClassSampler(stop - start, count, self.seed, place, start, device)
 
     def reset_parameters(self) -> None:
         """Draws the centres anew; with ``group`` every process calls it."""
@@ -205,7 +237,9 @@ class MarginHead(SettledCopies, nn.Module):
 
         ``top1``: share of rows whose own centre is the nearest, without margin;
         ``target_cosine``, ``hardest_negative_cosine``, ``margin`` (``cos_y - psi``, cosine units),
-        ``norm_mean``, ``norm_std``: means, and unbiased deviation, over the rows not ignored.
+        ``norm_mean``, ``norm_std``: means, and unbiased deviation, over the rows not ignored, of
+        all processes that share out the classes. Where classes are sampled, "nearest" and
+        "hardest" are among those.
         """
         if self._rows is None:
             raise RuntimeError("metrics: there are none before the first forward")
@@ -232,11 +266,11 @@ class MarginHead(SettledCopies, nn.Module):
 
         With ``group`` every process calls it, and gets its rows against all classes.
         """
-        batch = self._gathered(embeddings)
-        x_hat = batch.x.to(self.weight.dtype)
+        x, own = self._gathered(embeddings)
+        x_hat = x.to(self.weight.dtype)
         x_hat = x_hat * inverse_norm(x_hat)
         logits = (x_hat @ self.weight.t()) * (self.margin.s * inverse_norm(self.weight).t())
-        return self.margin.processes.gather_classes(logits.t()).t()[batch.own]
+        return self.margin.processes.gather_classes(logits.t()).t()[own]
 
     @_plain
     def predict(self, embeddings: Tensor, topk: int = 1) -> Prediction:
@@ -246,9 +280,9 @@ class MarginHead(SettledCopies, nn.Module):
         """
         if not 1 <= topk <= self.num_classes:
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
-        batch = self._gathered(embeddings)
-        no_label = torch.full_like(batch.labels, -1)
-        x_hat, *_ = ops.row_prologue(batch.x, no_label, backend=self.backend)
+        x, own = self._gathered(embeddings)
+        no_label = torch.full(x.shape[:1], -1, dtype=torch.int64, device=x.device)
+        x_hat, *_ = ops.row_prologue(x, no_label, backend=self.backend)
         if topk <= KERNEL_TOPK:
             cosine, label, _ = ops.row_topk(
                 x_hat, self.weight, no_label, topk, precision=self.precision, backend=self.backend
@@ -258,14 +292,16 @@ class MarginHead(SettledCopies, nn.Module):
             found = self._predict_many(x_hat, topk)
         if self.shard is None:
             return found
-        merged = sharded.merge_nearest(*found, self.shard)
-        return Prediction(*(part[batch.own] for part in merged))
+        merged = batches.nearest_of_shards(*found, self.shard)
+        return Prediction(*(part[own] for part in merged))
 
-    def _gathered(self, embeddings: Tensor) -> sharded.Batch:
-        no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
+    def _gathered(self, embeddings: Tensor) -> tuple[Tensor, slice]:
+        """The rows of all processes of the group, and where the own ones are."""
         if self.shard is None:
-            return sharded.Batch(embeddings, no_label, len(embeddings), slice(None))
-        return sharded.gather(embeddings, no_label, self.shard, self.batch_size)
+            return embeddings, slice(None)
+        no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
+        x, _, batch = batches.gather(embeddings, no_label, self.shard, None)
+        return x, batch.own
 
     def _predict_many(self, x_hat: Tensor, topk: int) -> Prediction:
         """More than the kernels keep in registers: chunks of classes, merged as they come."""
@@ -295,7 +331,7 @@ class MarginHead(SettledCopies, nn.Module):
         """
         deferred.settle(self.weight)
         if path is not None:
-            return class_set.write_centers(Path(path), self.weight, normalized, self.shard)
+            return export.write_centers(Path(path), self.weight, normalized, self.shard)
         centers = self.weight.detach().clone()
         return centers.mul_(inverse_norm(centers)) if normalized else centers
 
@@ -341,17 +377,20 @@ class MarginHead(SettledCopies, nn.Module):
         """Class i becomes what class ``index[i]`` was, or new where that is -1."""
         deferred.settle(self.weight)
         change = class_set.Change(self.num_classes, index, self.shard)
-        self.num_classes, self.shard = len(index), change.after
-        weight = self.weight.new_empty(self._local_shape())
-        class_set.draw_centres_(weight, self._range()[0], self.shard)
-        if init is not None:
-            change.fill_new_(weight, init.to(weight))
+        weight = self.weight.new_empty((change.stop - change.start, self.embedding_size))
+        if bool((index < 0).any()):
+            class_set.draw_centres_(weight, change.start, change.after)
+            if init is not None:
+                change.fill_new_(weight, init.to(weight))
         change.move_(self.weight.detach(), weight)
-        requires_grad = self.weight.requires_grad
-        self.weight = nn.Parameter(weight, requires_grad)
-        self.margin.processes = sharded.Processes(self.shard)
-        self.margin.change_classes(change)
+        self.margin.change_classes(change)  # the last that may fail
+        self.num_classes, self.shard = len(index), change.after
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        self.margin.processes = GroupProcesses(self.shard, self.batch_size)
+        sampler = self.sampler
         self._bind()
+        if sampler is not None:
+            self.sampler.load_state_dict(sampler.state_dict())
         self._rows = None
 
     def freeze(self, frozen: bool = True) -> None:
@@ -379,7 +418,16 @@ def _share_out(head: MarginHead, state: dict, prefix: str, _metadata) -> None:
 
 
 def _take_own(head: MarginHead, state: dict, prefix: str, *_) -> None:
-    """This process's rows of what is loaded: a DTensor, or all rows."""
+    """This process's rows of what is loaded: a DTensor, or all rows.
+
+    A head that does not sample takes no sampler's state, and one that does keeps its own where
+    none is loaded: whether to sample is a setting.
+    """
     for name in _rows_by_class(head, prefix):
         if name in state:
-            state[name] = class_set.own_rows(name, state[name], head.num_classes, head.shard)
+            state[name] = class_set.rows_here(name, state[name], head.num_classes, head.shard)
+    for name in ("seed", "step"):
+        if head.sampler is None:
+            state.pop(f"{prefix}sampler.{name}", None)
+        else:
+            state.setdefault(f"{prefix}sampler.{name}", getattr(head.sampler, name))

@@ -22,6 +22,7 @@ from fastmargin.rows import inside, take
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 __all__ = [
+    "check_backend",
     "margin_rows",
     "permutation",
     "row_prologue",
@@ -53,6 +54,12 @@ def _op(name: str, schema: str):
 
 def _backend(requested: str, x: Tensor, precision: str = "auto", k: int = 1) -> Backend:
     return backends.select(requested, x.device, x.dtype, precision, x.shape[1], k)
+
+
+def check_backend(x: Tensor, precision: str, backend: str, k: int = 1) -> None:
+    """Raises :class:`fastmargin.backends.BackendError` where the operators would, for (B, D) x."""
+    dtype = compute_dtype(x.dtype)
+    backends.select(backend, x.device, dtype, precision, x.shape[1], k)
 
 
 def _check_index(index: Tensor | None, weight: Tensor) -> None:
@@ -135,7 +142,8 @@ def spread_rows(
         weight: (C, D).
         sparse_grad: False for a dense (C, D). True for a sparse COO tensor of that size, not
             coalesced, with one sparse dimension and K entries, as ``nn.Embedding(sparse=True)``
-            has it; the zeros of an empty place then belong to some row that takes part.
+            has it; the zeros of an empty place then belong to some row that takes part. Where none
+            in ``index`` does, an empty place names one as its complement, ``~row``.
         distinct: whether no row is in ``index`` twice. Otherwise a dense result adds up its parts
             in a fixed order.
     """
@@ -151,7 +159,10 @@ def spread_rows(
     else:
         known = inside(index, count)
         # not simply row 0: an optimiser moves the rows that are listed, by momentum or decay
-        index = torch.where(known, index, torch.where(known, index, 0).amax())
+        some = torch.where(known, index, 0).amax()
+        index = torch.where(
+            known, index, torch.where(inside(~index, count) & (index < -1), ~index, some)
+        )
     return torch.sparse_coo_tensor(
         index[None], rows.to(weight.dtype), weight.shape, check_invariants=False
     )

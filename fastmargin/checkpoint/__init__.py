@@ -36,7 +36,7 @@ import torch
 
 from fastmargin.checkpoint import folder
 from fastmargin.checkpoint.objects import FORMAT, Loading, Objects, Taken, sum_up, take
-from fastmargin.distributed import collectives
+from fastmargin.distributed import agreement, collectives
 
 __all__ = ["Saving", "async_save", "load", "save"]
 
@@ -102,7 +102,7 @@ def save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
         OSError: a file cannot be written. In all cases the checkpoint before stays the current one.
     """
     _end_last()
-    group = collectives.channel(process_group)
+    group = agreement.channel(process_group)
     _write(Path(path), _taken(path, objects, group), group, staged=False)
 
 
@@ -114,14 +114,14 @@ def async_save(path: str | os.PathLike, objects: dict[str, Any], *, process_grou
     """
     global _writer, _last
     _end_last()
-    group = collectives.channel(process_group)
+    group = agreement.channel(process_group)
     taken = _taken(path, objects, group)
 
     def stage() -> None:
         for name, piece in taken.pieces.items():
             taken.pieces[name] = piece.with_tensor(_copied_to_host(piece.tensor))
 
-    collectives.all_or_none(f"staging the checkpoint {path}", stage, group)
+    agreement.all_or_none(f"staging the checkpoint {path}", stage, group)
     if _writer is None:
         _writer = ThreadPoolExecutor(1, "fastmargin-checkpoint")
     _last = Saving(_writer.submit(_write, Path(path), taken, group, staged=True))
@@ -147,7 +147,7 @@ def _taken(path: str | os.PathLike, objects: dict[str, Any], group) -> Taken:
             facts[name] = (f"{piece.tensor.dtype} {piece.size}", piece.split)
         return facts
 
-    facts = collectives.all_or_none(f"preparing the checkpoint {path}", take_here, group)
+    facts = agreement.all_or_none(f"preparing the checkpoint {path}", take_here, group)
     _check_alike(facts)
     sum_up(of, taken.pieces)
     return taken
@@ -172,7 +172,7 @@ def _write(path: Path, taken: Taken, group, staged: bool) -> None:
     what, rank = f"saving the checkpoint {path}", collectives.rank_in(group)
 
     def together(step: str, function) -> list:
-        return collectives.all_or_none(f"{what} ({step})", function, group)
+        return agreement.all_or_none(f"{what} ({step})", function, group)
 
     offers = together("its plan", lambda: storage.to_write(taken.pieces, rank == 0))
     plans, metadata = storage.plan(offers)
@@ -224,9 +224,9 @@ def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
     from fastmargin.checkpoint import storage
 
     _end_last()
-    path, group = Path(path), collectives.channel(process_group)
+    path, group = Path(path), agreement.channel(process_group)
     what = f"loading the checkpoint {path}"
-    versions = collectives.all_or_none(what, lambda: folder.current_version(path), group)
+    versions = agreement.all_or_none(what, lambda: folder.current_version(path), group)
     if versions[0] is None:
         raise FileNotFoundError(
             f"{path}: there is no checkpoint, or none that was finished: start afresh or see to "
@@ -254,12 +254,12 @@ def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
         nonlocal take_back
         take_back = loading.put_others()
 
-    collectives.all_or_none(f"{what} (reading it)", read, group)
+    agreement.all_or_none(f"{what} (reading it)", read, group)
     try:
-        collectives.all_or_none(f"{what} (optimisers)", put_others, group)
+        agreement.all_or_none(f"{what} (optimisers)", put_others, group)
     except Exception:
         if take_back is not None:
             take_back()
         raise
-    collectives.all_or_none(f"{what} (modules)", loading.put_modules, group)
+    agreement.all_or_none(f"{what} (modules)", loading.put_modules, group)
     return loading.values()

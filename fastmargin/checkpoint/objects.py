@@ -128,7 +128,7 @@ class Objects:
                 if head.shard is None:
                     yield entry, None, collectives.rank_in(self.group) == 0
                 elif head.shard.replicas is not None:
-                    yield entry, head.shard.replicas, head.shard.copy == 0
+                    yield entry, head.shard.replicas, head.shard.replica == 0
 
 
 # ---- taking ----

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed them
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+def _either(*names: str) -> Callable | None:
+    """The first of these that torch.distributed has: torch 2.13 renamed some."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+
+_all_gather = _either("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 class ProcessError(RuntimeError):
@@ -21,15 +24,15 @@ class ProcessError(RuntimeError):
 
 
 @contextlib.contextmanager
-def _named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+def named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
     """Says which exchange failed and where to look; the backends only name a socket."""
     try:
         yield
     except RuntimeError as error:
         raise ProcessError(
-            f"{what} between {group.size()} processes failed on rank {dist.get_rank()}: another "
-            "one has died or did not come here in time; the log of the one that ended first has "
-            f"the cause ({str(error).splitlines()[0]})"
+            f"{what} between {group.size()} processes failed on rank {dist.get_rank()}: "
+            f"{str(error).splitlines()[0]}. Most often another one has died or did not come here "
+            "in time; the log of the one that ended first has the cause"
         ) from error
 
 
@@ -51,12 +54,12 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
 
 
 def sum_all(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of all processes' tensors of one shape, as a new tensor; no gradient."""
+    """The sum of all processes' tensors of one shape; no gradient. Alone, the tensor itself."""
     return _reduced(tensor, dist.ReduceOp.SUM, group, "the sum")
 
 
 def max_all(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The largest of all processes' tensors of one shape, as a new tensor; no gradient."""
+    """The largest of all processes' tensors of one shape; no gradient. Alone, the tensor itself."""
     return _reduced(tensor, dist.ReduceOp.MAX, group, "the maximum")
 
 
@@ -64,7 +67,7 @@ def _reduced(tensor: Tensor, operation, group: dist.ProcessGroup | None, what: s
     if group is None:
         return tensor
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    with _named(what, group):
+    with named(what, group):
         dist.all_reduce(total, operation, group=group)
     return total
 
@@ -74,7 +77,7 @@ def gather_stacked(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return tensor.detach()[None]
     gathered = tensor.new_empty((group.size() * tensor.numel(),))
-    with _named("the gathering", group):
+    with named("the gathering", group):
         _all_gather(gathered, tensor.detach().contiguous().flatten(), group=group)
     return gathered.view(group.size(), *tensor.shape)
 
@@ -99,11 +102,11 @@ def scatter_sum(rows: Tensor, group: dist.ProcessGroup | None) -> Callable[[], T
         return lambda: rows
     own = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
     rows = rows.contiguous()
-    with _named("the sum of gradients", group):
+    with named("the sum of gradients", group):
         work = _reduce_scatter(own, rows, group=group, async_op=True)
 
     def wait() -> Tensor:
-        with _named("the sum of gradients", group):
+        with named("the sum of gradients", group):
             work.wait()
         return own
 
@@ -120,7 +123,7 @@ def exchange_rows(
     out = rows.new_empty((sum(received), *rows.shape[1:]))
     counts = [index.numel() for index in sent]
     outgoing = rows.detach()[torch.cat(list(sent)).to(rows.device)].contiguous()
-    with _named("the exchange of rows", group):
+    with named("the exchange of rows", group):
         dist.all_to_all_single(out, outgoing, list(received), counts, group=group)
     return out
 
@@ -128,86 +131,8 @@ def exchange_rows(
 def send_to_first(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> None:
     """Copies a tensor of process ``rank`` into that of the first one; others do nothing."""
     here = dist.get_rank(group)
-    with _named("the sending of rows", group):
+    with named("the sending of rows", group):
         if here == rank:
             dist.send(tensor, dist.get_global_rank(group, 0), group=group)
         elif here == 0:
             dist.recv(tensor, dist.get_global_rank(group, rank), group=group)
-
-
-# ---- beside the training step ----
-
-_channels: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def channel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A gloo group of the processes of ``group`` (None: all) for other things than training.
-
-    Another thread may use it while the training step uses ``group``, whatever its backend. It is
-    made in the first call, in which all processes of the group take part, with the group's timeout.
-    None without other processes.
-
-    Raises:
-        TypeError, ValueError: it is no process group, or one without this process.
-    """
-    group = world() if group is None else group
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be None or a ProcessGroup, got {type(group).__name__}")
-    if group is None or group.size() == 1:
-        return None
-    if dist.get_rank(group) < 0:
-        raise ValueError("process_group: this process is not part of it; call this elsewhere")
-    if group not in _channels:
-        with _named("the first exchange beside the training step", group):
-            _channels[group] = dist.new_group(
-                dist.get_process_group_ranks(group),
-                timeout=_timeout(group),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
-    return _channels[group]
-
-
-def _timeout(group: dist.ProcessGroup):
-    """How long the group waits for a process; None, the default of torch, where it does not say."""
-    for device in group._device_types:
-        options = getattr(group._get_backend(device), "options", None)
-        if hasattr(options, "_timeout"):
-            return options._timeout
-    return None
-
-
-def gather_objects(what: str, value: Any, group: dist.ProcessGroup | None) -> list:
-    """What all processes pass as ``value``, anything that pickles, in their order."""
-    if group is None:
-        return [value]
-    values = [None] * group.size()
-    with _named(what, group):
-        dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def all_or_none(what: str, function: Callable[[], Any], group: dist.ProcessGroup | None) -> list:
-    """What ``function()`` returns on every process; where it fails on one, it fails on all.
-
-    Raises:
-        Exception: what ``function`` raised here.
-        ProcessError: it raised on another process, or that one has died.
-    """
-    result = error = told = None
-    try:
-        result = function()
-    except Exception as caught:
-        error, told = caught, f"{type(caught).__name__}: {caught}"
-    try:
-        reports = gather_objects(what, (result, told), group)
-    except ProcessError:
-        if error is None:
-            raise
-        raise error from None
-    if error is not None:
-        raise error
-    for process, (_, told) in enumerate(reports):
-        if told is not None:
-            raise ProcessError(f"{what} failed on process {process} of {len(reports)}: {told}")
-    return [result for result, _ in reports]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from fastmargin.distributed import collectives
 
 if TYPE_CHECKING:  # takes most of a second to import
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -43,28 +43,41 @@ class ClassShard:
     mesh: DeviceMesh
 
     @staticmethod
-    def of(num_classes: int, group: dist.ProcessGroup | DeviceMesh, device_type: str) -> ClassShard:
+    def of(
+        num_classes: int, group: str | dist.ProcessGroup | DeviceMesh, device_type: str
+    ) -> ClassShard:
         """This process's shard.
 
         Args:
             num_classes: C.
-            group: a process group, or a DeviceMesh of one dimension; of two dimensions, the last
-                one shares out the classes and the first one repeats them.
+            group: "world", a process group, or a DeviceMesh of one dimension; of two dimensions,
+                the last one shares out the classes and the first one repeats them.
             device_type: of the class centres, "cpu" or "cuda".
 
         Raises:
             TypeError, ValueError: group is something else, or this process is not in it.
         """
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(group, str) and group == "world":
+            if not dist.is_initialized():
+                raise ValueError(
+                    "group='world', and there are no processes yet: call "
+                    "torch.distributed.init_process_group first"
+                )
+            group = dist.group.WORLD
         if isinstance(group, DeviceMesh):
             mesh = group
+        elif group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group: this process is not part of it; make the head elsewhere")
         elif isinstance(group, dist.ProcessGroup):
             if dist.get_rank(group) < 0:
                 raise ValueError("group: this process is not part of it; make the head elsewhere")
             mesh = DeviceMesh.from_group(group, device_type)
         else:
             raise TypeError(
-                f"group must be None, a ProcessGroup or a DeviceMesh, got {type(group).__name__}: "
-                "torch.distributed.group.WORLD is all processes"
+                "group must be None, 'world', a ProcessGroup or a DeviceMesh, got "
+                f"{group if isinstance(group, str) else type(group).__name__!r}"
             )
         if mesh.ndim > 2 or mesh.get_coordinate() is None:
             raise ValueError(
@@ -103,14 +116,14 @@ class ClassShard:
         return self.group.size()
 
     @property
-    def copies(self) -> int:
+    def num_replicas(self) -> int:
         """Number of processes with the same classes."""
         return 1 if self.replicas is None else self.replicas.size()
 
     @property
-    def copy(self) -> int:
+    def replica(self) -> int:
         """Place among the processes with the same classes."""
-        return 0 if self.replicas is None else dist.get_rank(self.replicas)
+        return collectives.rank_in(self.replicas)
 
     def processes(self) -> list[int]:
         """Numbers in the default group of all that share the classes out, and of their replicas."""
@@ -124,6 +137,11 @@ class ClassShard:
         """The whole (C, ...) of which this process holds ``rows``, as a DTensor view of them."""
         from torch.distributed.tensor import DTensor
 
+        if rows.device.type != self.mesh.device_type:
+            raise ValueError(
+                f"the centres are on {rows.device} and their group is for {self.mesh.device_type}: "
+                "make the head there with device=, instead of moving it"
+            )
         return DTensor.from_local(
             rows.contiguous(),
             self.mesh,

@@ -11,6 +11,9 @@ from fastmargin.spec import HardRule, MarginForm, NormEma
 class Processes:
     """What a margin may ask of other processes; here for one alone, where all is the identity."""
 
+    place: int = 0
+    """Number of this process among those that draw for other rows."""
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of what the processes found in their rows, for the same classes."""
         return tensor

@@ -24,13 +24,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, SHIFTS[2])
 
 
-def counter_normal(seed: Tensor, step: Tensor, number: Tensor) -> Tensor:
-    """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step.
+def counter_normal(seed: Tensor, step: Tensor, number: Tensor, place: int = 0) -> Tensor:
+    """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step at a place.
 
     seed, step: (1,) int64. On their device, without waiting for it; a replayed CUDA graph whose
     step has advanced draws anew.
     """
-    stream = _mix(_mix(seed + GOLDEN_GAMMA) + step)
+    stream = _mix(_mix(_mix(seed + GOLDEN_GAMMA) + place) + step)
     counter = torch.stack([2 * number + 1, 2 * number + 2])
     bits = _shift(_mix(stream + counter * GOLDEN_GAMMA), 11)
     first, second = bits.double() * 2.0**-53

@@ -55,7 +55,8 @@ class ElasticFace(SoftmaxMargin):
         margin = torch.full_like(cos_y, self.m)
         if self.training:
             number = (labels >= 0).cumsum(0)
-            margin += self.std * counter_normal(self.seed, self.step, number).to(cos_y)
+            drawn = counter_normal(self.seed, self.step, number, self.processes.place)
+            margin += self.std * drawn.to(cos_y)
         if self.angular:
             return guards.add_angle(cos_y, margin, self.guard, self.grad)
         return cos_y - margin

@@ -129,12 +129,16 @@ class KappaFace(SoftmaxMargin):
             self.register_buffer("memory_filled", filled)
 
     def change_classes(self, change) -> None:
-        self.class_weights = change.table(self.class_weights, 1.0)
-        self.kappa = change.table(self.kappa, 0.0)
-        self.class_sums = change.rows(self.class_sums, 0.0)
-        self.class_seen = change.rows(self.class_seen, 0)
+        new = {
+            "class_weights": change.table(self.class_weights, 1.0),
+            "kappa": change.table(self.kappa, 0.0),
+            "class_sums": change.rows(self.class_sums, 0.0),
+            "class_seen": change.rows(self.class_seen, 0),
+        }
         if self.class_counts is not None:
-            self.class_counts = change.table(self.class_counts, 1)
+            new["class_counts"] = change.table(self.class_counts, 1)
+        for name, buffer in new.items():
+            setattr(self, name, buffer)
 
     def _check_bound(self) -> None:
         if not hasattr(self, "class_sums"):

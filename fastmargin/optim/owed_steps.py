@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastmargin.norms import compute_dtype
 from fastmargin.optim.row_chunks import (
     as_rows,
     chunk_rows,
-    compute_dtype,
     gather,
     scatter,
     slices,

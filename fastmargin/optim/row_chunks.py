@@ -11,11 +11,6 @@ CHUNK_BYTES = 32 << 20
 """Most bytes of one temporary; about six are alive at a time."""
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of an optimiser's arithmetic and state: float32 for 16-bit parameters."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def as_rows(tensor: Tensor) -> Tensor:
     """A view with rows; a scalar is one row."""
     return tensor if tensor.dim() else tensor[None]

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastmargin import deferred
+from fastmargin.norms import compute_dtype
 from fastmargin.optim.owed_steps import OwedSteps, Step
 from fastmargin.optim.row_chunks import (
     as_rows,
-    compute_dtype,
     gather,
     merged_rows,
     scatter,

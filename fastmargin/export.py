@@ -1,0 +1,98 @@
+"""Class centres to a safetensors file, in pieces and from all processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmargin.distributed import agreement, collectives
+from fastmargin.distributed.shard import ClassShard, bounds
+from fastmargin.norms import inverse_norm
+
+PIECE = 1 << 14
+"""Rows that are in memory at a time."""
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+class _File:
+    """A safetensors file of one tensor (C, D), whose rows come one after the other."""
+
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self.error: OSError | None = None
+        self.file = open(self.temporary, "wb")
+        size = shape[0] * shape[1] * dtype.itemsize
+        entry = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [0, size]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, "centers": entry}).encode()
+        header += b" " * (-len(header) % 8)
+        self._put(struct.pack("<Q", len(header)) + header)
+
+    def _put(self, data) -> None:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:  # a full disk: the others are still sending
+                self.error = error
+
+    def add(self, rows: Tensor) -> None:
+        self._put(rows.cpu().contiguous().view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        """The file takes its name once it is whole."""
+        if self.error is not None:
+            raise self.error
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.replace(self.temporary, self.path)
+
+    def close(self) -> None:
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShard | None) -> None:
+    """All (C, D) centres into a file, as the tensor "centers"; the first process writes.
+
+    Raises:
+        OSError: the file cannot be written; one of that name stays as it is.
+        ProcessError: the first process could not write it, or another one has died.
+    """
+    if shard is not None and shard.replica > 0:
+        return
+    group, rank, ranks = (None, 0, 1) if shard is None else (shard.group, shard.rank, shard.ranks)
+    shape = (weight.shape[0] if shard is None else shard.num_classes, weight.shape[1])
+    what, file = f"exporting the centres to {path}", None
+
+    def begin() -> None:
+        nonlocal file
+        file = _File(path, shape, weight.dtype) if rank == 0 else None
+
+    try:
+        agreement.all_or_none(what, begin, group)
+        for sender in range(ranks):
+            start, stop = bounds(shape[0], ranks, sender)
+            for low in range(0, stop - start, PIECE):
+                count = min(PIECE, stop - start - low)
+                piece = weight.new_empty((count, weight.shape[1]))
+                if rank == sender:
+                    piece.copy_(weight[low : low + count])
+                    piece *= inverse_norm(piece) if normalized else 1
+                if sender > 0:
+                    collectives.send_to_first(piece, sender, group)
+                if file is not None:
+                    file.add(piece)
+        agreement.all_or_none(what, lambda: file and file.finish(), group)
+    finally:
+        if file is not None:
+            file.close()
