@@ -99,27 +99,50 @@ def hard_rule(name: str, rows: int) -> HardRule | None:
     return HardRule.of(threshold + spread, *parameters)
 
 
-def run(backend, x_hat, weight, labels, start, scale, hard):
+def make_index(name: str, weight, labels, start):
+    """Half of the rows in random order, empty places among them, and labels that count places."""
+    if name == "none":
+        return None, labels
+    g = torch.Generator().manual_seed(2)
+    classes = weight.shape[0]
+    index = torch.randperm(classes, generator=g)[: (classes + 1) // 2]
+    if name == "gaps":
+        index = torch.cat([index, torch.tensor([-1, classes, 2**62, -(2**63)])])
+        index = index[torch.randperm(len(index), generator=g)]
+    columns = torch.randint(0, len(index) + 1, labels.shape, generator=g)
+    return index, torch.where(labels >= start, columns + start, labels)
+
+
+def run(backend, x_hat, weight, labels, start, scale, hard, index=None):
     """All outputs of the three operations by name."""
-    stats = backend.row_stats(x_hat, weight, None, labels, scale, hard, start, True, "auto")
+    stats = backend.row_stats(x_hat, weight, index, labels, scale, hard, start, True, "auto")
     rows = torch.arange(x_hat.shape[0], dtype=x_hat.dtype)
     d_lse, d_cos = (rows % 7 + 1) / 8, (rows % 5 - 2) / 4
     gradient = backend.row_stats_backward(
-        d_lse, d_cos, x_hat, weight, None, labels, stats.lse_neg, scale, hard, start, "auto"
+        d_lse, d_cos, x_hat, weight, index, labels, stats.lse_neg, scale, hard, start, "auto"
     )
     names = ("lse_neg", "cos_y", "max_neg", "pull")
     return {name: getattr(stats, name) for name in names} | {"d_weight": gradient}
 
 
-def compare(regime="random", shape="ragged", dtype="fp32", scale=64.0, rule="plain", edit=None):
+def compare(
+    regime="random",
+    shape="ragged",
+    dtype="fp32",
+    scale=64.0,
+    rule="plain",
+    index="none",
+    edit=None,
+):
     """Largest error relative to what is allowed; ``edit`` plants an error into the inputs."""
     x_hat, weight, labels, start = make(regime, shape)
+    index, labels = make_index(index, weight, labels, start)
     hard = hard_rule(rule, x_hat.shape[0])
     x_type, w_type = DTYPES[dtype]
     narrow = (x_hat.to(x_type), weight.to(w_type), labels, start, scale, hard)
-    truth = run(REFERENCE, narrow[0].double(), weight, labels, start, scale, hard)
-    plain = run(REFERENCE, *narrow)
-    actual = run(CPU, *(edit(*narrow) if edit else narrow))
+    truth = run(REFERENCE, narrow[0].double(), weight, labels, start, scale, hard, index)
+    plain = run(REFERENCE, *narrow, index)
+    actual = run(CPU, *(edit(*narrow) if edit else narrow), index)
     worst = 0.0
     for name, expected in truth.items():
         value = actual[name]
@@ -151,6 +174,10 @@ def grid():
         yield {"rule": rule, "scale": scale, "dtype": dtype}
     for shape, dtype in itertools.product(SHAPES, DTYPES):
         yield {"shape": shape, "dtype": dtype}
+    for shape, dtype, index in itertools.product(SHAPES, DTYPES, ("full", "gaps")):
+        yield {"shape": shape, "dtype": dtype, "index": index}
+    for regime, index in itertools.product(REGIMES, ("full", "gaps")):
+        yield {"regime": regime, "rule": "curricular", "index": index}
     for regime in ("confident", "ragged_last"):
         yield {"regime": regime, "scale": 256.0, "rule": "curricular", "shape": "ragged"}
 
@@ -247,9 +274,23 @@ def test_layouts_give_the_same_bits(layout, dtype):
     assert b["d_weight"].is_contiguous()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_index_gives_the_bits_of_a_copy(dtype, shape):
+    x_hat, weight, labels, start = make("random", shape)
+    x_type, w_type = DTYPES[dtype]
+    x_hat, weight = x_hat.to(x_type), weight.to(w_type)
+    index, labels = make_index("full", weight, labels, start)
+    for rows in (weight, weight.t().contiguous().t()):
+        ours = run(CPU, x_hat, rows, labels, start, 64.0, None, index)
+        for name, value in run(CPU, x_hat, weight[index], labels, start, 64.0, None).items():
+            assert torch.equal(ours[name], value), name
+
+
 def test_runs_are_bit_equal_for_every_number_of_threads():
-    case = make("random", "blocks")
-    case = (case[0].float(), case[1].float(), *case[2:], 64.0, None)
+    x_hat, weight, labels, start = make("random", "blocks")
+    index = torch.cat([torch.randperm(len(weight)), torch.full((300,), -1)])
+    case = (x_hat.float(), weight.float(), labels, start, 64.0, None, index)
     threads = torch.get_num_threads()
     try:
         results = {}
@@ -341,6 +382,8 @@ def test_bad_tensors_are_refused():
         CPU.row_stats(x_hat, weight[:, 1:], None, labels, 64.0, None, 0, True, "auto")
     with pytest.raises(RuntimeError, match="weight must be float"):
         CPU.row_stats(x_hat, weight.int(), None, labels, 64.0, None, 0, True, "auto")
+    with pytest.raises(RuntimeError, match="index has the wrong dtype"):
+        CPU.row_stats(x_hat, weight, labels.int(), labels, 64.0, None, 0, True, "auto")
     with pytest.raises(RuntimeError, match="labels"):
         CPU.row_stats(x_hat, weight, None, labels[1:], 64.0, None, 0, True, "auto")
 

@@ -37,6 +37,59 @@ def test_offsets_beyond_31_bits(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_offsets_of_an_index_beyond_31_bits(backend):
+    """Rows at both ends of 2.25e9 elements are what their copy is, and so are their gradients."""
+    classes, dim, batch, places = 4_400_000, 512, 32, 1000
+    weight = torch.randn(classes, dim, device="cuda", dtype=torch.bfloat16)
+    index = torch.arange(places, device="cuda")
+    index[::2] = classes - 1 - index[::2]
+    index[7::10] = -1
+    labels = torch.randint(0, places, (batch,), device="cuda")
+    x_hat = torch.nn.functional.normalize(torch.randn(batch, dim, device="cuda"))
+
+    def passes(x_hat, weight, index, labels, name, precision, sparse_grad):
+        x_hat, weight = x_hat.clone().requires_grad_(), weight.requires_grad_()
+        rest = {"precision": precision, "backend": name}
+        rest |= {"index": index, "sparse_grad": sparse_grad}
+        stats = ops.row_stats(x_hat, weight, labels, 32.0, **rest)
+        top, _, _ = ops.row_topk(x_hat, weight, labels, 4, **rest)
+        loss = (stats.lse_neg - stats.cos_y).sum()
+        return stats.lse_neg, stats.cos_y, top, *torch.autograd.grad(loss, (x_hat, weight))
+
+    *ours, gradient = passes(x_hat, weight, index, labels, backend, "bf16", True)
+    copy, place = torch.where((index >= 0)[:, None], weight.detach()[index], 0), index.clone()
+    place[index >= 0] = (index >= 0).nonzero().flatten()
+    *plain, copied = passes(x_hat, copy, place, labels, "reference", "fp32", False)
+    for a, b in zip(ours[:3], plain[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    assert testing.relative_error(ours[3], plain[3]) < 1e-2
+    assert torch.equal(gradient._indices()[0][index >= 0], index[index >= 0])
+    assert testing.relative_error(gradient._values(), copied) < 1e-2
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_pass_over_an_index_does_not_synchronise(sparse_grad):
+    x_hat = torch.nn.functional.normalize(torch.randn(32, 64, device="cuda")).requires_grad_()
+    weight = torch.randn(500, 64, device="cuda", requires_grad=True)
+    index = torch.randperm(500, device="cuda")[:100]
+    labels = torch.randint(-1, 100, (32,), device="cuda")
+
+    def step():
+        rest = {"index": index, "sparse_grad": sparse_grad}
+        stats = ops.row_stats(x_hat, weight, labels, 32.0, **rest)
+        top, _, _ = ops.row_topk(x_hat, weight, labels, 4, **rest)
+        (stats.lse_neg.sum() + stats.cos_y.sum() + top.sum()).backward()
+        weight.grad = None
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_step_replays_with_new_data(backend):
     case = testing.make_case("random", batch=64, classes=1000, dim=128).to(torch.float32, "cuda")
     head = fm.MarginHead(128, 1000, fm.AdaFace(), backend=backend).cuda()

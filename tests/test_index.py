@@ -31,7 +31,7 @@ def sampled(case: testing.Case, gaps: bool, seed: int = 0) -> tuple[torch.Tensor
     return index, column[case.labels]
 
 
-def passes(backend, x_hat, weight, labels, index, hard=None, sparse_grad=False):
+def passes(backend, x_hat, weight, labels, index, hard=None, sparse_grad=False, scale=SCALE):
     """Every output and gradient of the two passes by name, on the CPU."""
     device = device_for(backend)
     g = torch.Generator().manual_seed(3)
@@ -40,7 +40,7 @@ def passes(backend, x_hat, weight, labels, index, hard=None, sparse_grad=False):
     labels, index = labels.to(device), None if index is None else index.to(device)
     rest = {"precision": "fp32" if x_hat.dtype == torch.float32 else "auto", "backend": backend}
     rest |= {"index": index, "sparse_grad": sparse_grad}
-    stats = ops.row_stats(x_hat, weight, labels, SCALE, hard, **rest)
+    stats = ops.row_stats(x_hat, weight, labels, scale, hard, **rest)
     top, nearest, cos_y = ops.row_topk(x_hat, weight, labels, 3, **rest)
     total = stats.lse_neg @ upstream[0] + stats.cos_y @ upstream[1]
     dx, dw = torch.autograd.grad(total, (x_hat, weight))
@@ -52,13 +52,13 @@ def passes(backend, x_hat, weight, labels, index, hard=None, sparse_grad=False):
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def gathered(x_hat, weight, labels, index, hard=None):
+def gathered(x_hat, weight, labels, index, hard=None, scale=SCALE):
     """What ``passes`` should find, in float64 from a copy of the rows that take part."""
     places = (index >= 0).nonzero().flatten()  # of the index, by column of the copy
     rows = index[places]
     column = torch.full((len(index) + 1,), -1)
     column[places] = torch.arange(len(places))
-    found = passes("reference", x_hat, weight[rows], column[labels], None, hard)
+    found = passes("reference", x_hat, weight[rows], column[labels], None, hard, scale=scale)
     for name in ("dw", "top_dw"):
         whole = torch.zeros_like(weight)
         whole[rows] = found[name]
@@ -184,16 +184,17 @@ def test_a_label_on_an_empty_place_has_no_centre(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_places_weigh_nothing_among_far_negatives(backend):
-    """exp(s * 0) of an empty place would be all of the sum where every cosine is near -1."""
+    """exp(s * 0 - lse) of an empty place would be infinite where every cosine is near -1."""
     g = torch.Generator().manual_seed(0)
     direction = torch.randn(8, generator=g)
     weight = direction + 0.01 * torch.randn(40, 8, generator=g)
     x_hat = unit(-direction + 0.01 * torch.randn(3, 8, generator=g))
     index, labels = torch.tensor([3, -1, 17, 22, -1]), torch.tensor([0, -1, 3])
-    truth = gathered(x_hat.double(), weight.double(), labels, index)
-    assert truth["lse_neg"].max() < -25
-    ours = passes(backend, x_hat, weight, labels, index)
-    assert_same(ours, truth, 1e-4)
+    truth = gathered(x_hat.double(), weight.double(), labels, index, scale=128.0)
+    assert truth["lse_neg"].max() < -100
+    for sparse_grad in (False, True):
+        ours = passes(backend, x_hat, weight, labels, index, sparse_grad=sparse_grad, scale=128.0)
+        assert_same({name: value.to_dense() for name, value in ours.items()}, truth, 1e-4)
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["full", "gaps"])
@@ -347,13 +348,13 @@ def test_compiled_equals_eager(backend, engine):
 def test_spread_rows():
     weight = torch.zeros(6, 2, dtype=torch.bfloat16)
     rows = torch.tensor([[1.0, 2], [0, 0], [3, 4], [5, 6]])
-    index = torch.tensor([4, -1, 2, 0])
-    expected = torch.tensor([[5.0, 6], [0, 0], [3, 4], [0, 0], [1, 2], [0, 0]]).bfloat16()
+    index = torch.tensor([4, -1, 2, 1])
+    expected = torch.tensor([[0, 0], [5.0, 6], [3, 4], [0, 0], [1, 2], [0, 0]]).bfloat16()
     assert torch.equal(ops.spread_rows(rows, index, weight), expected)
     sparse = ops.spread_rows(rows, index, weight, sparse_grad=True)
     assert sparse.dtype == torch.bfloat16 and sparse.device == weight.device
     assert torch.equal(sparse.to_dense(), expected)
-    assert sparse._indices()[0, 1] in (4, 2, 0)
+    assert sparse._indices()[0, 1] in (4, 2, 1)  # an optimiser may decay what is listed
     twice = torch.tensor([4, 6, 4, -1])
     expected = torch.zeros(6, 2).bfloat16()
     expected[4] = torch.tensor([4.0, 6])

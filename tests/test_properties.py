@@ -47,19 +47,24 @@ def test_cpu_is_the_plain_loss(shape, seed, ignored, s, transposed):
     seed=st.integers(0, 1000),
     k=st.integers(1, 16),
     class_start=st.integers(-5, 5),
+    places=st.none() | st.integers(0, 80),
     rule=st.none() | st.tuples(*[st.floats(-2, 2)] * 3),
 )
-def test_cpu_passes_are_the_reference(shape, seed, k, class_start, rule):
+def test_cpu_passes_are_the_reference(shape, seed, k, class_start, places, rule):
     device_for("cpu")
     case = testing.make_case("random", *shape, seed=seed)
     x_hat = torch.nn.functional.normalize(case.x)
     hard = None if rule is None else HardRule.of(case.x[:, 0] * 0.1, *rule)
 
+    index = None
+    if places is not None:  # more than there are rows: the rest is empty
+        g = torch.Generator().manual_seed(seed)
+        index = torch.randperm(2 * len(case.weight) + places, generator=g)[:places]
+
     def passes(backend):
-        stats = ops.row_stats(
-            x_hat, case.weight, case.labels, 30.0, hard, class_start, backend=backend
-        )
-        top = ops.row_topk(x_hat, case.weight, case.labels, k, class_start, backend=backend)
+        rest = {"backend": backend, "index": index}
+        stats = ops.row_stats(x_hat, case.weight, case.labels, 30.0, hard, class_start, **rest)
+        top = ops.row_topk(x_hat, case.weight, case.labels, k, class_start, **rest)
         return stats.lse_neg, stats.cos_y, stats.max_neg, *top
 
     for ours, reference in zip(passes("cpu"), passes("reference"), strict=True):

@@ -19,6 +19,7 @@ from conftest import device_for
 from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.norms import inverse_norm
+from fastmargin.rows import take
 from fastmargin.spec import HardRule, RowStats
 from fastmargin.testing import REGIMES, assert_close_as_torch, make_case, relative_error
 
@@ -47,6 +48,7 @@ class Problem:
     x_hat: torch.Tensor  # (B, D) fp32
     weight: torch.Tensor  # (C, D) as the kernels get it
     labels: torch.Tensor  # (B,)
+    index: torch.Tensor | None = None  # (K,)
     scale: float = 64.0
     rule: str = "none"
     class_start: int = 0
@@ -75,6 +77,21 @@ def problem(regime="random", batch=20, classes=70, dim=24, dtype=torch.float32, 
     return replace(made, **changes)
 
 
+def through_index(p: Problem) -> Problem:
+    """The same centres at random rows among others, in another order, with empty places."""
+    g = torch.Generator().manual_seed(4)
+    count, spare = len(p.weight), len(p.weight) // 3 + 1
+    rows = torch.randperm(3 * count, generator=g)[:count]
+    weight = torch.randn(3 * count, p.weight.shape[1], generator=g).to(p.weight.dtype)
+    weight[rows] = p.weight
+    places = torch.randperm(count + spare, generator=g)
+    index = torch.full((count + spare,), -1)
+    index[places[:count]] = rows
+    known = p.labels >= p.class_start
+    labels = places[torch.where(known, p.labels - p.class_start, 0)] + p.class_start
+    return replace(p, weight=weight, index=index, labels=torch.where(known, labels, p.labels))
+
+
 def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
     """``RowStats`` and the gradient of the centres, both on the CPU."""
     on = device_for("triton") if backend is TRITON else "cpu"
@@ -83,15 +100,16 @@ def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
         x_hat=p.x_hat.to(on, dtype),
         weight=p.weight.to(on) if backend is TRITON else p.weight.to(dtype),
         labels=p.labels.to(on),
+        index=None if p.index is None else p.index.to(on),
         d_lse=p.d_lse.to(on, dtype),
         d_cos=p.d_cos.to(on, dtype),
     )
     hard = p.hard(dtype)
     rest = p.scale, hard, p.class_start
-    stats = backend.row_stats(p.x_hat, p.weight, None, p.labels, *rest, want_pull, precision)
+    stats = backend.row_stats(p.x_hat, p.weight, p.index, p.labels, *rest, want_pull, precision)
     lse_neg = stats.lse_neg if lse_neg is None else lse_neg
     d_weight = backend.row_stats_backward(
-        p.d_lse, p.d_cos, p.x_hat, p.weight, None, p.labels, lse_neg, *rest, precision
+        p.d_lse, p.d_cos, p.x_hat, p.weight, p.index, p.labels, lse_neg, *rest, precision
     )
     parts = (stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull)
     return RowStats(*(t.cpu() for t in parts)), d_weight.cpu()
@@ -117,7 +135,7 @@ def rounded_reference(p: Problem, precision):
         weight=(p.weight.double() * inverse).to(kind).double(),
     )
     stats, d_weight = solve(REFERENCE, rounded, "auto", torch.float64)
-    return stats, d_weight * inverse
+    return stats, d_weight * (inverse if p.index is None else take(inverse, p.index, 0))
 
 
 def check(p: Problem, precision="fp32", factor=4.0, floor=None):
@@ -220,6 +238,33 @@ def test_norms_of_the_centres_do_not_matter(precision, weight):
     check(p, precision)
 
 
+@pytest.mark.parametrize("rule", ["none", "curricular"])
+@pytest.mark.parametrize("scale", [32.0, 256.0])
+def test_through_an_index(scale, rule):
+    p = through_index(problem(dim=40, scale=scale, rule=rule, class_start=1000))
+    check(p, floor=2e-5 * max(1, scale / 64))
+    check(replace(p, weight=p.weight.t().contiguous().t()), floor=2e-5 * max(1, scale / 64))
+
+
+@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["tf32", "fp16", "bf16"])
+def test_operand_types_through_an_index(precision, weight):
+    check(through_index(problem(dim=40, dtype=OPERANDS[weight])), precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tiles of the interpreter are the same ones")
+def test_an_index_gives_the_bits_of_a_copy():
+    p = problem(dim=40)
+    index = torch.randperm(len(p.weight))[:50]
+    p = replace(p, labels=p.labels % 60)
+    copy, indexed = replace(p, weight=p.weight[index]), replace(p, index=index)
+    for precision in ("fp32", "fp16"):
+        ours, own = (solve(TRITON, q, precision, torch.float32) for q in (indexed, copy))
+        for name in ("lse_neg", "cos_y", "max_neg", "pull"):
+            assert torch.equal(getattr(ours[0], name), getattr(own[0], name)), name
+        assert torch.equal(ours[1], own[1])
+
+
 def test_strided_inputs():
     p = problem(dim=40)
     transposed = replace(p, weight=p.weight.t().contiguous().t())
@@ -292,7 +337,9 @@ def test_any_number_of_splits(processors, monkeypatch):
         )
     for scale in (32.0, 256.0):
         check(replace(p, scale=scale), floor=1e-4)
+        check(through_index(replace(p, scale=scale)), floor=1e-4)
     check_topk(p, 3)
+    check_topk(through_index(p), 3)
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1.0, 1e8])
@@ -345,10 +392,11 @@ def test_a_planted_error_shows():
 def check_topk(p: Problem, k, precision="fp32"):
     on = device_for("triton")
     truth = REFERENCE.row_topk(
-        p.x_hat.double(), p.weight.double(), None, p.labels, k, p.class_start, "auto"
+        p.x_hat.double(), p.weight.double(), p.index, p.labels, k, p.class_start, "auto"
     )
+    index = None if p.index is None else p.index.to(on)
     got = TRITON.row_topk(
-        p.x_hat.to(on), p.weight.to(on), None, p.labels.to(on), k, p.class_start, precision
+        p.x_hat.to(on), p.weight.to(on), index, p.labels.to(on), k, p.class_start, precision
     )
     value, index, cos_y = (t.cpu() for t in got)
     torch.testing.assert_close(cos_y, truth[2].float())

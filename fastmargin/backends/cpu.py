@@ -25,8 +25,9 @@ def _unavailable() -> str | None:
         return reason
     try:
         torch.ops.fastmargin.cpu_capability()
-    except RuntimeError as error:  # a wrong FASTMARGIN_CPU_CAPABILITY
-        return str(error).splitlines()[0]
+    except RuntimeError as error:  # a wrong FASTMARGIN_CPU_CAPABILITY, after where it was found
+        text = str(error).splitlines()[0]
+        return text[max(0, text.find("FASTMARGIN_CPU_CAPABILITY")) :]
     return None
 
 

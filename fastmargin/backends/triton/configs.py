@@ -263,6 +263,40 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
 }
 
 
+# The same where the columns are rows of an index, whose pointers take registers: only what would
+# spill with the tiles above. Of _SMALL, for every architecture; of _TUNED, by its widest D.
+_SMALL_INDEXED = {
+    ("centre_pass", "fp32"): TileConfig(32, 16, 16, 64, 4, 2),
+}
+_TUNED_INDEXED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("stats_pull", "half", 80): {256: TileConfig(64, 32, 128, 256, 8, 2)},
+    ("centre_pass", "half", 80): {256: TileConfig(32, 64, 64, 256, 8, 2)},
+    ("stats_sum", "raw", 80): {
+        256: TileConfig(128, 128, 64, 128, 8, 3),
+        512: TileConfig(128, 128, 64, 128, 8, 2),
+    },
+    ("stats_sum", "half", 80): {
+        128: TileConfig(128, 128, 64, 128, 8, 3),
+        256: TileConfig(128, 128, 64, 128, 8, 2),
+    },
+    ("stats_sum", "tf32", 80): {
+        128: TileConfig(128, 128, 64, 128, 8, 3),
+        256: TileConfig(128, 128, 64, 128, 8, 2),
+    },
+    ("stats_pull", "tf32", 90): {
+        512: TileConfig(64, 64, 64, 256, 8, 2),
+        1024: TileConfig(64, 64, 64, 256, 8, 2),
+    },
+    ("centre_pass", "tf32", 90): {
+        128: TileConfig(64, 64, 64, 128, 8, 2),
+        256: TileConfig(64, 64, 64, 256, 8, 2),
+        512: TileConfig(64, 32, 64, 256, 8, 2),
+        1024: TileConfig(64, 64, 64, 256, 8, 2),
+    },
+    ("stats_sum", "tf32", 90): {128: TileConfig(128, 128, 64, 128, 8, 2)},
+}
+
+
 def choose(
     kernel: str, d: int, precision: str, raw: bool, packed: bool, indexed: bool, arch: int
 ) -> TileConfig:
@@ -281,7 +315,11 @@ def choose(
         # small enough to be quick, and cuts D where D > 32
         return TileConfig(16, 32, *((block, block) if d <= 32 else (32, 32)), 4, 1)
     operand = precision if precision in ("fp32", "tf32") else "half"
-    tuned = _TUNED.get((kernel, "raw" if raw else operand, arch), {}) if packed else {}
+    key = kernel, "raw" if raw else operand, arch
+    small, tuned = _SMALL, _TUNED.get(key, {}) if packed else {}
+    if indexed:
+        small = _SMALL | _SMALL_INDEXED
+        tuned = tuned and tuned | _TUNED_INDEXED.get(key, {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
-    tile = tile or _SMALL[kernel, operand]
+    tile = tile or small[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))
