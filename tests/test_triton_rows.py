@@ -181,7 +181,7 @@ def test_every_choice_of_a_tile_is_one_that_triton_takes():
     for kernel, d, precision, arch in itertools.product(
         kernels, (1, 16, 100, 192, 512, 1024), ("fp32", "tf32", "fp16"), (0, 80, 86, 90, 100, 120)
     ):
-        for raw, packed in itertools.product((True, False), repeat=2):
-            tile = choose(kernel, d, precision, raw and precision == "fp16", packed, arch)
+        for raw, packed, indexed in itertools.product((True, False), repeat=3):
+            tile = choose(kernel, d, precision, raw and precision == "fp16", packed, indexed, arch)
             for size in (tile.block_b, tile.block_c, tile.block_k, tile.block_d):
                 assert size >= 16 and size & (size - 1) == 0

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmargin.class_set import draw_centres_
+
 
 def plain_arcface_loss(
     embeddings: Tensor, weight: Tensor, labels: Tensor, m: float, s: float
@@ -30,7 +32,8 @@ class PlainArcFace(nn.Module):
 
     def __init__(self, embedding_size: int, num_classes: int, m: float, s: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size).normal_(std=0.01))
+        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size))
+        draw_centres_(self.weight, 0, None)
         self.m, self.s = m, s
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
