@@ -31,14 +31,31 @@ def channel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     if dist.get_rank(group) < 0:
         raise ValueError("process_group: this process is not part of it; call this elsewhere")
     if group not in _channels:
+        everybody = group.size() == dist.get_world_size()
+        if not everybody:
+            _check_same_groups(group)
         with named("the first exchange beside the training step", group):
             _channels[group] = dist.new_group(
                 dist.get_process_group_ranks(group),
                 timeout=_timeout(group),
                 backend="gloo",
-                use_local_synchronization=True,
+                use_local_synchronization=not everybody,
             )
     return _channels[group]
+
+
+def _check_same_groups(group: dist.ProcessGroup) -> None:
+    """Raises where torch would name a new group differently on its processes, which then wait.
+
+    A group that only its members make gets its name from how many groups each is in.
+    """
+    counts = gather_objects("counting groups", len(dist.distributed_c10d._world.pg_names), group)
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"process_group: its processes are in different numbers of groups ({counts}), where "
+            "torch cannot make another one: make groups so that all are in as many, as "
+            "init_device_mesh does, or leave process_group=None for all processes"
+        )
 
 
 def _timeout(group: dist.ProcessGroup):
