@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,11 +93,36 @@ def test_official_values(name):
         losses, per_row, d_x, d_weight, states = zip(*ranks, strict=True)
         assert all(loss == losses[0] for loss in losses)
         if per_row[0] is None:
+            # of sampled rows and those that move statistics only the mean is compared
             rows = SimpleNamespace(loss=record["loss_per_sample"])
+            record["loss_per_sample"] = None
         else:
             rows = SimpleNamespace(loss=torch.cat(per_row))
-        record.setdefault("loss_per_sample")
+            record.setdefault("loss_per_sample")
         compare(meta, record, rows, losses[0], torch.cat(d_x) / n, torch.cat(d_weight))
         for state in states:
             for key, value in state.items():
                 torch.testing.assert_close(value, record[f"state_after_{key}"])
+
+
+@pytest.mark.parametrize("tag", DIFFERENT)
+def test_what_differs_from_the_official_values(tag):
+    """The row itself gets nothing here; the other rows are as recorded."""
+    (name,) = (name for name in FILES if "insightface_pfc" in name and tag in name)
+    file = np.load(FILES[name])
+    record = next(steps(file, json.loads(str(file["meta"][0]))))
+    n = len(file["class_start"])
+    ranks = [found[0] for found in run(n, recorded_steps, name)]
+    d_x = torch.cat([own[2] for own in ranks]) / n
+    odd = record["labels"] < 0 if tag == "label_minus1" else (record["embeddings"] == 0).all(1)
+    assert odd.any() and (d_x[odd] == 0).all()
+    assert record["grad_embeddings"][odd].abs().max() > 1e-3
+    # the mean is over the rows that are not ignored; there over all
+    counted = (record["labels"] >= 0).sum() / len(odd)
+    torch.testing.assert_close(
+        d_x[~odd] * counted, record["grad_embeddings"][~odd], rtol=1e-9, atol=1e-11
+    )
+    per_row = torch.cat([own[1] for own in ranks])
+    torch.testing.assert_close(
+        per_row[~odd].clamp_max(-math.log(1e-30)), record["loss_per_sample"][~odd]
+    )
