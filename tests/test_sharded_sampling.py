@@ -219,11 +219,12 @@ def trained(group, margin: str, options: dict, optimiser: str, unsampled: str = 
 
 @pytest.mark.parametrize("n", [0, 3])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-@pytest.mark.parametrize("margin", ["arcface", "npt"])
+@pytest.mark.parametrize("margin", ["arcface", "arcface, corrected", "npt"])
 @pytest.mark.parametrize("unsampled", ["lazy", "dense"])
 def test_rows_learn_as_from_a_dense_gradient(n, kind, margin, unsampled):
     """Sampled classes, sparse gradients and lazy rows: torch's optimiser on the same draws."""
-    options = {"sample_rate": 0.2}
+    margin, _, corrected = margin.partition(", ")
+    options = {"sample_rate": 0.2, "correct_sampling": bool(corrected)}
 
     def learned(*args):
         return [trained(None, margin, *args)] if n == 0 else run(n, trained, margin, *args)
