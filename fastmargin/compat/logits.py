@@ -1,0 +1,252 @@
+"""Logits that are not computed until somebody asks for them, and then not all at once."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastmargin.compat.scores import MOST_STREAMED, Scores
+
+_warned = False
+
+
+class StreamedLogits(Tensor):
+    """Stands for the (B, C) logits of a head, without holding them.
+
+    What training and its logs ask for runs in passes over the class centres that never hold
+    (B, C) numbers: ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with class indices as targets
+    and every option (``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``), ``argmax``,
+    ``max`` and ``topk`` (k <= 16) over the classes, ``detach``. Anything else computes all of them
+    first, as :meth:`dense` does, and says so once per process.
+
+    ``x.requires_grad`` is that of the logits it stands for. An ``autograd.Function`` or C++ code
+    that takes tensors as they are needs ``logits.dense()``.
+    """
+
+    scores: Scores
+
+    @staticmethod
+    def __new__(cls, scores: Scores, middle: bool = False) -> StreamedLogits:
+        """``middle``: of shape (B, 1, C), as speechbrain has it."""
+        b, c = scores.shape
+        size = (b, 1, c) if middle else (b, c)
+        # without gradient here: whoever goes past __torch_function__ gets an error from
+        # backward() and not a gradient that leads nowhere
+        self = Tensor._make_wrapper_subclass(cls, size, dtype=scores.dtype, device=scores.device)
+        self.scores, self._dense = scores, None
+        return self
+
+    def dense(self) -> Tensor:
+        """The logits as a plain tensor, with gradient; computed once."""
+        if self._dense is None:
+            logits = self.scores.dense()
+            self._dense = logits.unsqueeze(1) if self._has_middle() else logits
+        return self._dense
+
+    def _has_middle(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dim() == 3
+
+    def _changed(self) -> bool:
+        """Whether somebody wrote into the logits that were computed."""
+        return self._dense is not None and self._dense._version > 0
+
+    def __repr__(self) -> str:
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                f"StreamedLogits(shape={tuple(self.shape)}, dtype={self.dtype}, "
+                f"device={self.device}, requires_grad={self.scores.requires_grad})"
+            )
+
+    def __reduce_ex__(self, protocol):
+        return self.dense().detach().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = _HANDLERS.get(func)
+        if handler is not None and args and isinstance(args[0], StreamedLogits):
+            if not args[0]._changed():
+                result = handler(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        elif handler is _cross_entropy and isinstance(kwargs.get("input"), StreamedLogits):
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"), *args)
+            return cls.__torch_function__(func, types, args, kwargs)
+        _warn(func)
+        args, kwargs = tree_map(_computed, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(
+            f"{func} was handed logits that are not computed: pass logits.dense() to it"
+        )
+
+
+def _computed(value):
+    return value.dense() if isinstance(value, StreamedLogits) else value
+
+
+def _warn(func) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", str(func))
+        warnings.warn(
+            f"{name} needs all (B, C) logits of a fastmargin head, so they are computed and held. "
+            "cross_entropy, argmax, max and topk do without; logits.dense() says that you mean "
+            "it. This is said once.",
+            stacklevel=4,
+        )
+
+
+# ---- what streams -------------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    logits,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    if size_average is not None or reduce is not None:
+        return NotImplemented
+    if target.is_floating_point() or logits._has_middle() or target.dim() != 1:
+        return NotImplemented  # class probabilities, or a shape that torch has words for
+    batch, classes = logits.scores.shape
+    if target.shape[0] != batch or target.dtype != torch.int64:
+        return NotImplemented
+    if weight is not None and weight.shape != (classes,):
+        return NotImplemented
+    if reduction not in ("none", "mean", "sum") or not 0 <= label_smoothing <= 1:
+        return NotImplemented
+    counted = target != ignore_index
+    if target.device.type == "cpu":
+        wrong = counted & ((target < 0) | (target >= classes))
+        if bool(wrong.any()):
+            raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
+    loss, logit = logits.scores.rows(target, counted)
+    # a target out of range that nobody looked at
+    loss = torch.where(counted & ((target < 0) | (target >= classes)), torch.nan, loss)
+    share = counted.to(loss.dtype)
+    if weight is not None:
+        share = share * weight.to(loss.dtype)[target.clamp(0, classes - 1)]
+    found = share * loss
+    if label_smoothing > 0:
+        every = classes if weight is None else weight.sum().to(loss.dtype)
+        smooth = every * (loss + logit) - logits.scores.total(weight)
+        smooth = torch.where(counted, smooth, 0) / classes
+        found = (1 - label_smoothing) * found + label_smoothing * smooth
+    if reduction == "none":
+        return found
+    return found.sum() if reduction == "sum" else found.sum() / share.sum()
+
+
+def _over_classes(logits, dim) -> bool:
+    return not logits._has_middle() and dim in (1, -1) and logits.scores.shape[1] > 0
+
+
+def _topk(logits, k, dim=-1, largest=True, sorted=True):
+    if not _over_classes(logits, dim) or not largest:
+        return NotImplemented
+    if not 1 <= k <= min(MOST_STREAMED, logits.scores.shape[1]):
+        return NotImplemented
+    return torch.return_types.topk(logits.scores.topk(k))
+
+
+def _max(logits, dim=None, keepdim=False):
+    if not isinstance(dim, int) or not _over_classes(logits, dim):
+        return NotImplemented
+    values, index = logits.scores.topk(1)
+    if not keepdim:
+        values, index = values.squeeze(1), index.squeeze(1)
+    return torch.return_types.max((values, index))
+
+
+def _argmax(logits, dim=None, keepdim=False):
+    if not _over_classes(logits, dim):
+        return NotImplemented
+    with torch.no_grad():
+        _, index = logits.scores.topk(1)
+    return index if keepdim else index.squeeze(1)
+
+
+def _detach(logits):
+    return StreamedLogits(logits.scores.detached(), logits._has_middle())
+
+
+def _same(logits, *args, **kwargs):
+    """A conversion that changes nothing."""
+    with torch._C.DisableTorchFunctionSubclass():
+        probe = torch.empty(0, dtype=logits.dtype, device=logits.device)
+        return logits if _converted(probe, *args, **kwargs) is probe else NotImplemented
+
+
+def _converted(probe, *args, **kwargs):
+    return probe.to(*args, **kwargs)
+
+
+def _to_type(dtype):
+    return lambda logits: _same(logits, dtype)
+
+
+def _squeeze(logits, dim=None):
+    return StreamedLogits(logits.scores) if logits._has_middle() and dim == 1 else NotImplemented
+
+
+def _unsqueeze(logits, dim):
+    if logits._has_middle() or dim not in (1, -2):
+        return NotImplemented
+    return StreamedLogits(logits.scores, middle=True)
+
+
+_HANDLERS = {
+    F.cross_entropy: _cross_entropy,
+    Tensor.argmax: _argmax,
+    torch.argmax: _argmax,
+    Tensor.max: _max,
+    torch.max: _max,
+    Tensor.topk: _topk,
+    torch.topk: _topk,
+    Tensor.detach: _detach,
+    torch.detach: _detach,
+    Tensor.data.__get__: _detach,
+    Tensor.squeeze: _squeeze,
+    torch.squeeze: _squeeze,
+    Tensor.unsqueeze: _unsqueeze,
+    torch.unsqueeze: _unsqueeze,
+    Tensor.to: _same,
+    Tensor.float: _to_type(torch.float32),
+    Tensor.double: _to_type(torch.float64),
+    Tensor.cpu: lambda logits: _same(logits, "cpu"),
+    Tensor.contiguous: lambda logits: logits,
+    Tensor.requires_grad.__get__: lambda logits: logits.scores.requires_grad,
+}
+
+_METADATA = {
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
+    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex),
+    *(torch.numel, Tensor.get_device, Tensor.element_size, Tensor.is_inference, Tensor.__hash__),
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            *("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_sparse"),
+            *("is_quantized", "is_nested", "is_meta", "is_mkldnn", "is_xpu", "is_mps", "itemsize"),
+            *("nbytes", "names", "_is_view"),
+        )
+        if hasattr(getattr(Tensor, name, None), "__get__")
+    ),
+}
