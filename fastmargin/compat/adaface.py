@@ -103,8 +103,8 @@ class _Head(nn.Module):
         return torch.mm(embbedings, unit).clamp(-1 + self.eps, 1 - self.eps)
 
     def _on_label(self, values: Tensor, label: Tensor, like: Tensor) -> Tensor:
-        """(B, C) of zeros with ``values`` (B, 1) in the labels' places."""
-        return torch.zeros_like(like).scatter(1, label.reshape(-1, 1).long(), values)
+        """(B, C) of zeros, ``values`` (B, 1) in the labels' places; NaN fills a row, as there."""
+        return torch.zeros_like(like).scatter(1, label.reshape(-1, 1).long(), 1.0) * values
 
     def extra_repr(self) -> str:
         size, count = self.kernel.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 
 import torch
@@ -105,8 +107,17 @@ def _warn(func) -> None:
             f"{name} needs all (B, C) logits of a fastmargin head, so they are computed and held. "
             "cross_entropy, argmax, max and topk do without; logits.dense() says that you mean "
             "it. This is said once.",
-            stacklevel=4,
+            stacklevel=_frames_to_caller(),
         )
+
+
+def _frames_to_caller() -> int:
+    """``stacklevel`` of the first frame outside of torch and this file, for who calls this."""
+    ours = os.path.dirname(torch.__file__), __file__
+    frame, count = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 # ---- what streams -------------------------------------------------------------------------------

@@ -1,0 +1,283 @@
+"""Logits that stream: every option of cross-entropy, and what needs all of them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmargin.compat import logits as module
+from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.scores import CentreScores
+from fastmargin.spec import MarginForm
+
+ARC = MarginForm(8.0, m2=0.5, guard="mm")
+PLAIN = MarginForm(8.0, grad="straight_through")
+
+
+@pytest.fixture
+def told_anew():
+    module._warned = False
+    yield
+    module._warned = True
+
+
+@pytest.fixture
+def never_dense(monkeypatch):
+    """Fails where all logits are computed."""
+
+    def refuse(self):
+        raise AssertionError("all logits were computed")
+
+    monkeypatch.setattr(CentreScores, "dense", refuse)
+
+
+def parts(batch=12, classes=50, dim=16, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(batch, dim, generator=g)).to(dtype).requires_grad_()
+    weight = torch.randn(classes, dim, generator=g).to(dtype).requires_grad_()
+    return x, weight, torch.randint(0, classes, (batch,), generator=g)
+
+
+def gradients(make_loss, x, weight):
+    x.grad = weight.grad = None
+    loss = make_loss()
+    (
+        loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    ).sum().backward()
+    return loss.detach(), x.grad, weight.grad
+
+
+OPTIONS = list(
+    itertools.product((None, "class"), (0.0, 0.2), ("mean", "sum", "none"), ("none", "some"))
+)
+
+
+@pytest.mark.parametrize(("weighted", "smoothing", "reduction", "ignored"), OPTIONS)
+@pytest.mark.parametrize("target_is", ["the labels", "equal", "another"])
+@pytest.mark.parametrize("form", [ARC, PLAIN], ids=["margin", "plain"])
+def test_cross_entropy(weighted, smoothing, reduction, ignored, target_is, form):
+    x, weight, labels = parts()
+    target = labels
+    if target_is == "equal":
+        target = labels.clone()
+    elif target_is == "another":
+        target = torch.where(torch.arange(12) % 3 == 0, labels, (labels + 7) % 50)
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    if weighted:
+        options["weight"] = torch.rand(50, dtype=torch.float64)
+    if ignored == "some":
+        options["ignore_index"] = int(target[2])
+
+    def loss(dense):
+        on = labels if form is ARC else None
+        out = StreamedLogits(CentreScores.of(x, weight, form, on))
+        return F.cross_entropy(out.dense() if dense else out, target, **options)
+
+    for streamed, expected in zip(
+        gradients(lambda: loss(False), x, weight),
+        gradients(lambda: loss(True), x, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(streamed, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_dense_logits_are_the_formula():
+    x, weight, labels = parts()
+    cos = x @ F.normalize(weight).t()
+    theta = cos.gather(1, labels[:, None]).acos()
+    expected = 8 * cos.scatter(1, labels[:, None], torch.cos(theta + 0.5))
+    dense = StreamedLogits(CentreScores.of(x, weight, ARC, labels)).dense()
+    torch.testing.assert_close(dense, expected)
+
+
+def test_training_and_its_logs_never_hold_them(never_dense):
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(out, labels).backward()
+        assert out.argmax(1).shape == out.argmax(dim=-1).shape == (12,)
+        assert torch.argmax(out, 1, keepdim=True).shape == (12, 1)
+        values, classes = out.topk(5, 1, True, True)
+        assert values.shape == classes.shape == (12, 5)
+        assert torch.max(out.data, 1).indices.shape == (12,)
+        assert out.max(1, keepdim=True)[0].shape == (12, 1)
+        assert not out.detach().requires_grad and out.requires_grad
+        assert out.to(torch.float64) is out and out.cpu() is out and out.contiguous() is out
+        assert (
+            out.unsqueeze(1).shape == (12, 1, 50) and out.unsqueeze(1).squeeze(1).shape == out.shape
+        )
+        assert "StreamedLogits(shape=(12, 50)" in repr(out)
+
+
+@pytest.mark.parametrize("with_margin", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_largest(with_margin, k):
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels if with_margin else None))
+    found, expected = out.topk(k), out.dense().topk(k)
+    torch.testing.assert_close(found.values, expected.values)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(out.argmax(1), out.dense().argmax(1))
+    streamed = gradients(lambda: out.topk(k).values, x, weight)
+    for a, b in zip(
+        streamed, gradients(lambda: out.dense().topk(k).values, x, weight), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_few_classes():
+    for classes in (1, 2):
+        x, weight, labels = parts(classes=classes)
+        out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+        torch.testing.assert_close(
+            F.cross_entropy(out, labels), F.cross_entropy(out.dense(), labels)
+        )
+        torch.testing.assert_close(out.topk(classes).values, out.dense().topk(classes).values)
+        assert torch.isfinite(out.topk(classes).values).all()
+
+
+def test_confident_rows_keep_their_digits():
+    """Where p_y -> 1 the loss and its gradient are those of float64."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 16, generator=g)
+    labels = torch.arange(12)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        w = weight.to(dtype)
+        x = F.normalize(w[labels] + 0.05).requires_grad_()
+        out = StreamedLogits(CentreScores.of(x, w, MarginForm(64.0, m3=0.1), labels))
+        loss = F.cross_entropy(out, labels, reduction="none")
+        loss.sum().backward()
+        found.append((loss.detach().double(), x.grad.double()))
+    assert float(found[1][0].min()) < 1e-12
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-3, atol=0)
+    error = (found[0][1] - found[1][1]).norm() / found[1][1].norm()
+    assert error < 1e-3
+
+
+def test_all_rows_ignored_is_what_torch_says():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    target = torch.full_like(labels, -100)
+    assert torch.isnan(F.cross_entropy(out, target))
+    assert float(F.cross_entropy(out, target, reduction="sum").detach()) == 0
+    F.cross_entropy(out, target, reduction="sum").backward()
+    assert float(x.grad.abs().max()) == 0 and float(weight.grad.abs().max()) == 0
+
+
+def test_an_ignored_row_may_hold_nan():
+    x, weight, labels = parts()
+    with torch.no_grad():
+        x[4] = torch.nan
+    target = labels.clone()
+    target[4] = -100
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    F.cross_entropy(out, target).backward()
+    assert torch.isfinite(weight.grad).all() and torch.isfinite(x.grad).all()
+
+
+def test_labels_written_into_afterwards():
+    """The trainers of some heads mark rows to ignore in the tensor that the head was given."""
+    x, weight, labels = parts()
+    before = labels.clone()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    expected = F.cross_entropy(out.dense(), before.masked_fill(torch.arange(12) == 3, -100))
+    labels[3] = -100
+    torch.testing.assert_close(F.cross_entropy(out, labels), expected)
+
+
+def test_a_target_out_of_range():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    target = labels.clone()
+    target[0] = 50
+    with pytest.raises(IndexError, match="Target 50 is out of bounds"):
+        F.cross_entropy(out, target)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda out, y: out.softmax(1),
+        lambda out, y: torch.cat([out, out]),
+        lambda out, y: out[:, :3],
+        lambda out, y: out + 1,
+        lambda out, y: out.topk(17),
+        lambda out, y: out.argmax(),
+        lambda out, y: out.max(),
+        lambda out, y: out.half(),
+        lambda out, y: F.nll_loss(F.log_softmax(out, 1), y),
+        lambda out, y: F.cross_entropy(out, F.one_hot(y, 50).double()),
+        lambda out, y: F.cross_entropy(input=out, target=F.one_hot(y, 50).double()),
+        lambda out, y: out.clone().mul_(2),
+    ],
+)
+def test_anything_else_computes_them_and_says_so_once(use, told_anew):
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    with pytest.warns(UserWarning, match=r"needs all \(B, C\) logits") as said:
+        result = use(out, labels)
+    assert len(said) == 1 and said[0].filename == __file__
+    expected = use(out.dense(), labels)
+    for a, b in zip(tensors(result), tensors(expected), strict=True):
+        assert type(a) is torch.Tensor and torch.equal(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use(out, labels)
+
+
+def tensors(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_named_arguments():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    expected = F.cross_entropy(out.dense(), labels)
+    torch.testing.assert_close(F.cross_entropy(target=labels, input=out), expected)
+
+
+def test_writing_into_them(told_anew):
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    with pytest.warns(UserWarning):
+        out[:, 7] = -100.0
+    expected = out.dense()
+    assert float(expected[:, 7].detach().max()) == -100
+    torch.testing.assert_close(F.cross_entropy(out, labels), F.cross_entropy(expected, labels))
+
+
+def test_whoever_goes_past_it_gets_an_error():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="dense"):
+        out.sum()
+
+
+def test_copies_are_plain_numbers():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    again = pickle.loads(pickle.dumps(out))
+    assert type(again) is torch.Tensor and torch.equal(again, out.dense().detach())
+    assert torch.equal(copy.deepcopy(out.detach()).softmax(1), out.dense().detach().softmax(1))
+
+
+def test_two_losses_of_the_same_logits():
+    x, weight, labels = parts()
+    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    loss = F.cross_entropy(out, labels) + 0.5 * F.cross_entropy(out, labels, label_smoothing=0.1)
+    found = torch.autograd.grad(loss, (x, weight))
+    dense = out.dense()
+    loss = F.cross_entropy(dense, labels) + 0.5 * F.cross_entropy(
+        dense, labels, label_smoothing=0.1
+    )
+    for a, b in zip(found, torch.autograd.grad(loss, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b)
