@@ -17,9 +17,9 @@ namespace fastmargin::records {
 namespace {
 
 constexpr uint32_t kMagic = 0xced7230a;
-constexpr int64_t kPartHeader = 8;    // magic; kind in 3 bits and length in 29
-constexpr int64_t kImageHeader = 24;  // flag, label, two ids
-constexpr int64_t kChunk = 1 << 20;   // most that is read ahead
+constexpr int64_t kPartHeader = 8;   // magic; kind in 3 bits and length in 29
+constexpr size_t kImageHeader = 24;  // flag, label, two ids
+constexpr int64_t kChunk = 1 << 20;  // most that is read ahead
 enum Kind : uint32_t { kWhole, kFirst, kMiddle, kLast };
 
 // A stretch of the file in memory.
@@ -66,7 +66,8 @@ int64_t walk(Window& window, int64_t start, int64_t ahead, Visit visit) {
   const int64_t size = window.file_size();
   const auto bad = [start](const std::string& problem) { return BadRecord{start, problem}; };
   const std::string short_file = "the file ends at byte " + std::to_string(size);
-  if (start < 0 || start >= size) throw bad("outside the file of " + std::to_string(size) + " bytes");
+  if (start < 0 || start >= size)
+    throw bad("outside the file of " + std::to_string(size) + " bytes");
   if (start % 4 != 0) throw bad("records start at multiples of 4");
   for (int64_t at = start;;) {
     if (at + kPartHeader > size) throw bad(short_file + ", inside this record");
@@ -144,7 +145,7 @@ std::vector<float> first_labels(File file, const std::vector<int64_t>& offsets) 
     constexpr int64_t wanted = kImageHeader + sizeof(float);
     take(window, offset, kPartHeader + wanted, wanted, head);
     uint32_t flag = 0;
-    if (head.size() >= sizeof flag) std::memcpy(&flag, head.data(), sizeof flag);
+    if (head.size() >= kImageHeader) std::memcpy(&flag, head.data(), sizeof flag);
     const size_t needed = kImageHeader + (flag ? sizeof(float) : 0);
     if (head.size() < needed) {
       throw BadRecord{offset, "has " + std::to_string(head.size()) + " bytes, the header " +

@@ -138,7 +138,7 @@ def first_labels(descriptor: int, size: int, offsets: Sequence[int]) -> bytearra
     wanted = IMAGE_HEADER.size + 4
     for offset in offsets:
         head = _take(window, offset, PART_HEADER.size + wanted, wanted)
-        more_labels = any(head[:4])
+        more_labels = len(head) >= IMAGE_HEADER.size and any(head[:4])
         needed = IMAGE_HEADER.size + 4 * more_labels
         if len(head) < needed:
             raise ValueError(

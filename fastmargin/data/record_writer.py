@@ -70,9 +70,9 @@ class RecordWriter:
             ValueError: as :meth:`write`, or the label is out of range.
         """
         several = isinstance(label, Sequence)
-        identity = label[0] if several else label
-        if identity != int(identity) or not 0 <= identity <= MAX_LABEL:
-            raise ValueError(f"label must be a whole number in [0, {MAX_LABEL}], got {identity}")
+        identity = next(iter(label), None) if several else label
+        if identity is None or not (0 <= identity <= MAX_LABEL and identity % 1 == 0):
+            raise ValueError(f"label must be a whole number in [0, {MAX_LABEL}], got {label}")
         stored = tuple(map(float, label)) if several else float(label)
         key = self.write(pack(ImageRecord(stored, image, self._next_key)))
         self._num_classes = max(self._num_classes, int(identity) + 1)
