@@ -20,13 +20,16 @@ def decode(image: bytes) -> Image:
         ValueError: these bytes are no image, or only a part of one.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise ImportError("images are decoded by Pillow: pip install pillow") from None
     try:
         return Image.open(io.BytesIO(image)).convert("RGB")
+    except UnidentifiedImageError:
+        problem = "not of a kind that Pillow knows"
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
-        raise ValueError(f"the image ({len(image)} bytes) cannot be decoded: {error}") from None
+        problem = str(error)
+    raise ValueError(f"the image ({len(image)} bytes) cannot be decoded: {problem}")
 
 
 def to_tensor(image: Image) -> Tensor:

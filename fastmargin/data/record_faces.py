@@ -134,7 +134,7 @@ class RecordFaces(Faces):
         return self._error(key, f"label {label} is not a whole number from 0{above}")
 
     def _error(self, key: int, problem: str) -> RecordError:
-        return RecordError(self.records.path, key, self.records.offset_of(key), problem)
+        return RecordError.at(self.records.path, key, self.records.offset_of(key), problem)
 
 
 def _read_property(path: Path) -> tuple[int | None, tuple[int, int] | None]:

@@ -22,17 +22,22 @@ STRETCH = 256
 class RecordError(ValueError):
     """A record cannot be read.
 
-    path: the file. key: of the record, or None where records are counted. offset: in the file.
+    path: the file. key: of the record, None where records are counted. offset: where it starts. All
+    are None in an error that a ``DataLoader`` passes on from a worker: its text has them.
     """
 
-    def __init__(self, path: Path, key: int | None, offset: int | None, problem: str) -> None:
-        super().__init__(path, key, offset, problem)  # pickled as these, by a loader's worker
-        self.path, self.key, self.offset, self.problem = path, key, offset, problem
+    path: Path | None = None
+    key: int | None = None
+    offset: int | None = None
 
-    def __str__(self) -> str:
-        where = [] if self.key is None else [f"record {self.key}"]
-        where += [] if self.offset is None else [f"offset {self.offset}"]
-        return ": ".join([str(self.path), *where, self.problem])
+    @classmethod
+    def at(cls, path: Path, key: int | None, offset: int | None, problem: str) -> RecordError:
+        """The error, with a text of all this."""
+        where = [] if key is None else [f"record {key}"]
+        where += [] if offset is None else [f"offset {offset}"]
+        error = cls(": ".join([str(path), *where, problem]))
+        error.path, error.key, error.offset = path, key, offset
+        return error
 
 
 @functools.cache
@@ -189,7 +194,7 @@ class RecordFile:
         self._open()
         if self._size != size:
             self.close()
-            raise RecordError(
+            raise RecordError.at(
                 *(self.path, None, None),
                 f"has {self._size} bytes and had {size} when it was opened first: open it again",
             )
@@ -207,7 +212,7 @@ class RecordFile:
                 raise
             offset, problem = error.args
             key = int(self.keys[positions[self.offsets[positions] == offset][0]])
-            raise RecordError(self.path, key, offset, problem) from None
+            raise RecordError.at(self.path, key, offset, problem) from None
 
     # ---- the index ----
 
@@ -215,7 +220,7 @@ class RecordFile:
         try:
             return _tensor(reader().scan(self._file.fileno(), self._size), torch.int64)
         except ValueError as error:
-            raise RecordError(self.path, None, *error.args) from None
+            raise RecordError.at(self.path, None, *error.args) from None
 
     def _set_orders(self) -> None:
         """Sorted copies of keys and offsets, and how to sort; none of what is sorted already."""
@@ -306,7 +311,7 @@ def write_index(path: str | os.PathLike, index: str | os.PathLike | None = None)
         try:
             offsets = _tensor(reader().scan(file.fileno(), size), torch.int64)
         except ValueError as error:
-            raise RecordError(path, None, *error.args) from None
+            raise RecordError.at(path, None, *error.args) from None
     with written_whole(Path(index or path.with_suffix(".idx"))) as out:
         for start in range(0, len(offsets), BATCH):
             some = offsets[start : start + BATCH].tolist()
