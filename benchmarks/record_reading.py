@@ -2,8 +2,8 @@
 
 Records of random sizes around a JPEG of 112 x 112 pixels. Both readers take the same records in
 turns in one process, from memory: all in the order of the file, batches at random, labels only, and
-a scan without an index. Then batches at random against ``BlockShuffleSampler``, each with nothing of
-the file in memory. Writes ``results/record_reading.json`` beside this file.
+a scan without an index. Then batches at random against ``BlockShuffleSampler``, each with nothing
+of the file in memory. Writes ``results/record_reading.json`` beside this file.
 
     python benchmarks/record_reading.py
     python benchmarks/record_reading.py --records 2000 --repeats 3 --output -

@@ -1,5 +1,6 @@
 #include "records.h"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -104,6 +105,15 @@ void take(Window& window, int64_t start, int64_t ahead, size_t count, std::strin
   });
 }
 
+// So that a disk works on a whole batch at once, not on what is read first.
+void will_need(File file, int64_t start, int64_t stop) {
+#ifdef POSIX_FADV_WILLNEED
+  if (start < stop) {
+    posix_fadvise(file.descriptor, start, std::min(stop - start, kChunk), POSIX_FADV_WILLNEED);
+  }
+#endif
+}
+
 }  // namespace
 
 std::vector<int64_t> scan(File file) {
@@ -119,19 +129,22 @@ std::vector<int64_t> scan(File file) {
 std::vector<std::string> read(File file, const std::vector<int64_t>& offsets,
                               const std::vector<int64_t>& ends) {
   if (offsets.size() != ends.size()) throw std::invalid_argument("an end for every offset");
-  Window window(file);
-  std::vector<std::string> payloads(offsets.size());
-  int64_t stop = 0;  // of the run of neighbours that record i is in
-  for (size_t i = 0; i < offsets.size(); ++i) {
-    if (i == 0 || offsets[i] != ends[i - 1] || ends[i] > stop) {
-      stop = ends[i];
-      for (size_t j = i + 1; j < offsets.size() && offsets[j] == stop; ++j) {
-        if (ends[j] - offsets[i] > kChunk) break;
-        stop = ends[j];
-      }
+  const size_t count = offsets.size();
+  std::vector<int64_t> stops(count);  // of the run of neighbours that each is in
+  for (size_t i = 0, next; i < count; i = next) {
+    stops[i] = ends[i];
+    for (next = i + 1; next < count && offsets[next] == stops[i]; ++next) {
+      if (ends[next] - offsets[i] > kChunk) break;
+      stops[i] = ends[next];
     }
-    const int64_t ahead = std::min(stop - offsets[i], kChunk);
-    take(window, offsets[i], ahead, std::string::npos, payloads[i]);
+    std::fill(stops.begin() + i, stops.begin() + next, stops[i]);
+    will_need(file, offsets[i], stops[i]);
+  }
+  Window window(file);
+  std::vector<std::string> payloads(count);
+  for (size_t i = 0; i < count; ++i) {
+    take(window, offsets[i], std::min(stops[i] - offsets[i], kChunk), std::string::npos,
+         payloads[i]);
   }
   return payloads;
 }

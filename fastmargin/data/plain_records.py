@@ -120,15 +120,15 @@ def read(descriptor: int, size: int, offsets: Sequence[int], ends: Sequence[int]
     as one.
     """
     window, payloads = _Window(descriptor, size), []
-    stop = 0  # of the run of neighbours that record i is in
-    for i, offset in enumerate(offsets):
-        if i == 0 or offset != ends[i - 1] or ends[i] > stop:
+    i = 0
+    while i < len(offsets):
+        stop, start = ends[i], i  # a run of neighbours
+        for i in range(start + 1, len(offsets) + 1):
+            if i == len(offsets) or offsets[i] != stop or ends[i] - offsets[start] > CHUNK:
+                break
             stop = ends[i]
-            for j in range(i + 1, len(offsets)):
-                if offsets[j] != stop or ends[j] - offset > CHUNK:
-                    break
-                stop = ends[j]
-        payloads.append(_take(window, offset, min(stop - offset, CHUNK)))
+        for offset in offsets[start:i]:
+            payloads.append(_take(window, offset, min(stop - offset, CHUNK)))
     return payloads
 
 
