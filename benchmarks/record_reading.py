@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=8000, help="mean size of an image")
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--block", type=int, default=512)
+    parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--window", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", help="where the file is made; default: the temporary folder")

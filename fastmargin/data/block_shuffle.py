@@ -26,8 +26,8 @@ class BlockShuffleSampler(Sampler[int]):
 
     Args:
         data: a data set whose neighbours are neighbours on disk.
-        block: samples in a block. At 8 KB an image, 512 are 4 MB, which takes longer to read than
-            to find, on a rotating disk too.
+        block: samples in a block: more, and a disk jumps less; fewer, and a batch is better mixed
+            (files are mostly in the order of identities). At 8 KB an image, 64 are 0.5 MB.
         window: samples that are shuffled together. The images of two windows should fit in free
             memory, where the system keeps what it has read.
         seed: the same in all processes.
@@ -41,7 +41,7 @@ class BlockShuffleSampler(Sampler[int]):
     def __init__(
         self,
         data: Sized,
-        block: int = 512,
+        block: int = 64,
         window: int = 32_768,
         seed: int = 0,
         num_replicas: int = 1,
