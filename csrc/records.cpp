@@ -66,12 +66,15 @@ template <typename Visit>
 int64_t walk(Window& window, int64_t start, int64_t ahead, Visit visit) {
   const int64_t size = window.file_size();
   const auto bad = [start](const std::string& problem) { return BadRecord{start, problem}; };
-  const std::string short_file = "the file ends at byte " + std::to_string(size);
-  if (start < 0 || start >= size)
+  const auto cut_off = [&] {
+    return bad("the file ends at byte " + std::to_string(size) + ", inside this record");
+  };
+  if (start < 0 || start >= size) {
     throw bad("outside the file of " + std::to_string(size) + " bytes");
+  }
   if (start % 4 != 0) throw bad("records start at multiples of 4");
   for (int64_t at = start;;) {
-    if (at + kPartHeader > size) throw bad(short_file + ", inside this record");
+    if (at + kPartHeader > size) throw cut_off();
     uint32_t head[2];
     std::memcpy(head, window.at(at, kPartHeader, ahead), kPartHeader);
     const uint32_t kind = head[1] >> 29, length = head[1] & 0x1fffffff;
@@ -86,7 +89,7 @@ int64_t walk(Window& window, int64_t start, int64_t ahead, Visit visit) {
                             : "breaks off: another record starts before its last part");
     }
     const int64_t end = at + kPartHeader + (int64_t{length} + 3) / 4 * 4;
-    if (end > size) throw bad(short_file + ", inside this record");
+    if (end > size) throw cut_off();
     if (!visit(at + kPartHeader, int64_t{length}) || kind == kWhole || kind == kLast) return end;
     at = end;
   }
@@ -138,7 +141,7 @@ std::vector<std::string> read(File file, const std::vector<int64_t>& offsets,
       stops[i] = ends[next];
     }
     std::fill(stops.begin() + i, stops.begin() + next, stops[i]);
-    will_need(file, offsets[i], stops[i]);
+    if (next - i < count) will_need(file, offsets[i], stops[i]);
   }
   Window window(file);
   std::vector<std::string> payloads(count);

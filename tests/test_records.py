@@ -145,7 +145,7 @@ def test_an_index_in_any_order_and_of_some_records(tmp_path, reader):
     text = "\r\n\n".join(f"{100 - i}  {lines[i].split()[1]}" for i in chosen)
     path.with_suffix(".idx").write_text(text)
     with RecordFile(path) as records:
-        assert records.keys.tolist() == [100 - i for i in chosen]
+        assert list(records) == records.keys.tolist() == [100 - i for i in chosen]
         assert [records[100 - i] for i in chosen] == [contents[i] for i in chosen]
         assert [key for key, _ in records.items()] == [100, 97, 96, 93]
         assert 97 in records and 98 not in records and 0 not in records

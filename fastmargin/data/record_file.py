@@ -100,6 +100,11 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __iter__(self) -> Iterator[int]:
+        """The keys, in the order of the index."""
+        for some in self.keys.split(BATCH):
+            yield from some.tolist()
+
     def __contains__(self, key: int) -> bool:
         return bool(self.has(torch.tensor([key])))
 
