@@ -38,6 +38,8 @@ class Window {
 
   int64_t file_size() const { return file_.size; }
 
+  int64_t record = 0;  // what errors are about
+
  private:
   void fill(int64_t offset, int64_t count) {
     if (static_cast<int64_t>(bytes_.size()) < count) bytes_.resize(count);
@@ -46,7 +48,7 @@ class Window {
     while (filled_ < count) {
       const ssize_t got =
           pread(file_.descriptor, bytes_.data() + filled_, count - filled_, offset + filled_);
-      if (got == 0) throw BadRecord{offset, "the file became shorter while it was read"};
+      if (got == 0) throw BadRecord{record, "the file became shorter while it was read"};
       if (got > 0) {
         filled_ += got;
       } else if (errno != EINTR) {
@@ -64,6 +66,7 @@ class Window {
 // false. Returns where the last part seen ends.
 template <typename Visit>
 int64_t walk(Window& window, int64_t start, int64_t ahead, Visit visit) {
+  window.record = start;
   const int64_t size = window.file_size();
   const auto bad = [start](const std::string& problem) { return BadRecord{start, problem}; };
   const auto cut_off = [&] {

@@ -37,6 +37,7 @@ class _Window:
     def __init__(self, descriptor: int, size: int) -> None:
         self.descriptor, self.size = descriptor, size
         self.start, self.bytes = 0, b""
+        self.record = 0  # what errors are about
 
     def at(self, offset: int, count: int, ahead: int) -> bytes:
         """``count`` bytes, all inside the file. If they are not here yet, ``ahead`` are read."""
@@ -51,14 +52,14 @@ class _Window:
         while missing:
             pieces.append(os.pread(self.descriptor, missing, offset + count - missing))
             if not pieces[-1]:
-                raise ValueError(offset, "the file became shorter while it was read")
+                raise ValueError(self.record, "the file became shorter while it was read")
             missing -= len(pieces[-1])
         self.bytes = b"".join(pieces)
 
 
 def _parts(window: _Window, start: int, ahead: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of the payload's parts in the record at ``start``."""
-    size = window.size
+    window.record, size = start, window.size
     if not 0 <= start < size:
         raise ValueError(start, f"outside the file of {size} bytes")
     if start % 4:
