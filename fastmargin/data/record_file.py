@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class RecordFile:
         try:
             default = self.path.with_suffix(".idx")
             if index is None and not default.exists():
-                self.offsets = self._scan()
+                self.offsets = _scan(self.path, self._file, self._size)
                 self.keys = torch.arange(len(self.offsets))
             else:
                 self.keys, self.offsets = _read_index(Path(index or default))
@@ -217,15 +218,10 @@ class RecordFile:
                 raise
             offset, problem = error.args
             key = int(self.keys[positions[self.offsets[positions] == offset][0]])
-            raise RecordError.at(self.path, key, offset, problem) from None
+            remedy = "get the file anew, or make its index with write_index"
+            raise RecordError.at(self.path, key, offset, f"{problem}; {remedy}") from None
 
     # ---- the index ----
-
-    def _scan(self) -> Tensor:
-        try:
-            return _tensor(reader().scan(self._file.fileno(), self._size), torch.int64)
-        except ValueError as error:
-            raise RecordError.at(self.path, None, *error.args) from None
 
     def _set_orders(self) -> None:
         """Sorted copies of keys and offsets, and how to sort; none of what is sorted already."""
@@ -284,6 +280,14 @@ def _sorted(values: Tensor) -> tuple[Tensor, Tensor | None]:
     return values.sort(stable=True)
 
 
+def _scan(path: Path, file: io.IOBase, size: int) -> Tensor:
+    try:
+        return _tensor(reader().scan(file.fileno(), size), torch.int64)
+    except ValueError as error:
+        offset, problem = error.args
+        raise RecordError.at(path, None, offset, f"{problem}; get the file anew") from None
+
+
 def _read_index(path: Path) -> tuple[Tensor, Tensor]:
     try:
         keys, offsets = reader().parse_index(path.read_bytes())
@@ -312,11 +316,7 @@ def write_index(path: str | os.PathLike, index: str | os.PathLike | None = None)
     """
     path = Path(path)
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        try:
-            offsets = _tensor(reader().scan(file.fileno(), size), torch.int64)
-        except ValueError as error:
-            raise RecordError.at(path, None, *error.args) from None
+        offsets = _scan(path, file, os.fstat(file.fileno()).st_size)
     with written_whole(Path(index or path.with_suffix(".idx"))) as out:
         for start in range(0, len(offsets), BATCH):
             some = offsets[start : start + BATCH].tolist()
