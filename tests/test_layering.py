@@ -41,7 +41,13 @@ ALLOWED = {
         *("backends", "checkpoint", "functional", "gradient_norm", "head", "margins", "optim"),
     },
 }
-TOP = {"cli", "demo", "doctor", "build_info"}  # may import anything; nothing below imports them
+TOP = {
+    "cli",
+    "convert",
+    "demo",
+    "doctor",
+    "build_info",
+}  # may import anything; nothing below imports them
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed", "checkpoint"),
