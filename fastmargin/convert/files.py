@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ TRANSFORMS = ("Compose", "CenterCrop", "Normalize", "RandomHorizontalFlip", "Res
 STAND_INS = [(StandIn, f"torchvision.transforms.transforms.{name}") for name in TRANSFORMS]
 
 
+AGAIN = "copy it again from where it came"
+
+
 def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
     """What ``torch.save`` wrote; tensors are maps of the file, on the host.
 
@@ -41,12 +45,14 @@ def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if not is_zip:
+        begins = file.read(4) == b"PK\x03\x04"
+    if not begins:
         raise ConvertError(
-            f"{path} is no file that torch.save writes since torch 1.6: if it is older, load and "
-            "save it again where you trust it"
+            f"{path} is empty, or no file that torch.save writes since torch 1.6: if it is older, "
+            "load and save it again where you trust it"
         )
+    if not zipfile.is_zipfile(path):  # the directory is at the end
+        raise ConvertError(f"{path} is cut short: {AGAIN}")
     try:
         with torch.serialization.safe_globals([*allowed, *STAND_INS]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -58,7 +64,7 @@ def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConvertError(
-            f"{path} is cut short or damaged ({reason}): take it anew from where it was copied"
+            f"{path} is damaged ({reason}): {AGAIN}"
         ) from error
 
 
