@@ -55,8 +55,8 @@ def read(
     Args:
         path: folder, or one file; of several in a folder, any.
         format: a name in :data:`FORMATS`; None: told from the files.
-        num_classes: C. Needed where CVLface's files have pad rows, and compared otherwise; it
-            shows that the last shards are missing where the sizes of the others do not.
+        num_classes: C. Needed where CVLface's files may have pad rows, and compared otherwise:
+            nothing else shows that the last shards are missing.
         sub_centers: rows of each class, one after the other; pml and wespeaker only.
         head: in a checkpoint of fastmargin, the head (or another matrix of rows) to take.
 

@@ -66,6 +66,7 @@ def run(settings: Settings, progress) -> Figures:
         centres, form, Writing(margin=settings.margin), settings.backbone is not None
     )
     figures["left_out"] = lost
+    figures["notes"] = _notes(found, settings)
     figures["to"] = None
     if settings.dest is not None:
         convert.check_target(
@@ -98,6 +99,13 @@ def run(settings: Settings, progress) -> Figures:
         figures["to"]["files"] = _sizes(settings.dest)
     figures["seconds"] = time.monotonic() - began
     return figures
+
+
+def _notes(found: Centres, settings: Settings) -> list[str]:
+    """What the files cannot show."""
+    if len(found.weight.shards) > 1 and settings.num_classes is None:
+        return ["if the last shards were missing, nothing would show it: --num-classes would"]
+    return []
 
 
 def _watched(centres: Centres, tick) -> Centres:
@@ -159,6 +167,8 @@ def print_report(console: Console, figures: Figures) -> None:
     facts.add_row("backbone", f"{figures['backbone_tensors']} tensors")
     facts.add_row("left out", escape("\n".join(figures["left_out"])) or "nothing")
     console.print(facts)
+    for note in figures["notes"]:
+        console.print(f"Note: {note}", style="dim")
     target = figures["to"]
     if figures["dry_run"] or target is None:
         console.print("Nothing was written.")

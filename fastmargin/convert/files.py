@@ -63,9 +63,7 @@ def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
         ) from error
     except (RuntimeError, ValueError, EOFError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConvertError(
-            f"{path} is damaged ({reason}): {AGAIN}"
-        ) from error
+        raise ConvertError(f"{path} is damaged ({reason}): {AGAIN}") from error
 
 
 def _needs(path: Path) -> str:
@@ -86,6 +84,10 @@ def entry(path: Path, content: Any, *keys) -> Any:
     return content
 
 
+OPENINGS = 16
+"""For a block of columns: the kernel maps more than is read, up to the whole file at once."""
+
+
 def shard(
     path: Path, content: Any, tensor_of: Callable[[Any], Tensor], transposed: bool = False
 ) -> Shard:
@@ -97,21 +99,28 @@ def shard(
         ConvertError: it is no matrix of floating-point numbers.
     """
     tensor = tensor_of(content)
-    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
-        what = (
-            f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor)
-        )
+    is_matrix = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.layout == torch.strided
+    if not is_matrix or not tensor.is_floating_point():
+        what = f"a {type(tensor).__name__}"
+        if isinstance(tensor, Tensor):
+            what = f"of shape {tuple(tensor.shape)} and {tensor.dtype}"
         raise ConvertError(f"{path}: the centres are {what}, expected a matrix of floats")
-
-    def read(start: int, stop: int) -> Tensor:
-        found = tensor_of(load(path)).detach()
-        rows = found[:, start:stop].t() if transposed else found[start:stop]
-        return rows.clone(memory_format=torch.contiguous_format)
-
     num_rows, dim = reversed(tensor.shape) if transposed else tensor.shape
     if dim == 0:
         raise ConvertError(f"{path}: the centres have no columns")
-    return Shard(path, num_rows, dim, tensor.dtype, read)
+    dtype = tensor.dtype
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = torch.empty((stop - start, dim), dtype=dtype)
+        if not transposed:
+            return rows.copy_(tensor_of(load(path)).detach()[start:stop])
+        step = -(-dim // OPENINGS)
+        for low in range(0, dim, step):
+            part = tensor_of(load(path)).detach()[low : low + step, start:stop]
+            rows[:, low : low + step] = part.t()
+        return rows
+
+    return Shard(path, num_rows, dim, dtype, read)
 
 
 def save(path: Path, content: Any) -> None:
