@@ -175,6 +175,12 @@ def convert(
             "without state, such as arcface."
         ),
     ] = None,
+    sampler_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The head that will load a fastmargin checkpoint samples classes, from this seed."
+        ),
+    ] = None,
     momentum: Annotated[
         bool, typer.Option(help="Take SGD's momentum along where both formats have it.")
     ] = True,
@@ -217,6 +223,7 @@ def convert(
         sub_centers=sub_centers,
         head=head,
         margin=margin,
+        sampler_seed=sampler_seed,
         momentum=momentum,
         backbone=backbone,
         overwrite=overwrite,

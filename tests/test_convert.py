@@ -57,7 +57,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("classes, ranks", [(26, 8), (24, 3), (5, 8), (7, 2), (1, 1)])
+@pytest.mark.parametrize("classes, ranks", [(26, 12), (24, 3), (5, 8), (7, 2), (1, 1)])
 def test_every_format_is_found_out_and_read(tmp_path, name, classes, ranks):
     weight = make.centres(classes)
     path = source(tmp_path, name, weight, ranks)
@@ -166,6 +166,17 @@ def test_statistics_travel_among_those_who_have_them(tmp_path):
             "batch_mean": [18.25],
             "batch_std": [4.5],
         }
+
+
+@pytest.mark.parametrize("name", ["insightface", "kappaface", "cvlface", "adaface", "npt"])
+def test_files_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+    path = source(tmp_path, name, make.centres(7), 2)
+    monkeypatch.undo()
+    data = next(file for file in [path, *path.glob("*0*.pt")] if file.is_file()).read_bytes()
+    assert b"cuda:3" in data
+    rows, _ = read(path, 7)
+    assert torch.equal(rows, make.centres(7)) and rows.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["insightface", "kappaface", "adaface"])

@@ -94,12 +94,15 @@ def test_every_option_reaches_the_conversion(tmp_path):
     make.cvlface(tmp_path / "c", weight, 5)
     net, out = tmp_path / "net.pt", tmp_path / "o"
     options = ("--num-classes", 12, "--backbone", net, "--margin", "kappaface")
+    options += ("--sampler-seed", 5)
     figures = json.loads(run(tmp_path / "c", out, *options, "--json").stdout)
     assert figures["pad_rows"] == 3 and figures["to"]["backbone"] == str(net)
     assert not any("--backbone" in line for line in figures["left_out"])
     assert any("kappaface has none" in line for line in figures["left_out"])
     assert torch.load(net).keys() == make._backbone().state_dict().keys()
-    fm.checkpoint.load(out, {"head": fm.MarginHead(6, 12, fm.KappaFace())})
+    head = fm.MarginHead(6, 12, fm.KappaFace(), num_sampled=4)
+    fm.checkpoint.load(out, {"head": head})
+    assert head.sampler.seed.tolist() == [5]
     run(tmp_path / "c", out, *options, code=1)
     run(tmp_path / "c", out, *options, "--overwrite")
     make.pml(tmp_path / "loss.pt", weight)

@@ -281,11 +281,6 @@ class Loading:
         state = self.objects.objects[name].state_dict()
         take_out(state, name, own)
         saved = set(_places(self.structure[name]["state"], name))
-        for prefix, _ in self.objects.heads():
-            # whether to sample is a setting: a head keeps its own sampler where none was saved
-            for entry in (f"{prefix}.sampler.seed", f"{prefix}.sampler.step"):
-                if entry not in saved:
-                    own.pop(entry, None)
         if own.keys() != saved:
             raise ValueError(
                 f"{name}: only in the checkpoint: {_listed(saved - own.keys()) or 'none'}; only "

@@ -86,6 +86,7 @@ def write(
     *,
     world_size: int = 1,
     margin: str | None = None,
+    sampler_seed: int | None = None,
     backbone: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> list[str]:
@@ -98,6 +99,7 @@ def write(
             fastmargin loads into any number, whatever it was written for.
         margin: of the head that will load a checkpoint of fastmargin, such as "kappaface"; its
             state is taken from the source where that has it, and is else as at the start.
+        sampler_seed: ``seed`` of that head if it samples classes; None: it does not.
         backbone: file for the state_dict of the source's backbone.
         overwrite: replace what is there. A folder with other files in it is never replaced.
 
@@ -110,7 +112,7 @@ def write(
     """
     path, form = Path(path), format_of(format)
     check_target(centres, path, form, world_size, backbone, overwrite)
-    writing = Writing(world_size, margin)
+    writing = Writing(world_size, margin, sampler_seed)
     targets = [path] if backbone is None else [path, Path(backbone)]
     with files.replacing(*targets) as fresh:
         form.write(centres, fresh[0], writing)

@@ -149,11 +149,13 @@ class Writing:
 
     world_size: number of processes that will share out the classes. margin: whose state goes into
     a checkpoint of fastmargin, as in ``fastmargin.AdaFace``; by default AdaFace where there are
-    its statistics.
+    its statistics. sampler_seed: of a head that samples classes, whose sampler is part of such a
+    checkpoint; None: one that does not.
     """
 
     world_size: int = 1
     margin: str | None = None
+    sampler_seed: int | None = None
 
 
 @dataclass(frozen=True)

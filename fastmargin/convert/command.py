@@ -34,6 +34,7 @@ class Settings:
     sub_centers: int = 1
     head: str | None = None
     margin: str | None = None
+    sampler_seed: int | None = None
     momentum: bool = True
     backbone: Path | None = None
     overwrite: bool = False
@@ -93,6 +94,7 @@ def run(settings: Settings, progress) -> Figures:
             form.name,
             world_size=settings.world_size,
             margin=settings.margin,
+            sampler_seed=settings.sampler_seed,
             backbone=settings.backbone,
             overwrite=settings.overwrite,
         )

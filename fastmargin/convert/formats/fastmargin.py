@@ -36,6 +36,7 @@ from fastmargin.convert.centres import (
 )
 from fastmargin.convert.formats import one_file
 from fastmargin.distributed.shard import bounds
+from fastmargin.sampling import ClassSampler
 
 HEAD, OPTIMISER = "head", "optimizer"
 MARGINS = {
@@ -76,6 +77,12 @@ def _margin_state(centres: Centres, name: str | None) -> dict[str, Tensor]:
     return state
 
 
+def _sampler_state(seed: int) -> dict[str, Tensor]:
+    """Of a sampler that has not drawn."""
+    state = ClassSampler(1, 1, seed).state_dict()
+    return {f"sampler.{key}": value for key, value in state.items()}
+
+
 def _write(centres: Centres, path: Path, writing: Writing) -> None:
     from fastmargin.checkpoint import storage  # takes seconds to import
 
@@ -84,7 +91,8 @@ def _write(centres: Centres, path: Path, writing: Writing) -> None:
     margin = {
         f"margin.{key}": value for key, value in _margin_state(centres, writing.margin).items()
     }
-    state.update(take_out(margin, HEAD, whole))
+    sampler = {} if writing.sampler_seed is None else _sampler_state(writing.sampler_seed)
+    state.update(take_out({**margin, **sampler}, HEAD, whole))
     structure: dict[str, Any] = {HEAD: {"kind": MODULE, "type": "MarginHead", "state": state}}
     streamed = {f"{HEAD}.weight": centres.weight}
     if centres.momentum is not None:
