@@ -423,6 +423,8 @@ def test_options_that_do_not_fit(tmp_path, found):
     refuses("world_size must be", tmp_path / "o", "cvlface", world_size=0)
     refuses("none of fastmargin", tmp_path / "o", "onnx")
     refuses("--margin", tmp_path / "o", "fastmargin", margin="sphere")
+    refuses("margin and sampler_seed", tmp_path / "o", "pml", margin="adaface")
+    refuses("margin and sampler_seed", tmp_path / "o", "cvlface", sampler_seed=0)
     refuses("both", tmp_path / "o", "pml", backbone=tmp_path / "o")
     refuses("--overwrite", tmp_path / "o", "pml", backbone=tmp_path / "source" / "model.pt")
     make.pml(tmp_path / "loss.pt", make.centres(5))

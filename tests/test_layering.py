@@ -41,13 +41,8 @@ ALLOWED = {
         *("backends", "checkpoint", "functional", "gradient_norm", "head", "margins", "optim"),
     },
 }
-TOP = {
-    "cli",
-    "convert",
-    "demo",
-    "doctor",
-    "build_info",
-}  # may import anything; nothing below imports them
+# may import anything; nothing below imports them
+TOP = {"cli", "convert", "demo", "doctor", "build_info"}
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed", "checkpoint"),

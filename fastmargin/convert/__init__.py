@@ -27,6 +27,7 @@ from fastmargin.convert.centres import (
     left_out,
 )
 from fastmargin.convert.formats import FORMATS, detect, format_of, place
+from fastmargin.convert.formats.fastmargin import MARGINS
 
 __all__ = [
     "FORMATS",
@@ -111,8 +112,8 @@ def write(
         OSError: a file cannot be written.
     """
     path, form = Path(path), format_of(format)
-    check_target(centres, path, form, world_size, backbone, overwrite)
     writing = Writing(world_size, margin, sampler_seed)
+    check_target(centres, path, form, writing, backbone, overwrite)
     targets = [path] if backbone is None else [path, Path(backbone)]
     with files.replacing(*targets) as fresh:
         form.write(centres, fresh[0], writing)
@@ -125,16 +126,25 @@ def check_target(
     centres: Centres,
     path: Path,
     form: Format,
-    world_size: int,
+    writing: Writing,
     backbone: str | os.PathLike | None,
     overwrite: bool,
 ) -> None:
     """Raises ConvertError if :func:`write` could not do it; changes nothing."""
-    _check_count("world_size", world_size)
-    if world_size > 1 and not form.sharded:
+    _check_count("world_size", writing.world_size)
+    if writing.world_size > 1 and not form.sharded:
         raise ConvertError(
-            f"world_size is {world_size}, and {form.name} is one file: leave it out; whoever loads "
-            "it takes the rows they want"
+            f"world_size is {writing.world_size}, and {form.name} is one file: leave it out; "
+            "whoever loads it takes the rows they want"
+        )
+    if form.name != "fastmargin" and (writing.margin, writing.sampler_seed) != (None, None):
+        raise ConvertError(
+            f"margin and sampler_seed are for a checkpoint of fastmargin, and {form.name} keeps no "
+            "such state: leave them out"
+        )
+    if writing.margin not in (None, *MARGINS):
+        raise ConvertError(
+            f"margin {writing.margin!r} is none of {', '.join(MARGINS)}: see to --margin"
         )
     if centres.sub_centers > 1 and not form.sub_centers:
         able = ", ".join(name for name, other in FORMATS.items() if other.sub_centers)

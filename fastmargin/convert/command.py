@@ -63,9 +63,8 @@ def run(settings: Settings, progress) -> Figures:
     centres = found
     if not settings.momentum and found.momentum is not None:
         centres = replace(found, momentum=None, left_out=(*found.left_out, "momentum: as asked"))
-    lost = convert.left_out(
-        centres, form, Writing(margin=settings.margin), settings.backbone is not None
-    )
+    writing = Writing(settings.world_size, settings.margin, settings.sampler_seed)
+    lost = convert.left_out(centres, form, writing, settings.backbone is not None)
     figures["left_out"] = lost
     figures["notes"] = _notes(found, settings)
     figures["to"] = None
@@ -74,7 +73,7 @@ def run(settings: Settings, progress) -> Figures:
             centres,
             settings.dest,
             form,
-            settings.world_size,
+            writing,
             settings.backbone,
             settings.overwrite,
         )

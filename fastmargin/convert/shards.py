@@ -67,7 +67,8 @@ def joined(
     rows = sum(shard.num_rows for shard in shards)
     if rows == 0:
         raise ConvertError(f"{shards[0].path} and the {len(shards) - 1} others have no rows")
-    if num_classes is None and pads and len({shard.num_rows for shard in shards[1:]}) == 1:
+    alike = len({shard.num_rows for shard in shards}) == 1
+    if pads and alike and len(shards) > 1 and num_classes is None:
         raise ConvertError(
             f"{shards[0].path.parent}: {len(shards)} shards with {rows} rows, which may be "
             f"{rows - len(shards) + 1} to {rows} classes and pad rows: give --num-classes "

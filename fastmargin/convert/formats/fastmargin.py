@@ -66,8 +66,6 @@ class StreamedPiece(Piece):
 def _margin_state(centres: Centres, name: str | None) -> dict[str, Tensor]:
     """State of the margin that will load it: from the source, or as it starts."""
     name = name or ("adaface" if centres.statistics else "arcface")
-    if name not in MARGINS:
-        raise ConvertError(f"margin {name!r} is none of {', '.join(MARGINS)}: see to --margin")
     margin = MARGINS[name]()
     margin.bind(centres.num_classes, centres.weight.dim)
     state = dict(margin.state_dict())
@@ -146,8 +144,9 @@ class _Index(pickle.Unpickler):
     """Of ``.metadata``; refuses what torch.distributed.checkpoint does not put there."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("pathlib._local", "pathlib")  # Python 3.13's name
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or ALLOWED.get(name) == module.replace("pathlib._local", "pathlib"):
+        if is_dtype or ALLOWED.get(name) == module:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}")
 
