@@ -47,6 +47,7 @@ def test_eight_shards_become_a_checkpoint_and_three_shards(tmp_path):
 def test_the_load_that_it_prints_works(tmp_path):
     make.insightface(tmp_path / "i", make.centres(9), 2)
     text = run(tmp_path / "i", tmp_path / "c").stdout
+    assert "6 dimensions and 9 classes with a margin without state" in text
     call = next(line for line in text.splitlines() if "fm.checkpoint.load" in line)
     head = fm.MarginHead(6, 9, fm.ArcFace())
     row_sgd = fm.optim.RowSGD(head.parameters(), lr=0.1, momentum=0.9)
@@ -72,6 +73,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path):
         "batch_std": [4.5],
     }
     assert figures["to"]["path"] == str(tmp_path / "o")
+    assert figures["to"]["margin"] == "adaface"
     assert sorted(tmp_path.rglob("*")) == before
     # and refuses what the conversion would refuse
     (tmp_path / "o").touch()

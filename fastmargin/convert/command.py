@@ -98,6 +98,8 @@ def run(settings: Settings, progress) -> Figures:
             overwrite=settings.overwrite,
         )
         figures["to"]["files"] = _sizes(settings.dest)
+    if figures["to"] is not None and form.name == "fastmargin":
+        figures["to"]["margin"] = settings.margin or ("adaface" if found.statistics else None)
     figures["seconds"] = time.monotonic() - began
     return figures
 
@@ -180,6 +182,12 @@ def print_report(console: Console, figures: Figures) -> None:
         f"{len(target['files'])} files, {size:,.1f} MiB, {figures['seconds']:.1f} s"
     )
     if target["format"] == "fastmargin":
+        margin = target["margin"] or "a margin without state, such as arcface"
+        console.print(
+            f"For a fm.MarginHead of {figures['dim']} dimensions and {figures['classes']} classes "
+            f"with {margin}",
+            highlight=False,
+        )
         objects = '{"head": head}'
         if figures["momentum"] and "momentum: as asked" not in figures["left_out"]:
             objects = '{"head": head, "optimizer": row_sgd}'
