@@ -134,6 +134,17 @@ def test_shards_are_those_the_foreign_code_loads(tmp_path, ranks):
         assert len(list((tmp_path / name).iterdir())) == ranks * (2 if name == "kappaface" else 1)
 
 
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_pad_rows_of_the_source_go_nowhere(tmp_path, ranks):
+    make.cvlface(tmp_path / "source", make.centres(26), 8)
+    found = convert.read(tmp_path / "source", num_classes=26)
+    assert len(found.weight.shards[-1].read(0, 4).unique()) > 1
+    convert.write(found, tmp_path / "out", "cvlface", world_size=ranks)
+    shards_there = convert.read(tmp_path / "out", num_classes=26).weight.shards
+    rows = torch.cat([shard.read(0, shard.num_rows) for shard in shards_there])
+    assert not rows[26:].any() and len(rows) == {3: 27, 8: 32}[ranks]
+
+
 def test_single_files_are_those_the_foreign_code_loads(tmp_path):
     weight = make.centres(10)
     make.cvlface(tmp_path / "cvlface", weight, 1)
