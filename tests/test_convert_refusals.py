@@ -217,6 +217,13 @@ def test_code_in_a_file_is_not_run(tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_not_allowed_is_named_beside_what_is(tmp_path):
+    with make._torchvision() as transforms:
+        torch.save({"a": transforms.ToTensor(), "b": Runs(tmp_path / "ran")}, tmp_path / "n.pth")
+    with pytest.raises(ConvertError, match=r"\(posix\.mkdir\)"):
+        convert.read(tmp_path / "n.pth", "npt")
+
+
 def checkpoint(folder):
     head = fm.MarginHead(6, 9, fm.AdaFace())
     fm.checkpoint.save(folder, {"head": head})

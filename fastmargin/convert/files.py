@@ -30,8 +30,6 @@ class StandIn:
 # the image transforms that NPT's training script puts into its checkpoints
 TRANSFORMS = ("Compose", "CenterCrop", "Normalize", "RandomHorizontalFlip", "Resize", "ToTensor")
 STAND_INS = [(StandIn, f"torchvision.transforms.transforms.{name}") for name in TRANSFORMS]
-
-
 AGAIN = "copy it again from where it came"
 
 
@@ -68,7 +66,8 @@ def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
 
 def _needs(path: Path) -> str:
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(STAND_INS):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # it only serves to say more
         names = []
     return ", ".join(names[:5]) or "its pickle uses what weights_only does not allow"
