@@ -134,6 +134,114 @@ def demo(
         print_report(Console(), figures, str(out))
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder or file; of several shards any one.")],
+    dest: Annotated[
+        Path | None, typer.Argument(help="Folder or file to make; not needed with --dry-run.")
+    ] = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="Format of SOURCE; default: told from its files.")
+    ] = None,
+    dest_format: Annotated[str, typer.Option("--to", help="Format of DEST.")] = "fastmargin",
+    world_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that will share out the classes: number of shards in DEST. A "
+            "fastmargin checkpoint loads into any number.",
+        ),
+    ] = 1,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of classes. Needed for several shards of CVLface, which have pad rows; "
+            "else compared, which shows that the last shards are missing.",
+        ),
+    ] = None,
+    sub_centers: Annotated[
+        int, typer.Option(min=1, help="Centres of each class in SOURCE (pml, wespeaker).")
+    ] = 1,
+    head: Annotated[
+        str | None,
+        typer.Option(help="Name of the head in a fastmargin checkpoint that has several."),
+    ] = None,
+    margin: Annotated[
+        str | None,
+        typer.Option(
+            help="Margin of the head that will load a fastmargin checkpoint, e.g. kappaface: its "
+            "state is written too. Default: adaface if SOURCE has its statistics, else one "
+            "without state, such as arcface."
+        ),
+    ] = None,
+    sampler_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="The head that will load a fastmargin checkpoint samples classes, from this seed."
+        ),
+    ] = None,
+    momentum: Annotated[
+        bool, typer.Option(help="Take SGD's momentum along where both formats have it.")
+    ] = True,
+    backbone: Annotated[
+        Path | None, typer.Option(help="Write the state_dict of SOURCE's backbone to this file.")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace DEST, unless it is a folder with other files."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what SOURCE has and write nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Bring class centres from and to the files of other code bases, for any number of GPUs.
+
+    Formats: fastmargin (a checkpoint folder), safetensors, insightface (checkpoint_gpu_N.pt),
+    kappaface (rank_N_softmax_weight.pt, also of insightface's old PartialFC), cvlface
+    (classifier_rankN.pt), adaface (Lightning .ckpt), npt, pml (pytorch-metric-learning) and
+    wespeaker. Files are read without running code from them. Ends with status 1, and changes
+    nothing, if a shard is missing or wrong.
+    """
+    from rich.console import Console
+
+    from fastmargin.convert.centres import ConvertError
+    from fastmargin.convert.command import Settings, print_report, run
+    from fastmargin.demo.progress import RichProgress
+
+    errors = Console(stderr=True)
+    settings = Settings(
+        source=source,
+        dest=dest,
+        source_format=source_format,
+        dest_format=dest_format,
+        world_size=world_size,
+        num_classes=num_classes,
+        sub_centers=sub_centers,
+        head=head,
+        margin=margin,
+        sampler_seed=sampler_seed,
+        momentum=momentum,
+        backbone=backbone,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    try:
+        with RichProgress(errors) as progress:
+            figures = run(settings, progress)
+    except (ConvertError, OSError) as error:
+        errors.print("[red]error:[/red]", end=" ")
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        print_report(Console(), figures)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1000,10000" -> (1000, 10000)."""
     try:

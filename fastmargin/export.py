@@ -24,16 +24,26 @@ DTYPES = {
 }
 
 
-class _File:
-    """A safetensors file of one tensor (C, D), whose rows come one after the other."""
+class CentersFile:
+    """A safetensors file of one tensor (C, D), whose rows come one after the other.
 
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    metadata: words that the file keeps beside it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
         self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
         self.error: OSError | None = None
         self.file = open(self.temporary, "wb")
         size = shape[0] * shape[1] * dtype.itemsize
         entry = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [0, size]}
-        header = json.dumps({"__metadata__": {"format": "pt"}, "centers": entry}).encode()
+        words = {"format": "pt", **(metadata or {})}
+        header = json.dumps({"__metadata__": words, "centers": entry}).encode()
         header += b" " * (-len(header) % 8)
         self._put(struct.pack("<Q", len(header)) + header)
 
@@ -76,7 +86,7 @@ def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShar
 
     def begin() -> None:
         nonlocal file
-        file = _File(path, shape, weight.dtype) if rank == 0 else None
+        file = CentersFile(path, shape, weight.dtype) if rank == 0 else None
 
     try:
         agreement.all_or_none(what, begin, group)

@@ -43,13 +43,8 @@ ALLOWED = {
         "optim",
     },
 }
-TOP = {
-    "cli",
-    "compat",
-    "demo",
-    "doctor",
-    "build_info",
-}  # may import anything; nothing below imports them
+# may import anything; nothing below imports them
+TOP = {"cli", "compat", "convert", "demo", "doctor", "build_info"}
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed", "checkpoint"),

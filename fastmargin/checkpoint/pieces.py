@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,13 @@ class Piece:
         """Of a tensor of ``num_rows`` rows, those from ``start`` on."""
         offset = (start, *(0,) * (rows.dim() - 1))
         return Piece(rows.detach(), offset, (num_rows, *rows.shape[1:]), True)
+
+    def part(self, offset: Iterable[int], sizes: Iterable[int]) -> Tensor:
+        """What lies at an offset in the whole, a view."""
+        part = self.tensor
+        for dim, (start, here, length) in enumerate(zip(offset, self.offset, sizes, strict=True)):
+            part = part.narrow(dim, start - here, length)
+        return part
 
     def with_tensor(self, tensor: Tensor) -> Piece:
         return Piece(tensor, self.offset, self.size, self.split)

@@ -113,8 +113,7 @@ class _Source(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         piece, chunk = self.pieces[write_item.index.fqn], write_item.tensor_data.chunk
-        offset = [a - b for a, b in zip(chunk.offsets, piece.offset, strict=True)]
-        return _narrowed(piece.tensor, offset, chunk.sizes)
+        return piece.part(chunk.offsets, chunk.sizes)
 
 
 def writer(folder: Path, staged: bool, first: bool) -> FileSystemWriter:

@@ -1,4 +1,4 @@
-"""The demo's progress bar."""
+"""Progress bars of long commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.progress import Progress as Bars
 
 
 class RichProgress:
-    """One bar per part of the demo, on the given console (standard error, beside ``--json``)."""
+    """One bar per part of a command, on the given console (standard error, beside ``--json``)."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -23,8 +23,8 @@ class RichProgress:
     def begin(self, what: str, steps: int) -> None:
         self._task = self._bars.add_task(what, total=steps)
 
-    def advance(self) -> None:
-        self._bars.advance(self._task)
+    def advance(self, steps: int = 1) -> None:
+        self._bars.advance(self._task, steps)
 
     def __enter__(self) -> RichProgress:
         self._bars.start()

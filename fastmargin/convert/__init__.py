@@ -1,0 +1,181 @@
+"""Class centres from and to the files of other code bases.
+
+::
+
+    centres = fastmargin.convert.read("insightface/run1")  # looks at the files, reads no rows
+    fastmargin.convert.write(centres, "checkpoint", "fastmargin")
+
+Rows are streamed: in memory are a few blocks of them, and in formats of ``torch.save`` one file
+that is being written. No file is trusted: see :mod:`fastmargin.convert.files`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastmargin.convert import files
+from fastmargin.convert.centres import (
+    Backbone,
+    Centres,
+    ConvertError,
+    Format,
+    Reading,
+    Rows,
+    Shard,
+    Writing,
+    left_out,
+)
+from fastmargin.convert.formats import FORMATS, detect, format_of, place
+from fastmargin.convert.formats.fastmargin import MARGINS
+
+__all__ = [
+    "FORMATS",
+    "Backbone",
+    "Centres",
+    "ConvertError",
+    "Format",
+    "Rows",
+    "Shard",
+    "left_out",
+    "read",
+    "write",
+]
+
+
+def read(
+    path: str | os.PathLike,
+    format: str | None = None,
+    *,
+    num_classes: int | None = None,
+    sub_centers: int = 1,
+    head: str | None = None,
+) -> Centres:
+    """Looks at the files of a classifier and checks them; rows are read when they are wanted.
+
+    Args:
+        path: folder, or one file; of several in a folder, any.
+        format: a name in :data:`FORMATS`; None: told from the files.
+        num_classes: C. Needed where CVLface's files may have pad rows, and compared otherwise:
+            nothing else shows that the last shards are missing.
+        sub_centers: rows of each class, one after the other; pml and wespeaker only.
+        head: in a checkpoint of fastmargin, the head (or another matrix of rows) to take.
+
+    Raises:
+        ConvertError: the files are not what their format says, or some are missing.
+        OSError: a file cannot be read.
+    """
+    path = Path(path)
+    form = detect(path) if format is None else format_of(format)
+    _check_count("num_classes", num_classes)
+    _check_count("sub_centers", sub_centers)
+    if sub_centers > 1 and not form.sub_centers:
+        raise ConvertError(f"sub_centers is {sub_centers}, and {form.name} has one row per class")
+    path = place(path, form)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
+    if path.is_dir() != (form.owns is not None):
+        kind = "a file" if form.owns is None else "a folder"
+        raise ConvertError(f"{path}: {form.name} is {kind}: {form.files}")
+    return form.read(path, Reading(num_classes, sub_centers, head))
+
+
+def write(
+    centres: Centres,
+    path: str | os.PathLike,
+    format: str,
+    *,
+    world_size: int = 1,
+    margin: str | None = None,
+    sampler_seed: int | None = None,
+    backbone: str | os.PathLike | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes a classifier; after an error everything is as it was.
+
+    Args:
+        path: folder or file, as the format has it.
+        format: a name in :data:`FORMATS`.
+        world_size: number of processes that will share out the classes. A checkpoint of
+            fastmargin loads into any number, whatever it was written for.
+        margin: of the head that will load a checkpoint of fastmargin, such as "kappaface"; its
+            state is taken from the source where that has it, and is else as at the start.
+        sampler_seed: ``seed`` of that head if it samples classes; None: it does not.
+        backbone: file for the state_dict of the source's backbone.
+        overwrite: replace what is there. A folder with other files in it is never replaced.
+
+    Returns:
+        What of the source is not in what was written, in words.
+
+    Raises:
+        ConvertError: the format has no place for these centres, or ``path`` is taken.
+        OSError: a file cannot be written.
+    """
+    path, form = Path(path), format_of(format)
+    writing = Writing(world_size, margin, sampler_seed)
+    check_target(centres, path, form, writing, backbone, overwrite)
+    targets = [path] if backbone is None else [path, Path(backbone)]
+    with files.replacing(*targets) as fresh:
+        form.write(centres, fresh[0], writing)
+        if backbone is not None:
+            files.save(fresh[1], dict(centres.backbone.load()))
+    return left_out(centres, form, writing, backbone is not None)
+
+
+def check_target(
+    centres: Centres,
+    path: Path,
+    form: Format,
+    writing: Writing,
+    backbone: str | os.PathLike | None,
+    overwrite: bool,
+) -> None:
+    """Raises ConvertError if :func:`write` could not do it; changes nothing."""
+    _check_count("world_size", writing.world_size)
+    if writing.world_size > 1 and not form.sharded:
+        raise ConvertError(
+            f"world_size is {writing.world_size}, and {form.name} is one file: leave it out; "
+            "whoever loads it takes the rows they want"
+        )
+    if form.name != "fastmargin" and (writing.margin, writing.sampler_seed) != (None, None):
+        raise ConvertError(
+            f"margin and sampler_seed are for a checkpoint of fastmargin, and {form.name} keeps no "
+            "such state: leave them out"
+        )
+    if writing.margin not in (None, *MARGINS):
+        raise ConvertError(
+            f"margin {writing.margin!r} is none of {', '.join(MARGINS)}: see to --margin"
+        )
+    if centres.sub_centers > 1 and not form.sub_centers:
+        able = ", ".join(name for name, other in FORMATS.items() if other.sub_centers)
+        raise ConvertError(
+            f"{centres.sub_centers} centres for each class, and the margins of {form.name} need "
+            f"one: only {able} take them"
+        )
+    for source in {shard.path for shard in centres.weight.shards}:
+        if path.resolve() in (source.resolve(), source.resolve().parent):
+            raise ConvertError(f"{path} is the source: write elsewhere")
+    if backbone is not None:
+        if centres.backbone is None:
+            raise ConvertError(f"backbone: {centres.format} has none here: leave --backbone out")
+        if Path(backbone).resolve() == path.resolve():
+            raise ConvertError(f"backbone and destination are both {path}")
+    for target in [path] + ([] if backbone is None else [Path(backbone)]):
+        if os.path.lexists(target) and not overwrite:
+            raise ConvertError(f"{target} is there already: see to --overwrite (overwrite)")
+    if path.is_dir():
+        foreign = sorted(
+            entry.name for entry in path.iterdir() if form.owns is None or not form.owns(entry.name)
+        )
+        if foreign:
+            raise ConvertError(
+                f"{path} has {foreign[0]} in it, which is none of {form.name}: write elsewhere; "
+                "a folder with other files is not replaced"
+            )
+    if backbone is not None and Path(backbone).is_dir():
+        raise ConvertError(f"{backbone} is a folder: name a file for the backbone")
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConvertError(f"{name} must be at least 1, got {value}")
