@@ -142,6 +142,41 @@ def test_training_step_does_not_synchronise(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_streamed_logits_do_not_synchronise_and_are_captured():
+    """The AdaFace repository's training step, its import changed."""
+    from fastmargin.compat import adaface
+
+    head = adaface.AdaFace(64, 500).cuda()
+    x = torch.nn.functional.normalize(torch.randn(32, 64, device="cuda")).requires_grad_()
+    norms = torch.rand(32, 1, device="cuda") * 20
+    labels = torch.randint(0, 500, (32,), device="cuda")
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    def step():
+        x.grad = head.kernel.grad = None
+        logits = head(x, norms, labels)
+        loss = criterion(logits, labels)
+        loss.backward()
+        return loss.detach(), logits.argmax(1), x.grad
+
+    state = {name: value.clone() for name, value in head.state_dict().items()}
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    head.load_state_dict(state)
+    graph.replay()
+    found = [tensor.clone() for tensor in captured]
+    head.load_state_dict(state)
+    for a, b in zip(found, step(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.fixture
 def nccl(tmp_path):
     dist.init_process_group(
