@@ -446,6 +446,7 @@ def first_loop(group, rate, faithful, folder, resume=False, steps=3):
             embedding_size=8,
             prefix=folder,
             faithful=faithful,
+            device="cpu",
         )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -524,7 +525,7 @@ def test_resuming_takes_the_files(tmp_path):
 
 
 def test_the_first_one_draws_all_positives(tmp_path):
-    module = PartialFC(0, 0, 1, 5, False, CosFace(), 40, 0.25, 8)
+    module = PartialFC(0, 0, 1, 5, False, CosFace(), 40, 0.25, 8, device="cpu")
     assert list(module.state_dict()) == ["sub_weight"]
     optimiser = torch.optim.SGD(module.parameters(), 0.1, 0.9)
     before = module.weight.clone()
@@ -540,7 +541,7 @@ def test_the_first_one_draws_all_positives(tmp_path):
 
 
 def test_the_first_one_refuses():
-    module = PartialFC(0, 0, 1, 4, False, CosFace(), 10, 0.5, 8)
+    module = PartialFC(0, 0, 1, 4, False, CosFace(), 10, 0.5, 8, device="cpu")
     optimiser = torch.optim.SGD(module.parameters(), 0.1)
     x, label = F.normalize(torch.randn(4, 8)), torch.tensor([1, 2, 3, 4])
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1)

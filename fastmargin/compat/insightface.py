@@ -113,12 +113,12 @@ class PartialFC(PartialFCV1):
     caller's ``F.normalize`` removes.
 
     Args:
-        rank, local_rank, world_size, batch_size, resume: as there. It is on
-            ``cuda:{local_rank}``, or on the CPU where there is no CUDA.
+        rank, local_rank, world_size, batch_size, resume: as there.
         margin_softmax: as ``margin_loss`` of :class:`PartialFC_V2`. The repository's ArcFace of
             that time (attribute ``m``) has an exact gradient and no guard.
         num_classes, sample_rate, embedding_size, prefix: as there.
         backend, precision, faithful, seed: as :class:`PartialFC_V2`.
+        device: default: ``cuda:{local_rank}``, or the CPU where there is no CUDA.
     """
 
     def forward_backward(self, label: Tensor, features: Tensor, optimizer):

@@ -110,7 +110,7 @@ class PartialFC(PartialFCV1):
         rank, local_rank, world_size, batch_size, resume, num_classes, sample_rate, embedding_size,
             prefix: as there.
         margin_softmax: ``KappaFace`` or ``CosFace``, from here or the original's.
-        backend, precision, faithful, seed: as insightface's.
+        backend, precision, faithful, seed, device: as insightface's.
     """
 
     def _margin_of(self, margin_softmax) -> Margin:

@@ -57,6 +57,7 @@ class PartialFCV1(nn.Module):
         precision: str = "auto",
         faithful: bool = False,
         seed: int = 0,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_sizes(embedding_size, num_classes, sample_rate)
@@ -76,8 +77,9 @@ class PartialFCV1(nn.Module):
         self.margin_softmax, self.sample_rate = margin_softmax, sample_rate
         self.embedding_size, self.prefix = embedding_size, prefix
         self.backend, self.precision, self.faithful = backend, precision, faithful
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if device is None:
+            device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
         start, stop = shard_rows(num_classes, rank, world_size)
         self.class_start, self.num_local = start, stop - start
         self.num_sample = int(sample_rate * self.num_local)
