@@ -32,6 +32,7 @@ from fastmargin.compat.insightface import (
     PartialFC,
     PartialFC_V2,
 )
+from fastmargin.compat.plain_pfc import PlainSampler
 
 DTYPES = [torch.float64, torch.float32]
 SHARDED = names("insightface_pfc_arc", "insightface_pfc_cos")
@@ -553,3 +554,34 @@ def test_the_first_one_refuses():
         with pytest.raises(ValueError, match=message):
             module.forward_backward(*args)
     assert module.index is None and module.sub_weight.shape == (0, 0)
+
+
+def test_backward_twice():
+    """Fused it may run twice; the original's refuses, since it overwrites the softmax."""
+    x, labels = torch.randn(4, 8, requires_grad=True), torch.arange(4)
+    loss = PartialFC_V2(ArcFace(), 8, 10)(x, labels)
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * first)
+    loss = PartialFC_V2(ArcFace(), 8, 10, faithful=True)(x, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_plain_sampling():
+    """All positives, at random others up to the number, or only positives if they are more."""
+    sampler = PlainSampler(20, 6, 100)
+    labels = torch.tensor([105, 101, 3, 105, -1, 119, 120])
+    draws = [sampler.draw(labels) for _ in range(200)]
+    for sample in draws:
+        assert torch.equal(sample.index, sample.index.unique()) and len(sample.index) == 6
+        assert {1, 5, 19} <= set(sample.index.tolist()) and sample.num_positives == 3
+        here = torch.tensor([True, True, False, True, False, True, False])
+        assert torch.equal(sample.column >= 0, here)
+        assert torch.equal(sample.index[sample.column[here]] + 100, labels[here])
+    seen = torch.cat([sample.index for sample in draws]).bincount(minlength=20)
+    assert (seen > 0).all() and seen[[0, 2, 3, 4]].max() < 100
+    sample = PlainSampler(20, 2, 100).draw(labels)
+    assert sample.index.tolist() == [1, 5, 19]

@@ -88,7 +88,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, group) -> Tensor:
         top = collectives.max_all(logits.amax(1, keepdim=True), group)
-        share = (logits - top).exp_()
+        # in place, as there: one (B, K) tensor from here to the end of the backward
+        share = logits.detach().sub_(top).exp_()
         share /= collectives.sum_all(share.sum(1, keepdim=True), group)
         (row,) = torch.where(labels >= 0)
         own = share.new_zeros(len(share))
@@ -100,20 +101,20 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         share, row, column = ctx.saved_tensors
-        d_logits = share.clone()
-        d_logits[row, column] -= 1
-        return d_logits * (grad / len(share)), None, None
+        share[row, column] -= 1
+        return share.mul_(grad / len(share)), None, None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group) -> Tensor:
     """Mean over B rows of ``-log(max(p, 1e-30))``, p the softmax over the classes of all processes.
 
     Args:
-        logits: (B, K) of the rows of all processes with the classes that are here.
+        logits: (B, K) of the rows of all processes with the classes that are here; overwritten.
         labels: (B,) places among these; -1 where the class is elsewhere.
         group: the processes that share out the classes.
 
     Returns:
-        Scalar, alike on all. Its gradient is ``(p - one_hot) / B`` for every row.
+        Scalar, alike on all. Its gradient is ``(p - one_hot) / B`` for every row; backward runs
+        once, since it overwrites the softmax.
     """
     return _CrossEntropy.apply(logits, labels, group)
