@@ -585,3 +585,32 @@ def test_plain_sampling():
     assert (seen > 0).all() and seen[[0, 2, 3, 4]].max() < 100
     sample = PlainSampler(20, 2, 100).draw(labels)
     assert sample.index.tolist() == [1, 5, 19]
+
+
+def sampled_step(group):
+    head = PartialFC_V2(CosFace(), 4, 23, 0.4)
+    labels = torch.tensor([0, 22, 12, 11, 3])
+    head(torch.randn(5, 4), labels).backward()
+    drawn = head.weight.grad.abs().sum(1) > 0
+    here = labels - head.class_start
+    here = here[(here >= 0) & (here < head.num_local)]
+    assert drawn.sum() == head.num_sample == int(0.4 * head.num_local) and drawn[here].all()
+    return drawn
+
+
+@pytest.mark.dist
+def test_each_process_draws_its_own():
+    first, second = run_world(2, sampled_step)
+    assert (len(first), len(second)) == (12, 11)
+    assert not torch.equal(first[:11], second)
+
+
+def test_cosines_in_fp16():
+    """The flag means something to the original's operations only."""
+    x, labels = torch.randn(16, 8), torch.arange(16)
+    torch.manual_seed(0)
+    plain = PartialFC_V2(CosFace(), 8, 20, faithful=True)
+    torch.manual_seed(0)
+    half = PartialFC_V2(CosFace(), 8, 20, 1.0, True, faithful=True)
+    losses = [plain(x, labels).item(), half(x, labels).item()]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=1e-2)
