@@ -2,7 +2,7 @@
 
 fastmargin._C     CPU operators, stable LibTorch ABI: one build serves every torch from 2.11 on
 fastmargin._cuda  CUDA operators; apart, so that _C loads with a CPU build of torch
-fastmargin._host  build info (pybind11, no torch)
+fastmargin._host  build info, reader of records (pybind11, no torch)
 torch is not imported, only its headers and libraries are used, and no GPU is asked about.
 FASTMARGIN_EXTENSION=0 compiles nothing; FASTMARGIN_CUDA=0/1 leaves CUDA out / insists on it
 (default: where nvcc is found); TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"), CXX, CUDA_HOME, MAX_JOBS.
@@ -112,7 +112,7 @@ rule link
 
 
 cpu = Extension("fastmargin._C", sources("library.cpp", "cpu/*.cpp"), py_limited_api=True)
-host = Extension("fastmargin._host", sources("host.cpp"))
+host = Extension("fastmargin._host", sources("host.cpp", "records.cpp"))
 gpu = sources("library.cpp", "cuda/*.cpp", "cuda/*.cu")
 cuda = [Extension("fastmargin._cuda", gpu, py_limited_api=True)] * bool(find_nvcc())
 wanted = environ.get("FASTMARGIN_EXTENSION") != "0"

@@ -3,7 +3,7 @@
 Importing builds nothing, prints nothing and leaves CUDA alone.
 """
 
-from fastmargin import backends, checkpoint, optim
+from fastmargin import backends, checkpoint, data, optim
 from fastmargin.functional import margin_loss
 from fastmargin.gradient_norm import total_norm
 from fastmargin.head import MarginHead
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "backends",
     "checkpoint",
+    "data",
     "margin_loss",
     "optim",
     "total_norm",

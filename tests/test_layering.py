@@ -37,8 +37,10 @@ ALLOWED = {
     "checkpoint": {"checkpoint", "deferred", "distributed", "head"},
     "gradient_norm": {"distributed", "head", "norms", "optim"},
     "testing": {"margins"},
+    "data": {"data"},  # and the compiled _host
     "__init__": {
-        *("backends", "checkpoint", "functional", "gradient_norm", "head", "margins", "optim"),
+        *("backends", "checkpoint", "data", "functional", "gradient_norm", "head", "margins"),
+        "optim",
     },
 }
 TOP = {

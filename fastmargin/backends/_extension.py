@@ -26,7 +26,7 @@ def _load(name: str) -> tuple[object | None, str | None]:
 def reason(name: str = "_C") -> str | None:
     """None if the module loads (its operators are then registered), else why not and the remedy.
 
-    ``_C`` holds the CPU operators, ``_cuda`` the CUDA operators, ``_host`` the build info.
+    ``_C`` holds the CPU operators, ``_cuda`` the CUDA operators, ``_host`` build info, records.
     """
     return _load(name)[1]
 

@@ -1,0 +1,182 @@
+"""Reading a RecordIO file: the compiled reader and the one in Python, and orders on a cold disk.
+
+Records of random sizes around a JPEG of 112 x 112 pixels. Both readers take the same records in
+turns in one process, from memory: all in the order of the file, batches at random, labels only, and
+a scan without an index. Then batches at random against ``BlockShuffleSampler``, each with nothing
+of the file in memory. Writes ``results/record_reading.json`` beside this file.
+
+    python benchmarks/record_reading.py
+    python benchmarks/record_reading.py --records 2000 --repeats 3 --output -
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from cpu_head import git
+from sampling import machine
+
+from fastmargin import _host
+from fastmargin.data import (
+    BlockShuffleSampler,
+    ImageRecord,
+    RecordFile,
+    RecordWriter,
+    pack,
+    plain_records,
+    record_file,
+)
+
+HERE = Path(__file__).resolve().parent
+READERS = {"compiled": _host.records, "python": plain_records}
+
+
+def make_file(path: Path, count: int, mean_bytes: int) -> None:
+    """Sizes uniform between half and one and a half of the mean."""
+    generator = random.Random(0)
+    with RecordWriter(path) as writer:
+        for i in range(count):
+            size = generator.randint(mean_bytes // 2, mean_bytes * 3 // 2)
+            writer.write(pack(ImageRecord(float(i % 1000), generator.randbytes(size), i)))
+
+
+def shuffled(count: int) -> list[int]:
+    return torch.randperm(count).tolist()
+
+
+def in_batches(records: RecordFile, keys: list[int], batch: int) -> None:
+    for start in range(0, len(keys), batch):
+        records.read(keys[start : start + batch])
+
+
+def warm(path: Path, batch: int, repeats: int) -> dict[str, dict]:
+    """Records per second, from memory."""
+    records = RecordFile(path)
+    count, whole = len(records), (records._file.fileno(), path.stat().st_size)
+    tasks = {
+        "in_file_order": lambda keys: sum(1 for _ in records.items()),
+        "random_batches": lambda keys: in_batches(records, keys, batch),
+        "first_labels": lambda keys: records.first_labels(),
+        "scan": lambda keys: record_file.reader().scan(*whole),
+    }
+    found = {}
+    for task, work in tasks.items():
+        seconds = {name: [] for name in READERS}
+        for _ in range(repeats):
+            keys = shuffled(count)
+            for name, reader in READERS.items():
+                record_file.reader = lambda reader=reader: reader
+                start = time.perf_counter()
+                work(keys)
+                seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        found[task] = {
+            "records_per_second": {name: count / value for name, value in median.items()},
+            "time_ratio_median": median["compiled"] / median["python"],
+        }
+    return found
+
+
+def forget(path: Path) -> None:
+    """Takes a file out of the system's cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Neighbours:
+    """What BlockShuffleSampler asks of a data set."""
+
+    def __init__(self, records: RecordFile) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        self.records.prefetch(range(start, stop))
+
+
+def cold(path: Path, batch: int, repeats: int, block: int, window: int) -> dict:
+    """Records per second from the disk, with the compiled reader."""
+    record_file.reader = lambda: READERS["compiled"]
+    records = RecordFile(path)
+    sampler = BlockShuffleSampler(Neighbours(records), block, window)
+    seconds = {"random_batches": [], "block_shuffle": []}
+    for epoch in range(repeats):
+        forget(path)
+        start = time.perf_counter()
+        in_batches(records, shuffled(len(records)), batch)
+        seconds["random_batches"].append(time.perf_counter() - start)
+        sampler.set_epoch(epoch)
+        forget(path)
+        start = time.perf_counter()
+        for keys in torch.utils.data.BatchSampler(sampler, batch, drop_last=False):
+            records.read(keys)
+        seconds["block_shuffle"].append(time.perf_counter() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "block": block,
+        "window": window,
+        "records_per_second": {name: len(records) / value for name, value in median.items()},
+        "time_ratio_median": median["block_shuffle"] / median["random_batches"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--bytes", type=int, default=8000, help="mean size of an image")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--block", type=int, default=64)
+    parser.add_argument("--window", type=int, default=16_384)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", help="where the file is made; default: the temporary folder")
+    parser.add_argument("--output", help="a file, or - to print")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        path = Path(folder) / "train.rec"
+        make_file(path, arguments.records, arguments.bytes)
+        from_memory = warm(path, arguments.batch, arguments.repeats)
+        from_disk = cold(
+            path, arguments.batch, arguments.repeats, arguments.block, arguments.window
+        )
+    for task, found in {**from_memory, "cold": from_disk}.items():
+        rates = ", ".join(f"{k} {v:,.0f}/s" for k, v in found["records_per_second"].items())
+        print(f"{task}: {rates}", file=sys.stderr)
+    result = {
+        "records": arguments.records,
+        "mean_bytes": arguments.bytes,
+        "batch": arguments.batch,
+        "repeats": arguments.repeats,
+        "from_memory": from_memory,
+        "from_disk": from_disk,
+        "load_average_before": load,
+        "machine": machine(),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", "../csrc", "../fastmargin")),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(["python benchmarks/record_reading.py", *sys.argv[1:]]),
+    }
+    text = json.dumps(result, indent=2) + "\n"
+    if arguments.output == "-":
+        print(text, end="")
+    else:
+        Path(arguments.output or HERE / "results" / "record_reading.json").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Face data as it is handed around: RecordIO files without mxnet, and folders of images.
+
+Independent of the heads; nothing here is imported by them. Decoding images needs Pillow.
+"""
+
+from fastmargin.data.block_shuffle import BlockShuffleSampler
+from fastmargin.data.folder_faces import FolderFaces
+from fastmargin.data.images import to_tensor
+from fastmargin.data.record_faces import RecordFaces
+from fastmargin.data.record_file import RecordError, RecordFile, write_index
+from fastmargin.data.record_format import ImageRecord, pack, unpack
+from fastmargin.data.record_writer import RecordWriter
+
+__all__ = [
+    "BlockShuffleSampler",
+    "FolderFaces",
+    "ImageRecord",
+    "RecordError",
+    "RecordFaces",
+    "RecordFile",
+    "RecordWriter",
+    "pack",
+    "to_tensor",
+    "unpack",
+    "write_index",
+]
