@@ -38,6 +38,8 @@ class PartialFC_V2(PartialFCV2):
     - other classes are drawn than there, from ``seed``, the step and the process; a run that is
       resumed draws from the start again, so give it another seed;
     - ``eval()`` without gradient is the softmax over all classes;
+    - on a GPU cosines are products of fp16 numbers, added up in float32, unless ``precision`` is
+      "fp32"; there ``fp16`` decides it;
     - processes may have different numbers of rows, at most that of the largest first batch;
     - no process group is needed with one process, and nothing is on CUDA unless you put it there;
     - ``local_labels`` keep their shape; backward may run twice.
