@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.distributed import collectives
-from fastmargin.distributed.shard import ClassShard, bounds
+from fastmargin.distributed.shard import ClassShard
 
 INIT_STD = 0.01
 DRAWN_TOGETHER = 1024
@@ -95,10 +95,10 @@ class Change:
             return
         shard, sent, places = self.before, [], []
         for rank in range(shard.ranks):
-            start, stop = bounds(len(self.index), shard.ranks, rank)
+            start, stop = self.after.bounds(rank)
             asked = self.index[start:stop]
             sent.append(asked[(asked >= shard.start) & (asked < shard.stop)] - shard.start)
-            start, stop = bounds(self.num_classes, shard.ranks, rank)
+            start, stop = shard.bounds(rank)
             places.append(((wanted >= start) & (wanted < stop)).nonzero().squeeze(1))
         counts = [place.numel() for place in places]
         received = collectives.exchange_rows(old, sent, counts, shard.group)

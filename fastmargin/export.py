@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.distributed import agreement, collectives
-from fastmargin.distributed.shard import ClassShard, bounds
+from fastmargin.distributed.shard import ClassShard
 from fastmargin.norms import inverse_norm
 
 PIECE = 1 << 14
@@ -91,7 +91,7 @@ def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShar
     try:
         agreement.all_or_none(what, begin, group)
         for sender in range(ranks):
-            start, stop = bounds(shape[0], ranks, sender)
+            start, stop = (0, shape[0]) if shard is None else shard.bounds(sender)
             for low in range(0, stop - start, PIECE):
                 count = min(PIECE, stop - start - low)
                 piece = weight.new_empty((count, weight.shape[1]))

@@ -109,6 +109,11 @@ def plain_loss(
         rows = margin(cos_y, nearest) * valid
     else:
         psi = margin(cos_y, norm, labels)
+        rule = margin.hard(cos_y.detach(), labels)
+        if rule is not None:
+            a, b, d = rule.coefficients
+            hard = cos > rule.threshold[:, None]
+            cos = torch.where(hard, (a * cos + b) * cos + d, cos)
         if stable:
             negatives = (margin.s * cos).scatter(1, own, -torch.inf)
             rows = -F.logsigmoid(margin.s * psi - negatives.logsumexp(1)) * valid

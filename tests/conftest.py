@@ -13,7 +13,16 @@ if not torch.cuda.is_available():
 import pytest
 
 from fastmargin import backends
-from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, ElasticFace, KappaFace, SoftmaxMargin
+from fastmargin.margins import (
+    NPT,
+    AdaFace,
+    ArcFace,
+    CosFace,
+    ElasticFace,
+    Filtered,
+    KappaFace,
+    SoftmaxMargin,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +77,10 @@ MARGINS = {
     ),
     "elasticface": lambda: ElasticFace(std=0.1),
     "kappaface": lambda: KappaFace(m=0.8),
+    "filtered": lambda: Filtered(CosFace(m=0.2, s=20), 0.3),
+    "filtered_cvlface": lambda: Filtered(
+        AdaFace(t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0), 0.2
+    ),
     "no_form": lambda: NoForm(s=20.0),
     "npt": lambda: NPT(),
     "npt_3": lambda: NPT(delta=0.3, top_k=3, r=2.0),

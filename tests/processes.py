@@ -17,12 +17,12 @@ COUNT = 4
 TIMEOUT = datetime.timedelta(seconds=60)
 
 
-def _serve(rank: int, store: str, pipe) -> None:
+def _serve(rank: int, count: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=COUNT, timeout=TIMEOUT
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=TIMEOUT
     )
-    groups = {n: dist.new_group(range(n), timeout=TIMEOUT) for n in range(1, COUNT + 1)}
+    groups = {n: dist.new_group(range(n), timeout=TIMEOUT) for n in range(1, count + 1)}
     while (task := pipe.recv()) is not None:
         n, function, args = task
         try:
@@ -33,16 +33,16 @@ def _serve(rank: int, store: str, pipe) -> None:
 
 
 class Processes:
-    """COUNT processes, started once."""
+    """A number of processes, started once."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
         self.pipes, self.processes = [], []
-        for rank in range(COUNT):
+        for rank in range(count):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, count, store, there), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
@@ -69,10 +69,15 @@ class Processes:
 
 
 @functools.cache
-def running() -> Processes:
-    return Processes()
+def running(count: int = COUNT) -> Processes:
+    return Processes(count)
 
 
 def run(n: int, function, *args) -> list:
     """Runs a function of a test module on ``n`` processes; it gets their group first."""
     return running().run(n, function, *args)
+
+
+def run_world(n: int, function, *args) -> list:
+    """The same on processes that are ``n`` in all: for code that takes the default group."""
+    return running(n).run(n, function, *args)

@@ -18,7 +18,15 @@ import torch
 from conftest import device_for
 
 from fastmargin.functional import loss_rows, reduce
-from fastmargin.margins import NPT, AdaFace, ArcFace, CosFace, KappaFace, SoftmaxMargin
+from fastmargin.margins import (
+    NPT,
+    AdaFace,
+    ArcFace,
+    CosFace,
+    Filtered,
+    KappaFace,
+    SoftmaxMargin,
+)
 from fastmargin.margins.guards import add_angle
 from fastmargin.spec import HardRule, MarginForm
 
@@ -49,23 +57,6 @@ class Curricular(SoftmaxMargin):
 
     def forward(self, cos_y, norm, labels):
         return add_angle(cos_y, torch.full_like(cos_y, self.m), "mm", "exact")
-
-
-class Filtered(SoftmaxMargin):
-    """insightface's inter-class filter over a margin: hard negatives get the logit 0."""
-
-    def __init__(self, margin, hyper, **kwargs):
-        super().__init__(kwargs["s"])
-        self.inner = margin(**kwargs)
-        self.threshold = hyper.get("interclass_filtering_threshold", 0)
-
-    def form(self):
-        return self.inner.form()
-
-    def hard(self, cos_y, labels):
-        if self.threshold == 0:
-            return None
-        return HardRule.of(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)
 
 
 class Mag(SoftmaxMargin):
@@ -108,6 +99,12 @@ class Elastic(SoftmaxMargin):
         return cos_y - self.drawn
 
 
+def filtered(margin, hyper):
+    """The margin under insightface's inter-class filter, where that is on."""
+    threshold = hyper.get("interclass_filtering_threshold", 0)
+    return Filtered(margin, threshold) if threshold else margin
+
+
 def build(family, hyper, file):
     """The margin that a family's recorded numbers belong to, or None if there is none."""
     s = hyper.get("s", hyper.get("scale", 64.0))
@@ -131,9 +128,9 @@ def build(family, hyper, file):
             "guard": "none",
             "grad": "straight_through",
         }
-        return Filtered(ArcFace, hyper, **kwargs)
+        return filtered(ArcFace(**kwargs), hyper)
     if family in ("insightface_pfc_cos", "insightface_combined_cos"):
-        return Filtered(CosFace, hyper, m=hyper["m3"], s=s)
+        return filtered(CosFace(hyper["m3"], s), hyper)
     if family == "cosface_adafacerepo":
         return CosFace(hyper["m"], s, cos_eps=1e-4)
     if family in ("cosface_elasticrepo", "insightface_cosface"):

@@ -448,3 +448,37 @@ def test_elasticface_on_the_angle():
     drawn = torch.acos(margin(cos, cos, labels).clamp(-1, 1)) - torch.acos(cos)
     inside = torch.acos(cos) + 0.8 < math.pi
     assert inside.sum() > 30 and 0.3 < drawn[inside].mean() < 0.7 and drawn[inside].std() > 0.05
+
+
+def test_filtered_by_hand():
+    """A negative above the threshold counts as one at a right angle, and gets no gradient."""
+    x = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    cosines = torch.tensor([0.7, 0.6, 0.3, -0.5], dtype=torch.float64)
+    weight = torch.stack([cosines, (1 - cosines**2).sqrt()], dim=1).requires_grad_()
+    margin = fm.Filtered(CosFace(m=0.2, s=10), 0.5)
+    loss = fm.margin_loss(x, weight, torch.tensor([0]), margin)
+    logits = 10 * torch.tensor([0.5, 0.0, 0.3, -0.5], dtype=torch.float64)
+    torch.testing.assert_close(loss, logits.logsumexp(0) - logits[0])
+    loss.backward()
+    assert (weight.grad[1] == 0).all() and (weight.grad[[0, 2, 3]] != 0).any(1).all()
+
+
+def test_filtered_state_is_the_margins():
+    head = fm.MarginHead(8, 20, fm.Filtered(AdaFace(t_alpha=0.5), 0.3))
+    head(torch.randn(6, 8), torch.arange(6))
+    assert head.margin.margin.batch_mean.item() != 20
+    assert "margin.margin.batch_std" in head.state_dict()
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: fm.Filtered(KappaFace(), 0.4), ValueError, "state per class"),
+        (lambda: fm.Filtered(fm.NPT(), 0.4), TypeError, "softmax margin"),
+        (lambda: fm.Filtered(ArcFace(), 0), ValueError, "threshold"),
+        (lambda: fm.Filtered(fm.Filtered(ArcFace(), 0.4), 0.4), ValueError, "rule of its own"),
+    ],
+)
+def test_filtered_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

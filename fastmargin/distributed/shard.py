@@ -16,12 +16,20 @@ if TYPE_CHECKING:  # takes most of a second to import
     from torch.distributed.tensor import DTensor
 
 
-def bounds(num_classes: int, ranks: int, rank: int) -> tuple[int, int]:
-    """First and one past the last class of a rank, split as ``torch.chunk`` does it.
+SPLITS = ("chunk", "even")
+"""How classes are shared out, see :func:`bounds`."""
 
-    Every shard but the last ones has ``ceil(num_classes / ranks)`` classes; the last ones may be
-    empty. It is the split of a DTensor with ``Shard(0)``.
+
+def bounds(num_classes: int, ranks: int, rank: int, split: str = "chunk") -> tuple[int, int]:
+    """First and one past the last class of a rank.
+
+    "chunk": as ``torch.chunk`` and a DTensor's ``Shard(0)`` have it; every shard but the last ones
+    has ``ceil(num_classes / ranks)`` classes, the last ones may be empty. "even": as insightface
+    has it; the first ``num_classes % ranks`` shards have one class more than the others.
     """
+    if split == "even":
+        size, more = divmod(num_classes, ranks)
+        return rank * size + min(rank, more), (rank + 1) * size + min(rank + 1, more)
     size = -(-num_classes // ranks)
     return min(num_classes, rank * size), min(num_classes, (rank + 1) * size)
 
@@ -32,7 +40,7 @@ class ClassShard:
 
     group: the processes that share out the classes. replicas: those that hold the same classes as
     this one and see other rows; None without any. mesh: both as one DeviceMesh, classes along its
-    last dimension.
+    last dimension. split: one of :data:`SPLITS`.
     """
 
     num_classes: int
@@ -41,10 +49,14 @@ class ClassShard:
     group: dist.ProcessGroup
     replicas: dist.ProcessGroup | None
     mesh: DeviceMesh
+    split: str = "chunk"
 
     @staticmethod
     def of(
-        num_classes: int, group: str | dist.ProcessGroup | DeviceMesh, device_type: str
+        num_classes: int,
+        group: str | dist.ProcessGroup | DeviceMesh,
+        device_type: str,
+        split: str = "chunk",
     ) -> ClassShard:
         """This process's shard.
 
@@ -53,6 +65,7 @@ class ClassShard:
             group: "world", a process group, or a DeviceMesh of one dimension; of two dimensions,
                 the last one shares out the classes and the first one repeats them.
             device_type: of the class centres, "cpu" or "cuda".
+            split: one of :data:`SPLITS`.
 
         Raises:
             TypeError, ValueError: group is something else, or this process is not in it.
@@ -86,8 +99,8 @@ class ClassShard:
             )
         classes = mesh.get_group(mesh.ndim - 1)
         replicas = mesh.get_group(0) if mesh.ndim == 2 and mesh.size(0) > 1 else None
-        start, stop = bounds(num_classes, classes.size(), dist.get_rank(classes))
-        return ClassShard(num_classes, start, stop, classes, replicas, mesh)
+        start, stop = bounds(num_classes, classes.size(), dist.get_rank(classes), split)
+        return ClassShard(num_classes, start, stop, classes, replicas, mesh, split)
 
     @staticmethod
     def of_dtensor(weight: DTensor) -> ClassShard:
@@ -131,11 +144,24 @@ class ClassShard:
 
     def resized(self, num_classes: int) -> ClassShard:
         """The same processes with another number of classes."""
-        return ClassShard.of(num_classes, self.mesh, self.mesh.device_type)
+        return ClassShard.of(num_classes, self.mesh, self.mesh.device_type, self.split)
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """First and one past the last class of another shard."""
+        return bounds(self.num_classes, self.ranks, rank, self.split)
 
     def to_dtensor(self, rows: Tensor) -> DTensor:
-        """The whole (C, ...) of which this process holds ``rows``, as a DTensor view of them."""
+        """The whole (C, ...) of which this process holds ``rows``, as a DTensor view of them.
+
+        Raises:
+            ValueError: a DTensor has no such split, or is for other devices.
+        """
         from torch.distributed.tensor import DTensor
+
+        if self.split != "chunk":
+            raise ValueError(
+                f"classes are split {self.split!r} and a DTensor's are split 'chunk': gather them"
+            )
 
         if rows.device.type != self.mesh.device_type:
             raise ValueError(
@@ -159,10 +185,11 @@ class ClassShard:
 
     def gather_classes(self, rows: Tensor) -> Tensor:
         """(C, ...) of all shards, from this one's rows."""
-        size = -(-self.num_classes // self.ranks)
-        padded = rows.new_zeros((size, *rows.shape[1:]))
+        sizes = [stop - start for start, stop in map(self.bounds, range(self.ranks))]
+        padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
-        return collectives.gather_stacked(padded, self.group).flatten(0, 1)[: self.num_classes]
+        gathered = collectives.gather_stacked(padded, self.group)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     def __deepcopy__(self, memo) -> ClassShard:
         return self  # process groups are not copied

@@ -5,6 +5,7 @@ from fastmargin.margins.arcface import ArcFace
 from fastmargin.margins.base import Margin, NearestMargin, Processes, SoftmaxMargin
 from fastmargin.margins.cosface import CosFace
 from fastmargin.margins.elasticface import ElasticFace
+from fastmargin.margins.filtered import Filtered
 from fastmargin.margins.kappaface import KappaFace
 from fastmargin.margins.momentum_encoder import MomentumEncoder
 from fastmargin.margins.npt import NPT
@@ -15,6 +16,7 @@ __all__ = [
     "ArcFace",
     "CosFace",
     "ElasticFace",
+    "Filtered",
     "KappaFace",
     "Margin",
     "MomentumEncoder",

@@ -25,6 +25,33 @@ def concentration(resultant: Tensor, dim: int) -> Tensor:
     return resultant * (dim - resultant**2) / (1 - resultant**2)
 
 
+def finite_concentration(
+    resultant: Tensor, seen: Tensor, dim: int, noise: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`concentration` (C,), and of which classes (C,) it is a finite number.
+
+    A class of one sample, or of copies of one, has none: ``1 - r^2`` is the rounding noise of its
+    sum, below ``noise``. It takes the largest of the others.
+    """
+    finite = (seen >= 2) & (1 - resultant**2 > noise)
+    kappa = concentration(torch.where(finite, resultant, 0), dim)
+    return torch.where(finite, kappa, kappa.max()), finite
+
+
+def margin_weights(
+    kappa: Tensor, finite: Tensor, counts: Tensor, temperature: float, gamma: float
+) -> Tensor:
+    """w (C,) in [0, 1], see :class:`KappaFace`; only ``finite`` classes standardise kappa."""
+    n = finite.sum()
+    mean = (kappa * finite).sum() / n.clamp_min(1)
+    std = (((kappa - mean) ** 2 * finite).sum() / (n - 1).clamp_min(1)).sqrt()
+    z = torch.where(std > 0, (kappa - mean) / std, 0)
+    by_kappa = 1 - torch.sigmoid(temperature * z)
+    span = IMBALANCE_SPAN * counts.max().clamp_min(1)
+    by_count = (torch.cos(math.pi * counts.double() / span) + 1) / 2
+    return gamma * by_kappa + (1 - gamma) * by_count
+
+
 class KappaFace(SoftmaxMargin):
     """``psi = cos(theta_y + m * w_y)`` (Oinar et al. 2023; arXiv 2201.07394).
 
@@ -217,22 +244,10 @@ class KappaFace(SoftmaxMargin):
                 "KappaFace.end_epoch: no feature was seen since the last call. Train first"
                 + ("" if self.features == "online" else " and call accumulate() for every batch")
             )
-        # 1 - r^2 of one image, or of copies of it, is rounding noise of the fp32 sums
         noise = 64 * torch.finfo(self.class_sums.dtype).eps
-        finite = (seen >= 2) & (1 - length**2 > noise)
-        kappa = concentration(torch.where(finite, length, 0), sums.shape[1])
-        largest = kappa.max()
-        kappa = torch.where(finite, kappa, largest)
-
-        n = finite.sum()
-        mean = (kappa * finite).sum() / n.clamp_min(1)
-        std = (((kappa - mean) ** 2 * finite).sum() / (n - 1).clamp_min(1)).sqrt()
-        z = torch.where(std > 0, (kappa - mean) / std, 0)
-        by_kappa = 1 - torch.sigmoid(self.temperature * z)
+        kappa, finite = finite_concentration(length, seen, sums.shape[1], noise)
         counts = seen if self.class_counts is None else self.class_counts
-        span = IMBALANCE_SPAN * counts.max().clamp_min(1)
-        by_count = (torch.cos(math.pi * counts.double() / span) + 1) / 2
-        weights = self.gamma * by_kappa + (1 - self.gamma) * by_count
+        weights = margin_weights(kappa, finite, counts, self.temperature, self.gamma)
 
         known = seen > 0
         self.class_weights.copy_(torch.where(known, weights.float(), self.class_weights))

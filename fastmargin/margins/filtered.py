@@ -1,0 +1,71 @@
+"""Another margin, with negatives left out that are suspiciously near."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.margins.base import Processes, SoftmaxMargin
+from fastmargin.spec import HardRule, MarginForm, NormEma
+
+
+class Filtered(SoftmaxMargin):
+    """A margin under the inter-class filter of partial FC (An et al., CVPR 2022; arXiv 2203.15565).
+
+    A negative whose cosine is above ``threshold`` is taken for the same person under another label:
+    its logit becomes 0, as that of a right angle, without gradient.
+
+    Args:
+        margin: what happens to the target: a softmax margin without a rule of its own for
+            negatives, and without state per class.
+        threshold: cosine, in (0, 1); insightface's examples take 0.4.
+    """
+
+    def __init__(self, margin: SoftmaxMargin, threshold: float) -> None:
+        if not isinstance(margin, SoftmaxMargin):
+            raise TypeError(f"margin must be a softmax margin such as fm.ArcFace(), got {margin!r}")
+        if type(margin).hard is not SoftmaxMargin.hard or margin.per_class:
+            raise ValueError(
+                f"{type(margin).__name__} treats negatives by a rule of its own or keeps state per "
+                "class: Filtered goes with fm.ArcFace, CosFace, AdaFace and ElasticFace"
+            )
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold is a cosine in (0, 1), got {threshold}")
+        super().__init__(margin.s)
+        self.margin, self.threshold = margin, threshold
+
+    @property
+    def stats(self) -> str:
+        return self.margin.stats
+
+    @property
+    def processes(self) -> Processes:
+        return self.margin.processes
+
+    @processes.setter
+    def processes(self, processes: Processes) -> None:
+        self.margin.processes = processes
+
+    def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule:
+        return HardRule.of(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)
+
+    def form(self) -> MarginForm | None:
+        return self.margin.kernel_form()
+
+    def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
+        return self.margin(cos_y, norm, labels)
+
+    def norm_ema(self) -> NormEma | None:
+        return self.margin.norm_ema()
+
+    def set_norm_ema(self, mean: Tensor, std: Tensor) -> None:
+        self.margin.set_norm_ema(mean, std)
+
+    def penalty(self, norm: Tensor) -> Tensor | None:
+        return self.margin.penalty(norm)
+
+    def observe(self, x_hat: Tensor, labels: Tensor) -> None:
+        self.margin.observe(x_hat, labels)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"
