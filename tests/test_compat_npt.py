@@ -10,7 +10,8 @@ from pfc_cases import close, compare_centres, names, read
 from torch import nn
 
 import fastmargin as fm
-from fastmargin.compat.npt import Cosines, Linear, NPTLoss
+from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.npt import Linear, NPTLoss
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -35,7 +36,7 @@ def test_recorded_values(name, faithful, dtype):
     x = record["embeddings"].to(dtype).requires_grad_()
     labels = record["labels"]
     dot_p = head(x, labels)
-    assert isinstance(dot_p, Cosines) != faithful
+    assert isinstance(dot_p, StreamedLogits) != faithful
     loss = loss_f(dot_p.clone(), labels)
     loss.backward()
     if not faithful:

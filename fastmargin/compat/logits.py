@@ -199,6 +199,10 @@ def _detach(logits):
     return StreamedLogits(logits.scores.detached(), logits._has_middle())
 
 
+def _clone(logits, **kwargs):
+    return StreamedLogits(logits.scores, logits._has_middle())
+
+
 def _same(logits, *args, **kwargs):
     """A conversion that changes nothing."""
     with torch._C.DisableTorchFunctionSubclass():
@@ -244,6 +248,8 @@ _HANDLERS = {
     Tensor.double: _to_type(torch.float64),
     Tensor.cpu: lambda logits: _same(logits, "cpu"),
     Tensor.contiguous: lambda logits: logits,
+    Tensor.clone: _clone,
+    torch.clone: _clone,
     Tensor.requires_grad.__get__: lambda logits: logits.scores.requires_grad,
 }
 

@@ -17,35 +17,14 @@ from fastmargin.deferred import SettledCopies
 from fastmargin.margins import NPT
 from fastmargin.spec import MarginForm
 
-__all__ = ["Cosines", "Linear", "NPTLoss"]
-
-
-class Cosines(StreamedLogits):
-    """(B, C) scaled cosines that are not computed until something other than NPTLoss asks."""
-
-    sparse_grad: bool = False
-
-    @staticmethod
-    def of(scores: CentreScores, sparse_grad: bool) -> Cosines:
-        """``sparse_grad``: whether the centres get a sparse gradient from :class:`NPTLoss`."""
-        self = Cosines(scores)
-        self.sparse_grad = sparse_grad
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        # the training script hands over a clone, which the original loss writes into
-        if func in (Tensor.clone, torch.clone) and not args[0]._changed():
-            return Cosines.of(args[0].scores, args[0].sparse_grad)
-        return super().__torch_function__(func, types, args, kwargs)
+__all__ = ["Linear", "NPTLoss"]
 
 
 class Linear(SettledCopies, nn.Module):
     """``STrain.Linear``: cosines of embeddings with all centres.
 
     Identical: constructor and call; ``weight`` (C, D), from ``xavier_uniform_``; the values. They
-    come as :class:`Cosines`, so that with :class:`NPTLoss` no (B, C) tensor exists;
-    ``.max(1)`` and ``.argmax(1)`` do not make one, either.
+    come as :class:`StreamedLogits`, so that with :class:`NPTLoss` no (B, C) tensor exists.
 
     Different, unless ``faithful=True``, which computes them at once: a row of zeros has a zero
     gradient; there it is 1e12 times the upstream one.
@@ -123,9 +102,14 @@ class Linear(SettledCopies, nn.Module):
         x_hat, *_ = ops.row_prologue(x, no_label, backend=self.backend)
         form = MarginForm(float(s), grad="straight_through")  # no margin, so nothing is skipped
         scores = CentreScores.of(
-            x_hat, self.weight, form, backend=self.backend, precision=self.precision
+            x_hat,
+            self.weight,
+            form,
+            backend=self.backend,
+            precision=self.precision,
+            sparse_grad=self.sparse_grad,
         )
-        return Cosines.of(scores, self.sparse_grad)
+        return StreamedLogits(scores)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -137,10 +121,10 @@ class NPTLoss(nn.Module):
     Khalid et al. 2021; arXiv 2103.03503, as the authors compute it: the own cosine is replaced by
     a 0 that competes for a place among the nearest. Mean over the rows.
 
-    On :class:`Cosines` it streams, for ``top_k`` of at most 16. On a tensor it computes as there,
-    but leaves the tensor as it is; there the 0 is written into it.
+    On :class:`StreamedLogits` it streams, for ``top_k`` of at most 16. On a tensor it computes as
+    there, but leaves the tensor as it is; there the 0 is written into it.
 
-    Different on :class:`Cosines`: a row with the target -1 is ignored; there the last class counts
+    Different on those: a row with the target -1 is ignored; there the last class counts
     for its own.
     """
 
@@ -160,9 +144,11 @@ class NPTLoss(nn.Module):
                 for a GPU.
         """
         self._check(dot_p, target)
-        streams = isinstance(dot_p, Cosines) and not dot_p._changed()
-        if streams and self.top_k <= MOST_STREAMED:
-            return self._streamed(dot_p, target)
+        scores = None
+        if isinstance(dot_p, StreamedLogits) and not dot_p._changed():
+            scores = dot_p.scores
+        if isinstance(scores, CentreScores) and self.top_k <= MOST_STREAMED:
+            return self._streamed(scores, target)
         if isinstance(dot_p, StreamedLogits):
             dot_p = dot_p.dense()
         own = target[:, None] % dot_p.shape[1]  # -1 is the last class, as there
@@ -184,8 +170,7 @@ class NPTLoss(nn.Module):
                     f"target must be in [0, {classes}), found {low if low < -1 else high}"
                 )
 
-    def _streamed(self, cosines: Cosines, target: Tensor) -> Tensor:
-        scores = cosines.scores
+    def _streamed(self, scores: CentreScores, target: Tensor) -> Tensor:
         valid = target >= 0
         nearest, _, cos_y = ops.row_topk(
             torch.where(valid[:, None], scores.x, 0),
@@ -194,7 +179,7 @@ class NPTLoss(nn.Module):
             self.top_k,
             precision=scores.precision,
             backend=scores.backend,
-            sparse_grad=cosines.sparse_grad,
+            sparse_grad=scores.sparse_grad,
         )
         rows = self._margin()(scores.form.scale * cos_y, scores.form.scale * nearest)
         rows = torch.where(valid, rows, 0)

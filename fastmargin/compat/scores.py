@@ -54,8 +54,8 @@ class CentreScores:
     x: (B, D) float32 or float64, rows of unit length (they are multiplied as they are). weight:
     (C, D) raw centres, any strides. labels: (B,) int64, whose entries have the margin of ``form``;
     None for cosines without margin, where ``form`` only gives the scale. norm: (B,) what the
-    margin takes for the embedding's norm. given: the tensor that labels were copied from, to
-    recognise it, and its version.
+    margin takes for the embedding's norm. sparse_grad: as :func:`fastmargin.ops.row_stats`. given:
+    the tensor that labels were copied from, to recognise it, and its version.
     """
 
     x: Tensor
@@ -65,6 +65,7 @@ class CentreScores:
     norm: Tensor | None = None
     backend: str = "auto"
     precision: str = "auto"
+    sparse_grad: bool = False
     given: tuple[Tensor, int] | None = None
 
     @staticmethod
@@ -76,6 +77,7 @@ class CentreScores:
         norm: Tensor | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        sparse_grad: bool = False,
     ) -> CentreScores:
         """Scores that later changes of the labels or of the margin's state do not reach."""
         given = None
@@ -88,7 +90,7 @@ class CentreScores:
             for name in ("mean", "std")
         }
         form = replace(form, **state)
-        return CentreScores(x, weight, form, labels, norm, backend, precision, given)
+        return CentreScores(x, weight, form, labels, norm, backend, precision, sparse_grad, given)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,6 +148,7 @@ class CentreScores:
             self.form.scale,
             precision=self.precision,
             backend=self.backend,
+            sparse_grad=self.sparse_grad,
         )
         loss, _ = ops.margin_rows(
             stats.cos_y, stats.lse_neg, self._norm(), labels, self.form, self.backend
@@ -189,6 +192,7 @@ class CentreScores:
             negatives,
             precision=self.precision,
             backend=self.backend,
+            sparse_grad=self.sparse_grad,
         )
         if self.labels is not None:
             cosine = torch.cat([cosine, self._psi(cos_y, labels)[:, None]], dim=1)
@@ -208,7 +212,14 @@ class CentreScores:
     def with_margin(self, labels: Tensor, form: MarginForm) -> CentreScores:
         """These cosines under a margin, for an original that takes the two steps apart."""
         return CentreScores.of(
-            self.x, self.weight, form, labels, self.norm, self.backend, self.precision
+            self.x,
+            self.weight,
+            form,
+            labels,
+            self.norm,
+            self.backend,
+            self.precision,
+            self.sparse_grad,
         )
 
     def __deepcopy__(self, memo) -> CentreScores:
