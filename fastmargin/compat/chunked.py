@@ -1,4 +1,4 @@
-"""Scores that need more than one centre and one scale per class, a chunk of classes at a time.
+"""Scores that need more than one centre or one scale per class, a chunk of classes at a time.
 
 Plain PyTorch: a chunk's cosines are made, reduced and forgotten, and made again for the gradient,
 so that (B, C) of them never exist. Slower than the passes of :mod:`fastmargin.ops`, for the heads
@@ -15,45 +15,79 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from fastmargin.margins.guards import add_angle
 from fastmargin.norms import inverse_norm
 from fastmargin.rows import inside
 
 CHUNK = 4096
-"""Rows of the weight whose cosines exist at a time."""
+"""Centres whose cosines exist at a time."""
 
 
-def over_chunks(function: Callable, x: Tensor, weight: Tensor, *rows: Tensor) -> list:
-    """``function(cosines, first, *rows)`` of every chunk of classes, in order.
+def over_chunks(function: Callable, x: Tensor, weight: Tensor, *rows: Tensor) -> list[tuple]:
+    """``function(cosines, first, *rows)``, a tuple of tensors, of every chunk of classes in order.
 
     x: (B, D) float32 or float64, of unit length. weight: (C, K, D) raw centres, any strides and
     float type; the cosine with a class is the largest of its K. ``cosines`` (B, n) are those with
-    the classes ``first`` to ``first + n - 1``. Differentiable by x, weight and ``rows``; only the
-    results and the inputs are kept for it.
-
-    Raises:
-        RuntimeError: in the backward pass, if the weight was written to after the forward pass.
+    the classes ``first`` to ``first + n - 1``. Differentiable by x, weight and ``rows`` (not by
+    what else the function sees); only these are kept for it.
     """
-    followed = not (torch.compiler.is_compiling() or weight.is_inference())
-    version = weight._version if followed else None
+    if torch.compiler.is_compiling():
+        return [function(_cosines(x, weight), 0, *rows)]
+    flat = _Chunks.apply(function, max(1, CHUNK // weight.shape[1]), x, weight, *rows)
+    each = len(flat) // -(-weight.shape[0] // max(1, CHUNK // weight.shape[1]))
+    return [flat[i : i + each] for i in range(0, len(flat), each)]
 
-    def run(x: Tensor, centres: Tensor, first: int, *rows: Tensor):
-        if version is not None and weight._version != version:
-            raise RuntimeError(
-                "the weight of the head was changed in place between the forward and the backward "
-                "pass: call optimizer.step() after backward()"
-            )
-        return function(_cosines(x, centres), first, *rows)
 
-    size = max(1, CHUNK // weight.shape[1])
-    return [
-        checkpoint(
-            run, x, centres, number * size, *rows, use_reentrant=False, preserve_rng_state=False
-        )
-        for number, centres in enumerate(weight.split(size))
-    ]
+class _Chunks(torch.autograd.Function):
+    """The results of all chunks, one after the other."""
+
+    @staticmethod
+    def forward(ctx, function, size, x, weight, *rows):
+        ctx.function, ctx.size = function, size
+        ctx.save_for_backward(x, weight, *rows)
+        kind = x.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        results = []
+        for number, centres in enumerate(weight.split(size)):
+            results += function(_cosines(x, centres), number * size, *rows)
+        ctx.mark_non_differentiable(*(each for each in results if not each.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, weight, *rows = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        d_weight = torch.zeros_like(weight) if wanted[1] else None
+        others = [x, *rows]
+        d_others = [torch.zeros_like(each) for each in others]
+        chunks = weight.split(ctx.size)
+        each = len(grads) // len(chunks)
+        for number, centres in enumerate(chunks):
+            inputs = [x, centres, *rows]
+            inputs = [t.detach().requires_grad_(w) for t, w in zip(inputs, wanted, strict=True)]
+            kind, dtype, enabled = ctx.autocast
+            with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+                first = number * ctx.size
+                made = ctx.function(_cosines(*inputs[:2]), first, *inputs[2:])
+            here = zip(made, grads[number * each : (number + 1) * each], strict=True)
+            here = [(t, g) for t, g in here if g is not None and t.requires_grad]
+            if not here:
+                continue
+            made, given = zip(*here, strict=True)
+            leaves = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(made, leaves, given, allow_unused=True))
+            d_x, d_centres, *d_rows = [next(found) if w else None for w in wanted]
+            if d_centres is not None:
+                d_weight[first : first + len(centres)] = d_centres
+            for total, part in zip(d_others, [d_x, *d_rows], strict=True):
+                if part is not None:
+                    total += part
+        d_x, *d_rows = d_others
+        return None, None, d_x, d_weight, *d_rows
 
 
 def _cosines(x: Tensor, centres: Tensor) -> Tensor:
@@ -67,9 +101,15 @@ def _cosines(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def own_cosine(x: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """(B,) cosine of every row with its class; ``classes`` (B,) int64, those outside count as 0."""
-    own = weight[torch.where(inside(classes, weight.shape[0]), classes, 0)].to(x.dtype)
+    """(B,) cosine of every row with its class (B,) int64; without its chunks, but for a gradient
+    as large as the weight."""
+    own = weight[classes].to(x.dtype)
     return (x[:, None, :] * (own * inverse_norm(own))).sum(2).max(1).values
+
+
+def is_class(classes: Tensor, first: int, count: int) -> Tensor:
+    """(B, count) whether the columns, classes from ``first`` on, are the rows' ``classes`` (B,)."""
+    return torch.arange(first, first + count, device=classes.device) == classes[:, None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +117,7 @@ class ChunkedScores:
     """``scale_i * cos_ij`` with a margin on each row's own class (see :class:`Scores`).
 
     x: (B, D) float32 or float64, rows of unit length. weight: (C, K, D) raw centres, the cosine
-    with a class is the largest of its K. scale: (B,) positive, of x's type. labels: (B,) int64,
+    with a class is the largest of its K. scale: (B,) of x's type, not negative. labels: (B,) int64,
     whose entries are ``scale * psi(cos_y)``; None for logits without margin. psi: from (B,)
     cosines, by autograd. nearer: classes (B, k) int64, none of them the label, and an angle in
     radians by which each is moved nearer to the embedding (inter-top-k penalty).
@@ -135,93 +175,83 @@ class ChunkedScores:
         x, weight, scale = (each.detach() for each in (self.x, self.weight, self.scale))
         return replace(self, x=x, weight=weight, scale=scale)
 
-    def _own(self, labels: Tensor) -> Tensor:
-        """(B,) logits of the labels, with the margin if there is one."""
-        cos_y = own_cosine(self.x, self.weight, labels)
-        return self.scale * (cos_y if self.labels is None else self.psi(cos_y))
-
-    def _other(self, classes: Tensor) -> Tensor:
-        """(B,) logits of classes that are not the labels."""
-        cosine = own_cosine(self.x, self.weight, classes)
+    def _plain(self, cosines: Tensor, first: int, scale: Tensor) -> Tensor:
+        """The logits of a chunk (B, n) without margin, but with the inter-top-k penalty."""
         if self.nearer is not None:
             index, angle = self.nearer
-            penalised = (index == classes[:, None]).any(1)
-            cosine = torch.where(penalised, _turned(cosine, angle), cosine)
-        return self.scale * cosine
-
-    def _penalised(self, cosines: Tensor, first: int) -> Tensor:
-        """The cosines of a chunk after the inter-top-k penalty."""
-        if self.nearer is None:
-            return cosines
-        index, angle = self.nearer
-        n = cosines.shape[1]
-        # what belongs to other chunks goes to a column that is cut off again
-        place = torch.where(inside(index - first, n), index - first, n)
-        cosines = F.pad(cosines, (0, 1))
-        return cosines.scatter(1, place, _turned(cosines.gather(1, place), angle))[:, :n]
-
-    def _each(self, function: Callable, labels: Tensor, own: Tensor) -> list:
-        """``function(logits (B, n), first)`` of every chunk, with ``own`` (B,) at the labels."""
-
-        def logits(cosines: Tensor, first: int, scale: Tensor, own: Tensor):
-            found = scale[:, None] * self._penalised(cosines, first)
-            classes = torch.arange(first, first + found.shape[1], device=found.device)
-            found = torch.where(classes == labels[:, None], own[:, None], found)
-            return function(found, first)
-
-        return over_chunks(logits, self.x, self.weight, self.scale, own)
-
-    def _labelled(self) -> tuple[Tensor, Tensor]:
-        """Labels and their logits for :meth:`_each`; -1, which is no class, without margin."""
-        if self.labels is None:
-            return torch.full_like(self.scale, -1, dtype=torch.int64), self.scale.detach()
-        return self.labels, self._own(self.labels)
+            n = cosines.shape[1]
+            # what belongs to other chunks goes to a column that is cut off again
+            place = torch.where(inside(index - first, n), index - first, n)
+            cosines = F.pad(cosines, (0, 1))
+            picked = cosines.gather(1, place)
+            turned = add_angle(picked, torch.full_like(picked, -angle), "none", "exact")
+            cosines = cosines.scatter(1, place, turned)[:, :n]
+        return scale[:, None] * cosines
 
     def rows(self, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         takes_part = counted & inside(target, self.shape[1])
         # NaN in a row that is ignored reaches nothing
         x = torch.where(takes_part[:, None], self.x, 0)
-        kept = replace(self, x=x, scale=torch.where(takes_part, self.scale, 1))
-        labels = torch.where(takes_part, target if self.labels is None else self.labels, -1)
-        logit = kept._own(labels)
-        nothing = torch.full_like(logit, -math.inf)
-        parts = kept._each(lambda found, _: torch.logsumexp(found, 1), labels, nothing)
-        lse_neg = torch.logsumexp(torch.stack(parts, 1), 1)
+        scale = torch.where(takes_part, self.scale, 1)
+        labels = target if self.labels is None else self.labels
+
+        def parts(cosines: Tensor, first: int, scale: Tensor):
+            logits = self._plain(cosines, first, scale)
+            own = is_class(labels, first, logits.shape[1])
+            lse = torch.logsumexp(torch.where(own, -math.inf, logits), 1)
+            chosen = is_class(target, first, logits.shape[1])
+            return (
+                lse,
+                torch.where(own, cosines, 0).sum(1),
+                torch.where(chosen, logits, 0).sum(1),
+            )
+
+        lse, cos_y, plain = zip(*over_chunks(parts, x, self.weight, scale), strict=True)
+        lse_neg = torch.logsumexp(torch.stack(lse, 1), 1)
+        cos_y, plain = torch.stack(cos_y).sum(0), torch.stack(plain).sum(0)
+        logit = scale * (cos_y if self.labels is None else self.psi(cos_y))
         # 1 - p_y keeps its digits where p_y -> 1
         loss = -F.logsigmoid(logit - lse_neg)
-        if self.labels is not None:
-            # the margin is on another class than the target: both stand in the same sum
-            other = takes_part & (target != labels)
-            plain = kept._other(target)
-            loss = torch.where(other, loss + (logit - plain), loss)
-            logit = torch.where(other, plain, logit)
+        # if the margin is on another class than the target, both stand in the same sum
+        other = target != labels
+        loss = torch.where(other, loss + (logit - plain), loss)
+        logit = torch.where(other, plain, logit)
         return torch.where(takes_part, loss, 0), torch.where(takes_part, logit, 0)
 
-    def total(self, class_weight: Tensor | None) -> Tensor:
-        def weighted(found: Tensor, first: int) -> Tensor:
-            if class_weight is None:
-                return found.sum(1)
-            here = class_weight[first : first + found.shape[1]]
-            return (found * here.to(found.dtype)).sum(1)
+    def _each(self, function: Callable) -> list[tuple]:
+        """``function(logits (B, n), first)``, a tuple of tensors, of every chunk."""
+        labels, own = self.labels, self.scale
+        if labels is not None:
+            own = self.scale * self.psi(own_cosine(self.x, self.weight, labels))
 
-        return torch.stack(self._each(weighted, *self._labelled())).sum(0)
+        def apply(cosines: Tensor, first: int, scale: Tensor, own: Tensor):
+            logits = self._plain(cosines, first, scale)
+            if labels is not None:
+                here = is_class(labels, first, logits.shape[1])
+                logits = torch.where(here, own[:, None], logits)
+            return function(logits, first)
+
+        return over_chunks(apply, self.x, self.weight, self.scale, own)
+
+    def total(self, class_weight: Tensor | None) -> Tensor:
+        def weighted(logits: Tensor, first: int) -> tuple[Tensor]:
+            if class_weight is not None:
+                logits = logits * class_weight[first : first + logits.shape[1]].to(logits.dtype)
+            return (logits.sum(1),)
+
+        return sum(part for (part,) in self._each(weighted))
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        def largest(found: Tensor, first: int) -> tuple[Tensor, Tensor]:
-            values, place = found.topk(min(k, found.shape[1]), dim=1)
+        def largest(logits: Tensor, first: int) -> tuple[Tensor, Tensor]:
+            values, place = logits.topk(min(k, logits.shape[1]), dim=1)
             return values, place + first
 
-        values, index = zip(*self._each(largest, *self._labelled()), strict=True)
+        values, index = zip(*self._each(largest), strict=True)
         values, place = torch.cat(values, 1).topk(k, dim=1)
         return values, torch.cat(index, 1).gather(1, place)
 
     def dense(self) -> Tensor:
-        return torch.cat(self._each(lambda found, _: found, *self._labelled()), 1)
+        return torch.cat([part for (part,) in self._each(lambda logits, _: (logits,))], 1)
 
     def __deepcopy__(self, memo) -> ChunkedScores:
         return copy.copy(self)
-
-
-def _turned(cosine: Tensor, angle: float) -> Tensor:
-    """``cos(theta - angle)``."""
-    return add_angle(cosine, torch.full_like(cosine, -angle), "none", "exact")

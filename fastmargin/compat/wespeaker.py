@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmargin.compat.chunked import ChunkedScores, over_chunks, own_cosine
+from fastmargin.compat.chunked import ChunkedScores, is_class, over_chunks
 from fastmargin.compat.inputs import check_labels, check_rows
 from fastmargin.compat.logits import stream
 from fastmargin.compat.scores import CentreScores
@@ -348,15 +348,14 @@ class SphereFace2(_Projection):
         weight, bias = self.weight[:, None, :], self.bias.to(x.dtype).expand(len(x), 1)
         positive, negative = self._pulls()
 
-        def of_others(cosines: Tensor, first: int, bias: Tensor) -> Tensor:
-            classes = torch.arange(first, first + cosines.shape[1], device=cosines.device)
-            loss = _softplus(negative(cosines.clamp(-1, 1)) + bias)
-            return torch.where(classes == label[:, None], 0, loss).sum(1)
+        def parts(cosines: Tensor, first: int, bias: Tensor) -> tuple[Tensor, Tensor]:
+            own = is_class(label, first, cosines.shape[1])
+            losses = _softplus(negative(cosines.clamp(-1, 1)) + bias)
+            return torch.where(own, 0, losses).sum(1), torch.where(own, cosines, 0).sum(1)
 
-        cos_y = own_cosine(x, weight, label).clamp(-1, 1)
-        others = torch.stack(over_chunks(of_others, x, weight, bias)).sum(0)
-        own = _softplus(-(positive(cos_y) + bias[:, 0]))
-        return logits, (self.lanbuda * own + (1 - self.lanbuda) * others).mean()
+        others, cos_y = zip(*over_chunks(parts, x, weight, bias), strict=True)
+        own = _softplus(-(positive(sum(cos_y).clamp(-1, 1)) + bias[:, 0]))
+        return logits, (self.lanbuda * own + (1 - self.lanbuda) * sum(others)).mean()
 
     def _pulls(self):
         """Two functions of cosines: the pull of the own centre and of another, without bias."""
