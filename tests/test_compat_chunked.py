@@ -133,9 +133,9 @@ def test_regimes(regime, dtype):
         if not run:
             own = case.labels[:, None]
             cosine = x @ F.normalize(weight).t()
-            negatives = (30 * cosine).scatter(1, own, -math.inf).logsumexp(1)
-            return -F.logsigmoid(30 * psi(cosine.gather(1, own).squeeze(1)) - negatives)
-        scores = ChunkedScores.of(x, weight[:, None], 30.0, case.labels, psi)
+            negatives = (200 * cosine).scatter(1, own, -math.inf).logsumexp(1)
+            return -F.logsigmoid(200 * psi(cosine.gather(1, own).squeeze(1)) - negatives)
+        scores = ChunkedScores.of(x, weight[:, None], 200.0, case.labels, psi)
         return F.cross_entropy(StreamedLogits(scores), case.labels, reduction="none")
 
     found = []

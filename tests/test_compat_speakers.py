@@ -14,6 +14,7 @@ from fastmargin.compat import logits as logits_module
 from fastmargin.compat.chunked import ChunkedScores
 from fastmargin.compat.logits import StreamedLogits
 from fastmargin.compat.scores import CentreScores
+from fastmargin.spec import MarginForm
 from fastmargin.testing import make_case, relative_error
 
 B, C, D, S = 12, 31, 10, 20.0
@@ -513,7 +514,7 @@ def test_wrapper_of_other_losses(never_dense, monkeypatch):
 
 
 def test_logits_are_not_taken_for_cosines(told_anew):
-    """A margin on what already has one computes all of it."""
+    """A margin on what already has one, or a scale, computes all of it."""
     classifier = speechbrain.Classifier(D, out_neurons=C)
     x, labels = batch(classifier.weight, torch.float32)
     first = speechbrain.AngularMargin(0.2, 3.0)
@@ -522,6 +523,9 @@ def test_logits_are_not_taken_for_cosines(told_anew):
     with pytest.warns(UserWarning, match="fastmargin"):
         twice = first(once, targets)
     assert relative_error(twice, 3 * (once.dense() - 0.2 * targets)) < 1e-6
+    scaled = CentreScores.of(F.normalize(x), classifier.weight, MarginForm(5.0))
+    logits = first(StreamedLogits(scores=scaled), targets)
+    assert relative_error(logits, 3 * (scaled.dense() - 0.2 * targets)) < 1e-6
 
 
 @pytest.mark.parametrize("blocks", [0, 2])
