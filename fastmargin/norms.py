@@ -16,9 +16,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / ||row|| over the last axis, keeping it; 0 for a (nearly) zero row."""
+    """1 / ||row|| over the last axis, keeping it; 0, and no gradient, for a (nearly) zero row."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return torch.where(norm > NORM_FLOOR, 1 / norm, torch.zeros_like(norm))
+    known = norm > NORM_FLOOR
+    # divided where it is 0, the branch not taken would send NaN back
+    return torch.where(known, 1 / torch.where(known, norm, 1), 0)
 
 
 def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:

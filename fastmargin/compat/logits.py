@@ -94,6 +94,11 @@ class StreamedLogits(Tensor):
         )
 
 
+def stream(scores: Scores) -> Tensor:
+    """The scores as logits: streamed, but under ``torch.compile``, which follows no subclass."""
+    return scores.dense() if torch.compiler.is_compiling() else StreamedLogits(scores)
+
+
 def _computed(value):
     return value.dense() if isinstance(value, StreamedLogits) else value
 
@@ -167,7 +172,14 @@ def _cross_entropy(
 
 
 def _over_classes(logits, dim) -> bool:
-    return not logits._has_middle() and dim in (1, -1) and logits.scores.shape[1] > 0
+    last = 2 if logits._has_middle() else 1
+    return dim in (last, -1) and logits.scores.shape[1] > 0
+
+
+def _largest(logits, k):
+    """``topk`` over the classes, with the middle axis that the logits have."""
+    found = logits.scores.topk(k)
+    return [each.unsqueeze(1) for each in found] if logits._has_middle() else found
 
 
 def _topk(logits, k, dim=-1, largest=True, sorted=True):
@@ -175,15 +187,15 @@ def _topk(logits, k, dim=-1, largest=True, sorted=True):
         return NotImplemented
     if not 1 <= k <= min(MOST_STREAMED, logits.scores.shape[1]):
         return NotImplemented
-    return torch.return_types.topk(logits.scores.topk(k))
+    return torch.return_types.topk(_largest(logits, k))
 
 
 def _max(logits, dim=None, keepdim=False):
     if not isinstance(dim, int) or not _over_classes(logits, dim):
         return NotImplemented
-    values, index = logits.scores.topk(1)
+    values, index = _largest(logits, 1)
     if not keepdim:
-        values, index = values.squeeze(1), index.squeeze(1)
+        values, index = values.squeeze(-1), index.squeeze(-1)
     return torch.return_types.max((values, index))
 
 
@@ -191,8 +203,8 @@ def _argmax(logits, dim=None, keepdim=False):
     if not _over_classes(logits, dim):
         return NotImplemented
     with torch.no_grad():
-        _, index = logits.scores.topk(1)
-    return index if keepdim else index.squeeze(1)
+        _, index = _largest(logits, 1)
+    return index if keepdim else index.squeeze(-1)
 
 
 def _detach(logits):
@@ -219,7 +231,9 @@ def _to_type(dtype):
 
 
 def _squeeze(logits, dim=None):
-    return StreamedLogits(logits.scores) if logits._has_middle() and dim == 1 else NotImplemented
+    if dim != 1 or not (logits._has_middle() or logits.scores.shape[1] > 1):
+        return NotImplemented
+    return StreamedLogits(logits.scores) if logits._has_middle() else logits
 
 
 def _unsqueeze(logits, dim):

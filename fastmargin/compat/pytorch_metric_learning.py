@@ -1,0 +1,517 @@
+"""The classification losses of pytorch-metric-learning, without its (B, C) logits.
+
+``from fastmargin.compat.pytorch_metric_learning import ArcFaceLoss`` in the place of
+``from pytorch_metric_learning.losses import ArcFaceLoss``. Nothing of that package is imported, but
+its reducers, regularisers, distances and miners work.
+
+Identical in all of them: the loss of every row and both gradients, the weights of a miner,
+``get_logits``, the parameter ``W`` (D, C) and its initial distribution, the ``state_dict``.
+Different, unless ``faithful=True``, which computes all (B, C) logits as the originals do:
+
+- ``W`` keeps its type; there one batch in fp16 makes it fp16 for good. It still follows the
+  embeddings to their device;
+- cosines are computed in float32, float64 where ``W`` is, whatever the embeddings' type;
+- cosines of +-1 have finite gradients;
+- a zero embedding has a zero gradient, there 1e12 times the upstream one.
+
+What each class adds stands with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmargin.compat.chunked import ChunkedScores, own_cosine
+from fastmargin.compat.inputs import check_labels, check_rows
+from fastmargin.compat.logits import stream
+from fastmargin.compat.scores import CentreScores, Scores
+from fastmargin.margins.guards import add_angle
+from fastmargin.norms import compute_dtype, inverse_norm
+from fastmargin.spec import MarginForm
+
+AS_THEY_ARE = ("MultipleReducers", "DoNothingReducer")
+"""Reducers that take all sub-losses at once; others get one each."""
+
+
+class _Mean(nn.Module):
+    """The default reducer: the mean over the rows."""
+
+    def forward(self, loss_dict: dict, embeddings: Tensor, labels: Tensor) -> Tensor:
+        (loss,) = loss_dict.values()
+        losses = loss["losses"]
+        return losses.mean() if loss["reduction_type"] == "element" else losses
+
+
+class _Each(nn.Module):
+    """A reducer for each sub-loss, by its name, and the sum of what they make."""
+
+    def __init__(self, reducers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.reducers = nn.ModuleDict(reducers)
+
+    def forward(self, loss_dict: dict, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return sum(
+            self.reducers[name]({name: loss}, embeddings, labels)
+            for name, loss in loss_dict.items()
+        )
+
+
+class _Loss(nn.Module):
+    """What the losses share: ``W``, regularisers, the miner's weights, the reducer.
+
+    Args of all of them:
+        num_classes, embedding_size: C and D.
+        reducer: called with ``{"loss": {"losses", "indices", "reduction_type"}, ...}``, embeddings
+            and labels, as there. Default: the mean.
+        distance: None or a ``CosineSimilarity()`` of pytorch-metric-learning.
+        collect_stats: record ``avg_angle``, which waits for the device.
+        weight_init_func: called with ``W``. Default: N(0, 1).
+        weight_regularizer, weight_reg_weight: of ``W.t()`` (C, D).
+        embedding_regularizer, embedding_reg_weight: of the embeddings.
+        backend, precision: as :func:`fastmargin.margin_loss`.
+        faithful: see the module.
+    """
+
+    distances: tuple[str, ...] = ("CosineSimilarity",)
+    shown: tuple[str, ...] = ()
+    rows = 1
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        *,
+        reducer: Callable | None = None,
+        distance=None,
+        collect_stats: bool | None = None,
+        weight_init_func: Callable | None = None,
+        weight_regularizer: Callable | None = None,
+        weight_reg_weight: float = 1,
+        embedding_regularizer: Callable | None = None,
+        embedding_reg_weight: float = 1,
+        backend: str = "auto",
+        precision: str = "auto",
+        faithful: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or embedding_size < 1 or self.rows < 1:
+            raise ValueError(
+                "num_classes, embedding_size and sub_centers must be at least 1, got "
+                f"{num_classes}, {embedding_size} and {self.rows}"
+            )
+        self._check_distance(distance)
+        self.num_classes, self.embedding_size = num_classes, embedding_size
+        self.distance, self.collect_stats = distance, bool(collect_stats)
+        self.backend, self.precision, self.faithful = backend, precision, faithful
+        self.weight_regularizer = weight_regularizer
+        self.weight_reg_weight = weight_reg_weight
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = embedding_reg_weight
+        self.W = nn.Parameter(torch.empty(embedding_size, num_classes * self.rows))
+        self.weight_init_func = weight_init_func or nn.init.normal_
+        self.weight_init_func(self.W)
+        self.reducer = self._reducer(reducer)
+        # what a record keeper of that package looks for
+        self._record_these = list(self.shown)
+        self._record_these_stats = ["avg_angle"] if self.collect_stats else []
+        self.avg_angle = 0.0
+
+    def _check_distance(self, distance) -> None:
+        if distance is None:
+            return
+        names = {each.__name__ for each in type(distance).__mro__}
+        wanted = {"is_inverted": True, "p": 2, "power": 1}
+        fits = all(getattr(distance, name, None) == value for name, value in wanted.items())
+        if not names.intersection(self.distances) or not fits:
+            raise ValueError(
+                f"distance must be {' or '.join(self.distances)} with p=2 and power=1, got "
+                f"{distance!r}: leave it out, or take pytorch-metric-learning's own loss"
+            )
+
+    def sub_loss_names(self) -> list[str]:
+        """Keys of the dict that the reducer is given."""
+        names = ["loss"]
+        if self.embedding_regularizer is not None:
+            names.append("embedding_reg_loss")
+        if self.weight_regularizer is not None:
+            names.append("weight_reg_loss")
+        return names
+
+    def _reducer(self, given: Callable | None):
+        names = self.sub_loss_names()
+        if given is not None and any(c.__name__ in AS_THEY_ARE for c in type(given).__mro__):
+            return given
+        made = {name: _Mean() if given is None else copy.deepcopy(given) for name in names}
+        return made["loss"] if len(names) == 1 else _Each(made)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: tuple[Tensor, ...] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, as the reducer makes it; a scalar by default.
+
+        Args:
+            embeddings: (B, D) raw.
+            labels: (B,) integers in [0, C).
+            indices_tuple: of a miner, (anchors, positives, negatives) or (anchors, positives,
+                anchors, negatives): a row weighs how often it occurs in them, over the most often.
+            ref_emb, ref_labels: must be None, as there.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above; nothing has changed then. On a GPU
+                a label out of range is not looked for, and makes the loss NaN.
+        """
+        check_rows("embeddings", embeddings, self.embedding_size)
+        if labels is None:
+            raise ValueError("labels are required: pass the class numbers of the embeddings")
+        if not (ref_emb is None or (ref_emb is embeddings and ref_labels is labels)):
+            raise ValueError("ref_emb is not supported by a loss with class centres: leave it out")
+        if isinstance(labels, Tensor) and labels.dim() != 1:
+            raise ValueError(f"labels must have shape (B,), got {tuple(labels.shape)}")
+        check_labels("labels", labels, embeddings.shape[0], self.num_classes)
+        labels = labels.to(embeddings.device).long()
+        self._follow(embeddings)
+        logits = self._logits(embeddings, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        if indices_tuple is not None:
+            losses = losses * _miner_weights(indices_tuple, losses)
+        if self.collect_stats:
+            self._record(embeddings, labels)
+        rows = torch.arange(len(labels), device=labels.device)
+        loss_dict = {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
+        for name, function, share, what in (
+            ("weight", self.weight_regularizer, self.weight_reg_weight, self.W.t()),
+            ("embedding", self.embedding_regularizer, self.embedding_reg_weight, embeddings),
+        ):
+            if function is not None:
+                loss_dict[f"{name}_reg_loss"] = {
+                    "losses": function(what) * share,
+                    "indices": None,
+                    "reduction_type": "already_reduced",
+                }
+        return self.reducer(loss_dict, embeddings, labels)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(B, C) scaled logits without margin, streamed."""
+        check_rows("embeddings", embeddings, self.embedding_size)
+        self._follow(embeddings)
+        return self._logits(embeddings, None)
+
+    def _follow(self, embeddings: Tensor) -> None:
+        """Moves ``W`` to the embeddings, as the originals do in every call."""
+        dtype = self.W.dtype
+        if self.faithful and not torch.is_autocast_enabled(embeddings.device.type):
+            dtype = embeddings.dtype
+        if self.W.device != embeddings.device or self.W.dtype != dtype:
+            self.W.data = self.W.data.to(embeddings.device, dtype)
+
+    def _logits(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        if self.faithful:
+            return self._official(embeddings, labels)
+        return stream(self._scores(embeddings.to(compute_dtype(self.W.dtype)), labels))
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
+        """The scores of raw embeddings ``x``, with the margin on the labels if there are any."""
+        raise NotImplementedError
+
+    def _official(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, C) logits as the original computes them."""
+        raise NotImplementedError
+
+    def _centres(self) -> Tensor:
+        """(C, K, D), a view."""
+        return self.W.t().unflatten(0, (self.num_classes, self.rows))
+
+    @torch.no_grad()
+    def _record(self, embeddings: Tensor, labels: Tensor) -> None:
+        x = embeddings.to(compute_dtype(self.W.dtype))
+        cos_y = own_cosine(x * inverse_norm(x), self._centres(), labels)
+        self.avg_angle = math.degrees(cos_y.clamp(-1, 1).acos().mean().item())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.shown)
+
+
+def _miner_weights(indices_tuple: tuple[Tensor, ...], losses: Tensor) -> Tensor:
+    """(B,) how often each row occurs in a miner's indices, over the most often; 1 if in none."""
+    indices = torch.cat([each.to(losses.device) for each in indices_tuple])
+    if len(indices) == 0:
+        return torch.ones_like(losses)
+    counts = torch.zeros_like(losses).index_add_(
+        0, indices, torch.ones_like(indices, dtype=losses.dtype)
+    )
+    return counts / counts.max()
+
+
+class _MarginLoss(_Loss):
+    """A margin on the cosine with the own class, ``s * psi(cos_y)``."""
+
+    shown = ("num_classes", "margin", "scale")
+
+    def __init__(self, num_classes, embedding_size, margin, scale, **kwargs) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        super().__init__(num_classes, embedding_size, **kwargs)
+        self.margin, self.scale = margin, scale
+
+    def _form(self) -> MarginForm:
+        raise NotImplementedError
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
+        return CentreScores.of(
+            x * inverse_norm(x),
+            self.W.t(),
+            self._form(),
+            labels,
+            backend=self.backend,
+            precision=self.precision,
+        )
+
+    def _psi(self, cos_y: Tensor) -> Tensor:
+        """psi as the original computes it."""
+        raise NotImplementedError
+
+    def _cosine(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings) @ F.normalize(self.W, dim=0)
+
+    def _official(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        cosine = self._cosine(embeddings)
+        if labels is not None:
+            own = labels[:, None]
+            cosine = cosine.scatter(1, own, self._psi(cosine.gather(1, own)))
+        return self.scale * cosine
+
+
+class ArcFaceLoss(_MarginLoss):
+    """``scale * cos(theta_y + margin)``; past pi ``cos(theta_y) - margin * sin(margin)``.
+
+    Args:
+        margin: DEGREES; the attribute ``margin`` is in radians, as there.
+        scale: s. Others as there, see the module.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        **kwargs,
+    ) -> None:
+        if not -180 <= margin <= 180:
+            raise ValueError(f"margin is an angle in degrees, in [-180, 180], got {margin}")
+        super().__init__(num_classes, embedding_size, math.radians(margin), scale, **kwargs)
+
+    def _form(self) -> MarginForm:
+        return MarginForm(self.scale, m2=self.margin, guard="mm")
+
+    def _psi(self, cos_y: Tensor) -> Tensor:
+        angle = cos_y.clamp(-1, 1).acos()
+        past = angle > math.pi - self.margin
+        beyond = angle.cos() - self.margin * math.sin(self.margin)
+        return torch.where(past, beyond, (angle + self.margin).cos())
+
+
+class CosFaceLoss(_MarginLoss):
+    """``scale * (cos(theta_y) - margin)``.
+
+    Args:
+        margin: cosine units. scale: s. Others as there, see the module.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64,
+        **kwargs,
+    ) -> None:
+        super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
+
+    def _form(self) -> MarginForm:
+        return MarginForm(self.scale, m3=self.margin, grad="straight_through")
+
+    def _psi(self, cos_y: Tensor) -> Tensor:
+        return cos_y - self.margin
+
+
+class SphereFaceLoss(_MarginLoss):
+    """``||x|| * scale * psi(theta_y)``, ``psi = (-1)^k cos(margin theta) - 2k`` (arXiv 1704.08063).
+
+    ``k = floor(margin theta / pi)`` carries no gradient; at ``theta = pi`` it is ``margin - 1``,
+    there ``margin``, which gives the same value and a slope of the wrong sign. All logits are
+    multiplied by the embedding's length, whose gradient is exact. Chunks of classes in plain
+    PyTorch (:mod:`fastmargin.compat.chunked`).
+
+    Args:
+        margin: a whole number, at least 1; the angle is multiplied by it.
+        scale: factor of the length. Others as there, see the module.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: int = 4,
+        scale: float = 1,
+        **kwargs,
+    ) -> None:
+        if int(margin) < 1:
+            raise ValueError(f"margin multiplies the angle and must be at least 1, got {margin}")
+        super().__init__(num_classes, embedding_size, int(margin), scale, **kwargs)
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
+        length = torch.linalg.vector_norm(x, dim=1)
+        x = x * inverse_norm(x)
+        m = self.margin
+        return ChunkedScores.of(
+            x, self._centres(), self.scale * length, labels, lambda cos_y: _multiplied(cos_y, m)
+        )
+
+    def _psi(self, cos_y: Tensor) -> Tensor:
+        return _multiplied(cos_y, self.margin, at_pi=self.margin)
+
+    def _official(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True)
+        return super()._official(embeddings, labels) * length
+
+
+def _multiplied(cosine: Tensor, m: int, at_pi: int | None = None) -> Tensor:
+    """``(-1)^k cos(m theta) - 2k`` by the recursion of Chebyshev's polynomials, which needs no arc.
+
+    ``at_pi``: k of the angle pi; default m - 1.
+    """
+    before, value = torch.ones_like(cosine), cosine
+    for _ in range(m - 1):
+        before, value = value, 2 * cosine * value - before
+    angle = cosine.detach().clamp(-1, 1).acos()
+    k = (angle / (math.pi / m)).floor().clamp_max(m - 1 if at_pi is None else at_pi)
+    return (1 - 2 * (k % 2)) * value - 2 * k
+
+
+class SubCenterArcFaceLoss(ArcFaceLoss):
+    """:class:`ArcFaceLoss` on the nearest of a class's ``sub_centers`` (Deng et al. 2020).
+
+    The keyword arguments of all losses (``reducer``, ``weight_init_func``, ...) work; there, and
+    with ``faithful=True``, they are silently dropped. Chunks of classes in plain PyTorch
+    (:mod:`fastmargin.compat.chunked`).
+
+    Args:
+        margin: DEGREES, as in :class:`ArcFaceLoss`. scale: s. sub_centers: K.
+            Others as there, see the module.
+
+    Attributes:
+        W: parameter (D, C * K), the centres of a class one after the other.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        sub_centers: int = 3,
+        **kwargs,
+    ) -> None:
+        self.rows = self.sub_centers = sub_centers  # W is made with them
+        if kwargs.get("faithful"):
+            kwargs = {"faithful": True}
+        super().__init__(num_classes, embedding_size, margin, scale, **kwargs)
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
+        margin = self.margin
+
+        def psi(cos_y: Tensor) -> Tensor:
+            return add_angle(cos_y, torch.full_like(cos_y, margin), "mm", "exact")
+
+        return ChunkedScores.of(x * inverse_norm(x), self._centres(), self.scale, labels, psi)
+
+    def _cosine(self, embeddings: Tensor) -> Tensor:
+        each = super()._cosine(embeddings)
+        return each.unflatten(1, (self.num_classes, self.sub_centers)).max(2).values
+
+    @torch.no_grad()
+    def get_outliers(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        threshold: float = 75,
+        return_dominant_centers: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows farther than ``threshold`` degrees from the centre most rows of their class chose.
+
+        Returns their numbers, ordered by class, and the chosen centres (D, C): always both, as
+        there, whatever ``return_dominant_centers`` says. The column of a class without a row is 0;
+        there it holds what the memory held.
+
+        Raises:
+            TypeError, ValueError: as :meth:`forward`.
+        """
+        check_rows("embeddings", embeddings, self.embedding_size)
+        check_labels("labels", labels, embeddings.shape[0], self.num_classes)
+        labels = labels.reshape(-1).to(embeddings.device).long()
+        self._follow(embeddings)
+        x = embeddings.to(compute_dtype(self.W.dtype))
+        x = x * inverse_norm(x)
+        own = self._centres()[labels].to(x.dtype)
+        cosine = (x[:, None, :] * (own * inverse_norm(own))).sum(2)
+        votes = torch.zeros(self.num_classes, self.sub_centers, device=x.device)
+        votes.index_put_((labels, cosine.argmax(1)), votes.new_ones(()), accumulate=True)
+        dominant = votes.argmax(1)
+        far = cosine.gather(1, dominant[labels, None]).squeeze(1) < math.cos(
+            math.radians(threshold)
+        )
+        rows = far.nonzero().squeeze(1)
+        rows = rows[labels[rows].argsort(stable=True)]
+        centres = self._centres()[torch.arange(self.num_classes, device=x.device), dominant]
+        centres = torch.where(votes.sum(1, keepdim=True) > 0, centres, 0).t()
+        return rows, centres
+
+
+class NormalizedSoftmaxLoss(_Loss):
+    """``cos / temperature``, without margin (Zhai and Wu 2019; arXiv 1811.12649).
+
+    Args:
+        temperature: what the cosines are divided by.
+        distance: besides ``CosineSimilarity()``, ``DotProductSimilarity(normalize_embeddings=...)``
+            with False: logits ``||x|| * cos / temperature``, in chunks of classes.
+            Others as there, see the module.
+    """
+
+    distances = ("CosineSimilarity", "DotProductSimilarity")
+    shown = ("embedding_size", "num_classes", "temperature")
+
+    def __init__(
+        self, num_classes: int, embedding_size: int, temperature: float = 0.05, **kwargs
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        super().__init__(num_classes, embedding_size, **kwargs)
+        self.temperature = temperature
+
+    def _normalises(self) -> bool:
+        return self.distance is None or self.distance.normalize_embeddings
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
+        scale, length = 1 / self.temperature, torch.linalg.vector_norm(x, dim=1)
+        x = x * inverse_norm(x)
+        if not self._normalises():
+            return ChunkedScores.of(x, self._centres(), scale * length)
+        form = MarginForm(scale, grad="straight_through")
+        return CentreScores.of(x, self.W.t(), form, backend=self.backend, precision=self.precision)
+
+    def _official(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
+        if self._normalises():
+            embeddings = F.normalize(embeddings)
+        return embeddings @ F.normalize(self.W, dim=0) / self.temperature
