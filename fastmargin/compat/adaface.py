@@ -1,8 +1,8 @@
 """The heads of mk-minchul/AdaFace: ``import fastmargin.compat.adaface as head``.
 
-They return the scaled (B, C) logits, as the originals do, but as :class:`StreamedLogits`: with
-``nn.CrossEntropyLoss`` on them, no (B, C) tensor exists. (``ArcFace`` and ``CosFace`` stand beside
-``AdaFace`` in that repository's ``head.py`` since 2022, and not in all of its versions.)
+They return the scaled (B, C) logits, as the originals do, but as
+:class:`fastmargin.compat.logits.StreamedLogits`: with ``nn.CrossEntropyLoss`` on them, no (B, C)
+tensor exists. (``ArcFace`` and ``CosFace`` are beside ``AdaFace`` in some versions of ``head.py``.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.inputs import check_labels, check_rows
+from fastmargin.compat.logits import stream
 from fastmargin.compat.scores import CentreScores
 from fastmargin.norms import advance, compute_dtype, moments
 from fastmargin.spec import MarginForm, NormEma
@@ -60,30 +61,14 @@ class _Head(nn.Module):
         self.kernel.data.uniform_(-1, 1).renorm_(2, 1, 1e-5).mul_(1e5)
 
     def _check(self, embbedings: Tensor, norms: Tensor | None, label: Tensor) -> None:
-        for name, tensor in (("embbedings", embbedings), ("label", label)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        size = self.kernel.shape[0]
-        if embbedings.dim() != 2 or embbedings.shape[1] != size:
-            raise ValueError(
-                f"embbedings must have shape (B, {size}), got {tuple(embbedings.shape)}"
-            )
+        check_rows("embbedings", embbedings, self.kernel.shape[0])
         rows = embbedings.shape[0]
-        if label.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"label must be int64, got {label.dtype}: use label.long()")
-        if label.numel() != rows or label.dim() > 2:
-            raise ValueError(f"label must have shape ({rows},), got {tuple(label.shape)}")
+        check_labels("label", label, rows, self.classnum)
         if norms is not None and (not isinstance(norms, Tensor) or norms.numel() != rows):
             raise ValueError(
                 f"norms must be a tensor of shape ({rows}, 1): the lengths that the embeddings had "
                 "before they were normalised"
             )
-        if label.device.type == "cpu" and rows:
-            low, high = (int(value) for value in label.aminmax())
-            if low < 0 or high >= self.classnum:
-                raise ValueError(
-                    f"label must be in [0, {self.classnum}), found {low if low < 0 else high}"
-                )
 
     def _scores(
         self, embbedings: Tensor, norms: Tensor | None, label: Tensor, form: MarginForm
@@ -92,10 +77,9 @@ class _Head(nn.Module):
         # the originals take unit rows as given; longer ones would leave the range of a cosine
         length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
         x = x * torch.where(length > LONGEST, 1 / length, 1)
-        scores = CentreScores.of(
-            x, self.kernel.t(), form, label, norms, self.backend, self.precision
+        return stream(
+            CentreScores.of(x, self.kernel.t(), form, label, norms, self.backend, self.precision)
         )
-        return scores.dense() if torch.compiler.is_compiling() else StreamedLogits(scores)
 
     def _clamped_cosine(self, embbedings: Tensor) -> Tensor:
         """(B, C) as the originals have it; a column of zeros gives NaN."""

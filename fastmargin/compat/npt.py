@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmargin import deferred, ops
 from fastmargin.checks import check_embeddings
-from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.logits import StreamedLogits, stream
 from fastmargin.compat.scores import MOST_STREAMED, CentreScores
 from fastmargin.deferred import SettledCopies
 from fastmargin.margins import NPT
@@ -109,7 +109,7 @@ class Linear(SettledCopies, nn.Module):
             precision=self.precision,
             sparse_grad=self.sparse_grad,
         )
-        return StreamedLogits(scores)
+        return stream(scores)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
