@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from benchmarks.glyphs.drawing import COVERAGE_SIDE, Pen
+from benchmarks.glyphs.drawing import has_glyph
 from benchmarks.glyphs.fonts import Face
 
 # Han and Hangul syllables. Not the compatibility ideographs: the same characters a second time.
@@ -55,8 +55,8 @@ def find_classes(
     points = np.array([point for part in ranges for point in part], dtype=np.int32)
     has = np.zeros((len(points), len(faces)), dtype=bool)
     for number, face in enumerate(faces):
-        pen = Pen(face, COVERAGE_SIDE)
-        has[:, number] = [pen.has(chr(point)) for point in points]
+        has_character = has_glyph(face)
+        has[:, number] = [has_character(chr(point)) for point in points]
         # leave out what the remaining fonts cannot save
         possible = has.sum(axis=1) + len(faces) - number - 1 >= fewest
         points, has = points[possible], has[possible]
@@ -79,6 +79,8 @@ def cached_classes(
     if file.exists():
         with np.load(file) as stored:
             if str(stored["key"]) == key:
+                for _ in faces:
+                    after_font()
                 return Classes(stored["code_points"], stored["has"])
     found = find_classes(faces, after_font=after_font)
     folder.mkdir(parents=True, exist_ok=True)

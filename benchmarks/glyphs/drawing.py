@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.glyphs.fonts import Face
 
 # not a character and never one: every font answers with its mark for what is missing (.notdef)
 NO_CHARACTER = "\U0010ffff"
-EM_SHARE = 0.85  # of the image's side: leaves room for shifts
-COVERAGE_SIDE = 16
+INK_SHARE = 0.85  # of the image's side: leaves room for shifts
+EM_SHARE = 2  # drawn larger, then reduced
+COVERAGE_SIZE = 12
 
 
 class Pen:
@@ -17,17 +20,37 @@ class Pen:
 
     def __init__(self, face: Face, side: int) -> None:
         self.side = side
-        self.font: ImageFont.FreeTypeFont = face.open(round(EM_SHARE * side))
-        self.absent = {self.draw(NO_CHARACTER), bytes(side * side)}
+        self.font: ImageFont.FreeTypeFont = face.open(EM_SHARE * side)
 
     def draw(self, character: str) -> bytes:
-        """Grey values row by row, 0 where there is no ink; the ink is centred."""
+        """Grey values row by row, 0 where there is no ink.
+
+        The ink is centred and as large as fits, as faces are aligned: fonts differ in how much
+        of the em they fill.
+        """
         left, top, right, bottom = self.font.getbbox(character)
+        ink = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(ink).text((-left, -top), character, fill=255, font=self.font)
+        scale = INK_SHARE * self.side / max(ink.size)
+        size = [max(1, round(scale * length)) for length in ink.size]
         image = Image.new("L", (self.side, self.side))
-        corner = (self.side - left - right) // 2, (self.side - top - bottom) // 2
-        ImageDraw.Draw(image).text(corner, character, fill=255, font=self.font)
+        corner = (self.side - size[0]) // 2, (self.side - size[1]) // 2
+        image.paste(ink.resize(size, Image.Resampling.BOX), corner)
         return image.tobytes()
 
-    def has(self, character: str) -> bool:
-        """Whether the font has it: not the mark for what is missing, and not blank."""
-        return self.draw(character) not in self.absent
+
+def has_glyph(face: Face) -> Callable[[str], bool]:
+    """A test whether the face has a character: not its mark for what is missing, and not blank."""
+    font = face.open(COVERAGE_SIZE)
+
+    def draw(character: str) -> tuple:
+        mask = font.getmask(character)
+        return mask.size, bytes(mask)
+
+    missing = draw(NO_CHARACTER)
+
+    def has(character: str) -> bool:
+        drawn = draw(character)
+        return drawn != missing and any(drawn[1])
+
+    return has

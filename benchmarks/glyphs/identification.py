@@ -56,9 +56,7 @@ def figures(network: FaceNet, centres: Tensor, split: Split) -> dict[str, float]
     """Rank-1 of the unseen font by unit class centres [C, D] and by the means of the training
     glyphs, and verification by these."""
     unseen, labels = features(network, split.unseen), split.unseen.labels
-    means = class_means(
-        features(network, split.training), split.training.labels, split.num_classes
-    )
+    means = class_means(features(network, split.training), split.training.labels, split.num_classes)
     return {
         "rank_1_centres": rank_one(unseen, labels, centres),
         "rank_1_means": rank_one(unseen, labels, means),

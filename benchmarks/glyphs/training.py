@@ -26,7 +26,7 @@ class Recipe:
 
     epochs: int = 6
     batch_size: int = 128
-    learning_rate: float = 0.1
+    learning_rate: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warm_up: float = 0.2
