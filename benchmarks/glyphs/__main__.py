@@ -15,7 +15,12 @@ from benchmarks.glyphs.report import print_report
 from benchmarks.glyphs.run import RATES, BenchmarkError, Settings, run
 from fastmargin.demo.progress import RichProgress
 
-QUICK = {"classes": 500, "rates": (1.0, 0.3)}
+QUICK = {
+    "classes": 500,
+    "margins": ("softmax", "ArcFace", "AdaFace"),
+    "rates": (1.0, 0.3),
+    "epochs": 20,
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.glyphs", description=glyphs.__doc__.splitlines()[0]
     )
     parser.add_argument("--classes", type=int, help="characters (default 2000)")
-    parser.add_argument("--margins", nargs="+", choices=MARGINS, default=list(MARGINS))
+    parser.add_argument("--margins", nargs="+", choices=MARGINS, help="default all")
     parser.add_argument("--rates", nargs="+", type=float, help=f"default {RATES}")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0, help="of network, batches and views")
@@ -37,7 +42,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU, instead of torch's own choice")
     parser.add_argument(
-        "--quick", action="store_true", help="500 classes, rates 1 and 0.3, where not given"
+        "--quick", action="store_true", help=f"where nothing else is given: {QUICK}"
     )
     parser.add_argument("--json", action="store_true", help="print figures instead of tables")
     return parser.parse_args(arguments)

@@ -28,9 +28,10 @@ class Pen:
         The ink is centred and as large as fits, as faces are aligned: fonts differ in how much
         of the em they fill.
         """
-        left, top, right, bottom = self.font.getbbox(character)
-        ink = Image.new("L", (right - left, bottom - top))
-        ImageDraw.Draw(ink).text((-left, -top), character, fill=255, font=self.font)
+        left, top, right, bottom = self.font.getbbox(character)  # holds the advance too
+        drawn = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(drawn).text((-left, -top), character, fill=255, font=self.font)
+        ink = drawn.crop(drawn.getbbox())
         scale = INK_SHARE * self.side / max(ink.size)
         size = [max(1, round(scale * length)) for length in ink.size]
         image = Image.new("L", (self.side, self.side))

@@ -41,9 +41,7 @@ class Face:
 
     def open(self, size: int) -> ImageFont.FreeTypeFont:
         """Ready to draw with ``size`` pixels per em."""
-        return ImageFont.truetype(
-            str(self.path), size, self.index, layout_engine=ImageFont.Layout.BASIC
-        )
+        return _open(self.path, size, self.index)
 
 
 # Not fonts-droid-fallback: its glyphs are those of Micro Hei.
@@ -112,9 +110,18 @@ def _face_index(path: Path, family: str) -> int | None:
     index = 0
     while True:
         try:
-            face = ImageFont.truetype(str(path), 10, index)
+            face = _open(path, 10, index)
         except OSError:  # no face of this number, or no font at all
             return None
         if face.getname()[0] == family:
             return index
         index += 1
+
+
+def _open(path: Path, size: int, index: int) -> ImageFont.FreeTypeFont:
+    """Not ``ImageFont.truetype``: that looks elsewhere for a file of this name that it cannot read.
+
+    Raises:
+        OSError: it is no font, or has no face of this number.
+    """
+    return ImageFont.FreeTypeFont(str(path), size, index, layout_engine=ImageFont.Layout.BASIC)

@@ -25,9 +25,9 @@ def print_report(console: Console, figures: dict[str, Any], out: str) -> None:
     )
     console.print(_cost_table(figures))
     console.print(
-        "Difference: the largest of the losses in the first epoch, relative; one bit: plain\n"
-        "from plain that started one bit apart. Head: forward, backward, optimiser and\n"
-        "sampling, median. Peak: of such a step, beyond centres and momentum.\n",
+        "Difference: the largest of the losses in the first epoch, relative; one bit:\n"
+        "plain from plain that started one bit apart. Head: forward, backward, optimiser\n"
+        "and sampling, median. Peak: of such a step, beyond centres and momentum.\n",
         style="dim",
     )
     console.print(
@@ -59,9 +59,9 @@ def _cost_table(figures: dict[str, Any]) -> Table:
             f"{row['rate']:g}",
             f"{row['first_epoch_gap']:.0e}",
             f"{row['first_epoch_gap_of_one_bit']:.0e}",
-            _both(row, "head_ms", "{:.2f}"),
+            _both(row, "head_ms", "{:.3g}"),
             f"{row['time_ratio']:.2f}",
-            _both(peaks, "peak_mb", "{:.1f}"),
+            _both(peaks, "peak_mb", "{:.3g}"),
             f"{row['memory_ratio']:.2f}",
         )
     return table
@@ -70,7 +70,7 @@ def _cost_table(figures: dict[str, Any]) -> Table:
 def _table(title: str, headings: Sequence[str]) -> Table:
     """Narrow enough for 80 columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("margin")
+    table.add_column("margin", no_wrap=True)
     for heading in ("rate", *headings):
         table.add_column(heading, justify="right", no_wrap=True)
     return table
