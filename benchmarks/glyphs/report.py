@@ -59,9 +59,9 @@ def _cost_table(figures: dict[str, Any]) -> Table:
             f"{row['rate']:g}",
             f"{row['first_epoch_gap']:.0e}",
             f"{row['first_epoch_gap_of_one_bit']:.0e}",
-            _both(row, "head_ms", "{:.3g}"),
+            _both(row, "head_ms", "{:.2f}"),
             f"{row['time_ratio']:.2f}",
-            _both(peaks, "peak_mb", "{:.3g}"),
+            _both(peaks, "peak_mb", "{:.1f}"),
             f"{row['memory_ratio']:.2f}",
         )
     return table
