@@ -267,6 +267,7 @@ def test_both_heads_follow_the_same_curve(split, margin, rate):
     centres = fused.head.export_centers(normalized=False)
     torch.testing.assert_close(centres, plain.head.weight.detach(), rtol=1e-3, atol=1e-4)
     assert (fused.head.sampler is None) == (rate == 1.0)
+    assert fused.head.weight.grad.is_sparse == (rate < 1.0)
 
 
 def test_only_the_first_epoch_of_some(split):

@@ -46,8 +46,9 @@ def plot_curves(path: Path, figures: dict[str, Any]) -> None:
                     axes.plot(at, loss, color=color, linewidth=width, alpha=alpha)
             axes.set_title(margin)
             axes.set_ylim(bottom=0)
-        for axes in grid.flat[len(margins) :]:
-            axes.remove()
+        for number in range(len(margins), grid.size):
+            grid.flat[number].remove()
+            grid.flat[number - columns].tick_params(labelbottom=True)  # now the lowest
         for axes in grid[:, 0]:
             axes.set_ylabel("training loss")
         figure.supxlabel("epoch", fontsize=10)
@@ -56,8 +57,8 @@ def plot_curves(path: Path, figures: dict[str, Any]) -> None:
             Line2D([], [], color=GREY, linewidth=5, alpha=0.4, label="plain PyTorch"),
             Line2D([], [], color=GREY, linewidth=1.1, label="fastmargin"),
         ]
-        columns = len(lines) if len(margins) > 1 else 2
-        figure.legend(handles=lines, loc="outside upper center", ncols=columns)
+        across = len(lines) if len(margins) > 1 else 2
+        figure.legend(handles=lines, loc="outside upper center", ncols=across)
         figure.savefig(path, dpi=DPI)
 
 
