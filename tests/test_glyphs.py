@@ -31,7 +31,8 @@ from benchmarks.glyphs.drawing import INK_SHARE, Pen, has_glyph
 from benchmarks.glyphs.fonts import Font, FontsMissingError, find_faces
 from benchmarks.glyphs.heads import HEADS, MARGINS
 from benchmarks.glyphs.report import print_report
-from benchmarks.glyphs.training import Recipe, largest_gap, train_in_step
+from benchmarks.glyphs.training import Learner, Recipe, largest_gap, train_in_step
+from fastmargin.demo.network import FaceNet
 
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SANS = Font("Sans", "DejaVu Sans", "DejaVuSans.ttf", "fonts-dejavu-core")
@@ -268,6 +269,30 @@ def test_both_heads_follow_the_same_curve(split, margin, rate):
     torch.testing.assert_close(centres, plain.head.weight.detach(), rtol=1e-3, atol=1e-4)
     assert (fused.head.sampler is None) == (rate == 1.0)
     assert fused.head.weight.grad.is_sparse == (rate < 1.0)
+    if margin == "KappaFace":  # it has seen the end of an epoch
+        assert fused.head.margin.class_weights.std() > 1e-3
+
+
+def test_a_step_with_the_head_apart_is_an_ordinary_step(split):
+    def new_head(size, classes):
+        return heads.PlainHead(size, classes, MARGINS["ArcFace"](), 1.0)
+
+    learner, whole = (Learner(new_head, split, TINY, 0, 10) for _ in range(2))
+    views, labels = split.training.images(slice(20)), split.training.labels[:20]
+    learner.step(views, labels)
+    whole.head(whole.network(views), labels).backward()
+    for optimiser in (whole.backbone_optimiser, whole.head_optimiser):
+        optimiser.step()
+    moved = 0
+    torch.manual_seed(0)
+    first = FaceNet(TINY.widths, image_size=(32, 32))
+    for own, other, before in zip(
+        learner.network.parameters(), whole.network.parameters(), first.parameters(), strict=True
+    ):
+        torch.testing.assert_close(own, other)
+        moved += not torch.equal(own, before)
+    assert moved == len(list(first.parameters()))
+    torch.testing.assert_close(learner.head.weight, whole.head.weight)
 
 
 def test_only_the_first_epoch_of_some(split):
