@@ -19,7 +19,7 @@ QUICK = {
     "classes": 500,
     "margins": ("softmax", "ArcFace", "AdaFace"),
     "rates": (1.0, 0.3),
-    "epochs": 20,
+    "epochs": 12,
 }
 
 

@@ -24,9 +24,9 @@ NewHead = Callable[[int, int], nn.Module]
 class Recipe:
     """Training settings, common to all heads: SGD, with insightface's momentum and decay."""
 
-    epochs: int = 6
-    batch_size: int = 128
-    learning_rate: float = 0.2
+    epochs: int = 5
+    batch_size: int = 64
+    learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warm_up: float = 0.2
