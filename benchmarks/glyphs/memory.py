@@ -19,6 +19,7 @@ from benchmarks.glyphs.heads import HEADS, MARGINS, new_optimiser
 from fastmargin.demo.network import EMBEDDING_SIZE
 
 WARM_UP_STEPS = 2
+PAGE = 4096
 # every tensor of any size goes back to the system when it is freed (glibc), so that the
 # high-water mark of one step does not depend on the steps before it
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -49,7 +50,8 @@ def peaks_in_new_process(task: Task) -> list[dict[str, int]]:
 
 def peak_bytes(name: str, margin: str, rate: float, task: Task) -> int:
     """The most that a step (forward, backward, optimiser) takes beyond what stays between steps:
-    centres, momentum, what the margin keeps, embeddings and their gradient."""
+    centres, momentum, what the margin keeps, embeddings and their gradient. At least a page, the
+    grain of the system's account."""
     device = torch.device(task.device)
     head = HEADS[name](EMBEDDING_SIZE, task.num_classes, MARGINS[margin](), rate).to(device)
     optimiser = new_optimiser(head, lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -62,7 +64,7 @@ def peak_bytes(name: str, margin: str, rate: float, task: Task) -> int:
         before = _start(device)
         head(x, labels).backward()
         optimiser.step()
-        peak = _peak(device) - before
+        peak = max(_peak(device) - before, PAGE)
         optimiser.zero_grad()
     return peak
 
