@@ -16,7 +16,7 @@ class Jitter:
 
     rotation: degrees. zoom: log of the scale. shift: share of the image's height and width.
     contrast: share. brightness: grey value. erase: share of images that lose one rectangle of
-    10 to 30 pixels a side; it stands for hands, hair and glasses.
+    10 to 30 pixels a side; it stands for hands, hair and glasses. mirror: share that is mirrored.
     """
 
     rotation: float = 15.0
@@ -25,10 +25,11 @@ class Jitter:
     contrast: float = 0.0
     brightness: float = 0.0
     erase: float = 0.5
+    mirror: float = 0.5
 
 
 def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> Tensor:
-    """One random view of every image [N, 1, H, W], half of them mirrored.
+    """One random view of every image [N, 1, H, W].
 
     The draws come from ``generator`` (CPU), so that every device sees the same views.
     """
@@ -39,7 +40,7 @@ def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> 
 
     angle = math.radians(jitter.rotation) * uniform(count)
     zoom = torch.exp(jitter.zoom * uniform(count))
-    mirror = torch.where(uniform(count) < 0, -1.0, 1.0)
+    mirror = torch.where(uniform(count) < 2 * jitter.mirror - 1, -1.0, 1.0)
     cos, sin, aspect = zoom * angle.cos(), zoom * angle.sin(), width / height
     # affine_grid counts both sides as [-1, 1]: the aspect ratio keeps the rotation rigid
     theta = torch.zeros(count, 2, 3)

@@ -13,16 +13,21 @@ WIDTHS = (32, 64, 128)
 
 
 class FaceNet(nn.Module):
-    """Grey images [B, 1, 56, 46] -> raw embeddings [B, 128], whose norm the head may read.
+    """Grey images [B, 1, *image_size] -> raw embeddings [B, 128], whose norm the head may read.
 
-    Every block halves the resolution (56 x 46 -> 7 x 6). The last layer sees all 42 places
+    Every block halves the resolution (56 x 46 -> 7 x 6). The last layer sees all these places
     apart, since the faces are aligned; pooling over them measured worse.
     """
 
-    def __init__(self, widths: tuple[int, ...] = WIDTHS, embedding_size: int = EMBEDDING_SIZE):
+    def __init__(
+        self,
+        widths: tuple[int, ...] = WIDTHS,
+        embedding_size: int = EMBEDDING_SIZE,
+        image_size: tuple[int, int] = IMAGE_SIZE,
+    ):
         super().__init__()
         blocks: list[nn.Module] = []
-        height, width = IMAGE_SIZE
+        height, width = image_size
         for before, after in zip((1, *widths), widths, strict=False):
             kernel = 5 if before == 1 else 3
             blocks += [

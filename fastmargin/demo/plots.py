@@ -30,7 +30,7 @@ STYLE = {
 }
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.6), **kwargs):
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.6), **kwargs):
     """A figure without pyplot: no global state, no display."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **kwargs)
@@ -48,7 +48,7 @@ def plot_roc(
     The raw pixels, which are no head, are dashed and grey, and last in the legend.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         colors = iter(COLORS)
         for name in sorted(tar, key=lambda name: name == RAW):
             raw = name == RAW
@@ -86,7 +86,7 @@ def plot_adaface(
     """
     with matplotlib.rc_context(STYLE):
         ratios = {"height_ratios": [2.2, 1]}
-        figure, (top, bottom) = _figure(2, 1, (7.0, 5.6), sharex=True, gridspec_kw=ratios)
+        figure, (top, bottom) = new_figure(2, 1, (7.0, 5.6), sharex=True, gridspec_kw=ratios)
         for (degrees, values), color in zip(margin.items(), COLORS, strict=False):
             label = f"target angle {degrees}°"
             top.plot(norm, values, color=color, linewidth=1.8, label=label)
@@ -117,7 +117,7 @@ def plot_kappaface(
     people are shown.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure()
+        figure, axes = new_figure()
         axes.scatter(kappa, margin, color=COLORS[0], s=28, zorder=3)
         order = sorted(range(len(kappa)), key=lambda person: kappa[person])
         shown = [*order[:3], *order[-3:]] if len(order) >= 6 else order
@@ -157,7 +157,7 @@ def plot_scaling(path: Path, costs: Sequence[dict], title: str) -> None:
         "plain": (COLORS[3], "s", "plain PyTorch"),
     }
     with matplotlib.rc_context(STYLE):
-        figure, (left, right) = _figure(1, 2, (9.6, 4.2))
+        figure, (left, right) = new_figure(1, 2, (9.6, 4.2))
         for name, (color, marker, label) in styles.items():
             rows = [row for row in costs if row["implementation"] == name]
             counts = [row["identities"] for row in rows]
