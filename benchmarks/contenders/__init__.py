@@ -1,0 +1,34 @@
+"""Who takes part: fastmargin's backends and their peers."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.contenders import heads, libraries, ours
+from benchmarks.contenders.base import ALLOWED, Contender, Head
+
+__all__ = ["ALLOWED", "BASELINE", "Contender", "Head", "by_name", "contenders", "everybody"]
+
+BASELINE = ("insightface-like", "AdaFace-like")
+"""What others are compared with, the first that takes part in a case."""
+
+
+def everybody(device: torch.device) -> tuple[Contender, ...]:
+    """All that could take part on a device, ours first; by default without the reference."""
+    own = ours.GPU if device.type == "cuda" else ours.CPU
+    amp = heads.AMP if device.type == "cuda" else ()
+    return (*own, *heads.FLOAT32, *amp, *libraries.CONTENDERS, *ours.REFERENCE)
+
+
+def contenders(case: Case, device: torch.device, only: list[str] | None) -> list[Contender]:
+    """Who takes part in a case; ``only`` keeps the names that contain one of these."""
+    found = [contender for contender in everybody(device) if contender.applies(case)]
+    if only:
+        return [c for c in found if any(part in c.name for part in only)]
+    return [c for c in found if c not in ours.REFERENCE]
+
+
+def by_name(name: str, device: torch.device) -> Contender:
+    """The contender of this name."""
+    return next(found for found in everybody(device) if found.name == name)
