@@ -23,9 +23,10 @@ def sweep(contender: Contender, margin: str, device: torch.device) -> list[dict]
     unit = contender.prenormalised
     weight = data.centres(case, device, unit)
     labels = data.batches(case, device, unit)[0][1]
-    found = []
+    found, head = [], None
     for gap in GAPS:
-        head = contender.make(case, weight.clone())
+        if head is None or margin == "adaface":  # whose statistics a batch moves
+            head = contender.make(case, weight.clone())
         truth = None if unit else contender.margin(margin).to(device).double()
         x = gate.at_gap(weight.double(), labels, truth, gap)
         reached = float(gate.gaps(x, weight.double(), labels, truth).median())

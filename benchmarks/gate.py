@@ -161,9 +161,10 @@ def check(contender: Contender, case: Case, device: torch.device) -> Verdict:
     small = gate_case(case)
     unit = contender.prenormalised
     weight = data.centres(small, device, unit)
-    found = {}
+    found, head = {}, None
     for regime, gap in REGIMES.items():
-        head = contender.make(small, weight.clone())
+        if head is None or case.margin == "adaface":  # whose statistics a batch moves
+            head = contender.make(small, weight.clone())
         x, labels = data.batches(small, device, unit)[0]
         if gap is not None:
             margin = truth_margin(contender, small, x.detach().double())

@@ -143,13 +143,14 @@ def measure(
     Returns:
         Times by name. A head that raises has ``error`` and takes no further turn.
     """
-    found = {name: Times() for name in heads}
+    names, found = list(heads), {name: Times() for name in heads}
     start, last = time.monotonic(), canary.sing()
     for turn in range(-WARM_UP, repeats):
         if turn >= LEAST_TURNS and time.monotonic() - start > seconds:
             break
-        for name, head in heads.items():
-            times = found[name]
+        first = turn % max(1, len(heads))  # each goes first in its turn
+        for name in [*names[first:], *names[:first]]:
+            head, times = heads[name], found[name]
             if times.error is not None:
                 continue
             x, labels = batches[name][turn % len(batches[name])]

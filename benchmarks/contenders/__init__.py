@@ -22,10 +22,18 @@ def everybody(device: torch.device) -> tuple[Contender, ...]:
 
 
 def contenders(case: Case, device: torch.device, only: list[str] | None) -> list[Contender]:
-    """Who takes part in a case; ``only`` keeps the names that contain one of these."""
+    """Who takes part in a case.
+
+    ``only`` keeps the names that contain one of these; a whole name means that one alone.
+    """
     found = [contender for contender in everybody(device) if contender.applies(case)]
     if only:
-        return [c for c in found if any(part in c.name for part in only)]
+        names = {contender.name for contender in everybody(device)}
+
+        def wanted(name: str) -> bool:
+            return any(part == name if part in names else part in name for part in only)
+
+        return [contender for contender in found if wanted(contender.name)]
     return [c for c in found if c not in ours.REFERENCE]
 
 
