@@ -216,4 +216,5 @@ def _mark_limit(axes: Axes, rows: list[dict], look: dict) -> None:
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    columns = min(3 if figure.get_figwidth() > 8 else 2, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -7,6 +7,7 @@ length already, scaled by s: less work than a margin head does, and said so in t
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +70,12 @@ def _liger(case: Case, weight: Tensor) -> Head:
         LigerFusedLinearCrossEntropyFunction as Function,
     )
 
-    settings = {"accum_dtype": torch.float32}
-    if "chunk_mem_const" in Function.forward.__code__.co_varnames:
-        settings["chunk_mem_const"] = max(1, -(-case.classes // (CHUNKS * case.dim)))
-    names = Function.forward.__code__.co_varnames[1 : Function.forward.__code__.co_argcount]
-    defaults = dict(zip(reversed(names), reversed(Function.forward.__defaults__), strict=False))
-    rest = [settings.get(name, defaults.get(name)) for name in names[3:]]
+    wanted = {
+        "accum_dtype": torch.float32,
+        "chunk_mem_const": max(1, -(-case.classes // (CHUNKS * case.dim))),
+    }
+    _, _, _, _, *others = inspect.signature(Function.forward).parameters.values()  # autograd takes
+    rest = [wanted.get(one.name, one.default) for one in others]  # arguments by position only
 
     def loss(x, centres, labels):
         return Function.apply(x, centres, labels, *rest)[0]
