@@ -124,4 +124,5 @@ def _name(case: Case) -> str:
 def from_dict(values: dict) -> Case:
     """A case out of JSON."""
     known = {field.name for field in fields(Case)}
-    return Case(**{name: value for name, value in values.items() if name in known})
+    found = Case(**{name: value for name, value in values.items() if name in known})
+    return replace(found, suites=tuple(found.suites))
