@@ -44,9 +44,11 @@ def draw(report: dict, folder: Path, formats: tuple[str, ...] = ("png", "svg")) 
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, make in PICTURES.items():
-        with matplotlib.rc_context(STYLE):
-            figure = make(report)
-            for kind in formats if figure else ():
+        for kind in formats:
+            with matplotlib.rc_context(STYLE):
+                figure = make(report)  # anew: a layout remembers the last drawing
+                if figure is None:
+                    break
                 path = folder / f"{name}.{kind}"
                 metadata = {"Date": None, "Description": digest(report)} if kind == "svg" else None
                 figure.savefig(path, dpi=DPI, metadata=metadata)

