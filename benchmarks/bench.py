@@ -24,7 +24,7 @@ class Settings:
     contenders whose names contain one of these. memory, accuracy: whether to measure them."""
 
     repeats: int = 9
-    seconds: float = 30.0
+    seconds: float = 15.0
     only: tuple[str, ...] = ()
     memory: bool = True
     accuracy: bool = True

@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--seconds",
         type=float,
-        default=30.0,
-        help="after so many of a case no further turn starts, but there are three (default 30)",
+        default=15.0,
+        help="after so many of a case no further turn starts, but there are three (default 15)",
     )
     how.add_argument("--no-memory", action="store_true", help="no peak memory")
     how.add_argument("--no-accuracy", action="store_true", help="no error by logit gap")

@@ -29,7 +29,7 @@ def test_names_are_different_and_every_suite_has_cases():
 def test_a_suite_a_name_or_values():
     assert chosen() == cases.of_suites(["cpu"])
     assert chosen(device=torch.device("cuda")) == cases.of_suites(["gpu"])
-    assert [case.name for case in chosen("--case", "arc-30k", "ada-30k")] == ["arc-30k", "ada-30k"]
+    assert [case.name for case in chosen("--case", "arc-20k", "ada-20k")] == ["arc-20k", "ada-20k"]
     both = chosen("--suite", "cpu", "--suite", "smoke")
     assert {suite for case in both for suite in case.suites} == {"cpu", "smoke"}
     own = chosen("--classes", "10", "20", "--rate", "0.5", "--state", "sgd", "--world", "2")
@@ -66,8 +66,8 @@ def test_gate_keeps_the_regime_and_not_the_size():
 
 def test_errors_of_the_command_line_name_the_remedy(capsys, tmp_path):
     assert run.main(["--case", "nothing"]) == 2
-    assert "arc-30k" in capsys.readouterr().err
-    assert run.main(["--case", "arc-30k", "--classes", "5"]) == 2
+    assert "arc-20k" in capsys.readouterr().err
+    assert run.main(["--case", "arc-20k", "--classes", "5"]) == 2
     assert "leave out" in capsys.readouterr().err
     assert run.main(["--rate", "2"]) == 2
     other = tmp_path / "other.json"
@@ -82,7 +82,7 @@ def test_errors_of_the_command_line_name_the_remedy(capsys, tmp_path):
 def test_the_command_lists_and_an_installed_copy_says_what_it_needs(monkeypatch, tmp_path):
     listed = CliRunner().invoke(cli.app, ["bench", "--list", "--device", "cpu"])
     assert listed.exit_code == 0
-    for words in ("arc-30k", "fastmargin cpu fp32", "liger-kernel", "our own writing"):
+    for words in ("arc-20k", "fastmargin cpu fp32", "liger-kernel", "our own writing"):
         assert words in listed.stdout
     assert CliRunner().invoke(cli.app, ["bench", "--help"]).exit_code == 0
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastmargin" / "cli.py"))
