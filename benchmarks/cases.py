@@ -65,18 +65,18 @@ CASES = (
     Case("pfc-50k-r0.1", 256, 50_000, 128, "cosface", rate=0.1, state="sgd", suites=CPU),
     Case("pfc-1m-r0.1", 256, 1_000_000, 128, "cosface", rate=0.1, state="sgd", suites=LARGE),
     Case("world2-20k", 128, 20_000, 128, "cosface", state="sgd", world=2, suites=LARGE),
-    # the workloads that the goals for a GPU are about
+    # a GPU, what matters most first: gpu-check stops when its time is up
     Case("gpu-100k", 512, 100_000, 512, suites=GPU),
     Case("gpu-1m", 1024, 1_000_000, 512, suites=GPU),
-    Case("gpu-1m-bf16", 1024, 1_000_000, 512, dtype="bfloat16", suites=GPU),
-    Case("gpu-1m-b4096", 4096, 1_000_000, 512, suites=GPU),
-    Case("gpu-2m", 1024, 2_060_000, 512, suites=GPU),
     Case("gpu-10m", 1024, 10_000_000, 512, suites=GPU),
+    Case("gpu-pfc-1m-r0.1", 1024, 1_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
+    Case("gpu-pfc-10m-r0.1", 8192, 10_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
+    Case("gpu-1m-b4096", 4096, 1_000_000, 512, suites=GPU),
     Case("gpu-ada-1m", 1024, 1_000_000, 512, "adaface", suites=GPU),
     Case("gpu-pfc-1m-r1", 1024, 1_000_000, 512, "cosface", state="sgd", suites=GPU),
     Case("gpu-pfc-1m-r0.3", 1024, 1_000_000, 512, "cosface", rate=0.3, state="sgd", suites=GPU),
-    Case("gpu-pfc-1m-r0.1", 1024, 1_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
-    Case("gpu-pfc-10m-r0.1", 8192, 10_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
+    Case("gpu-2m", 1024, 2_060_000, 512, suites=GPU),
+    Case("gpu-1m-bf16", 1024, 1_000_000, 512, dtype="bfloat16", suites=GPU),
 )
 SUITES = tuple(dict.fromkeys(suite for case in CASES for suite in case.suites))
 

@@ -70,10 +70,10 @@ def of_step(head: contenders.Head, batches, device: torch.device) -> Peak:
         torch.cuda.synchronize()
         return Peak(torch.cuda.max_memory_allocated() - before, gradient)
     _give_back()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     gradient = _step(head, *batches[WARM_UP % len(batches)])
-    return Peak(max(0, _resident("VmHWM") - before), gradient)
+    return Peak(max(0, resident("VmHWM") - before), gradient)
 
 
 def _step(head: contenders.Head, x: torch.Tensor, labels: torch.Tensor) -> int:
@@ -87,7 +87,7 @@ def _step(head: contenders.Head, x: torch.Tensor, labels: torch.Tensor) -> int:
     return size
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of this process: now ("VmRSS") or at most ("VmHWM"). Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -61,9 +61,9 @@ def _gpu() -> dict[str, object]:
     }
 
 
-def provenance(command: str, device: torch.device) -> dict[str, object]:
-    """Everything that one needs to run it again."""
-    machine: dict[str, object] = {
+def machine(device: torch.device) -> dict[str, object]:
+    """The hardware."""
+    found: dict[str, object] = {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -72,12 +72,17 @@ def provenance(command: str, device: torch.device) -> dict[str, object]:
         "system": platform.platform(),
     }
     if _extension.reason() is None:
-        machine["capability"] = torch.ops.fastmargin.cpu_capability()
+        found["capability"] = torch.ops.fastmargin.cpu_capability()
     if device.type == "cuda":
-        machine["gpu"] = _gpu()
+        found["gpu"] = _gpu()
+    return found
+
+
+def provenance(command: str, device: torch.device) -> dict[str, object]:
+    """Everything that one needs to run it again."""
     return {
         "device": device_name(device),
-        "machine": machine,
+        "machine": machine(device),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "build": build_info(),
