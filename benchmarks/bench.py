@@ -21,7 +21,8 @@ MARKED = 0.25
 @dataclass(frozen=True)
 class Settings:
     """repeats: turns that count. seconds: after so long a case starts no further turn. only: keep
-    contenders whose names contain one of these. memory, accuracy: whether to measure them."""
+    contenders whose names contain one of these. memory, accuracy: whether to measure them.
+    small_ceilings: from small operands, for tests."""
 
     repeats: int = 9
     seconds: float = 15.0
@@ -107,7 +108,7 @@ class _Bench:
             try:
                 self.verdicts[key] = gate.check(taker, case, self.device)
             except Exception as error:
-                self.verdicts[key] = error
+                self.verdicts[key] = error.with_traceback(None)  # whose frames hold tensors
             _let_go(self.device)
         verdict = self.verdicts[key]
         if isinstance(verdict, Exception):
@@ -134,6 +135,7 @@ class _Bench:
             except Exception as error:
                 row |= _failure(error)
                 head = own = None
+            if head is None:  # what the error held is free by now
                 _let_go(self.device)
                 continue
             heads[taker.name], batches[taker.name] = head, own

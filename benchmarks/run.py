@@ -159,10 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         report.print_report(console, found)
         console.print(f"written: {file}", highlight=False)
     if not options.no_plots:
-        from benchmarks import plots
-
-        for path in plots.draw(found, options.output):
-            errors.print(f"written: {path}", highlight=False)
+        draw(found, options.output, errors)
     wrong = ("failed gate", "failed")
     return int(any(row["ours"] and row["status"] in wrong for row in found["rows"]))
 
@@ -192,6 +189,19 @@ def measure(
             chosen, device, settings, lambda what: bar.update(task, description=what, advance=1)
         )
     return {"provenance": origin, **found}
+
+
+def draw(found: dict, folder: Path, console: Console) -> None:
+    """The pictures, or what is missing for them."""
+    try:
+        from benchmarks import plots
+    except ImportError as error:
+        console.print(
+            f"no pictures ({error}): pip install 'fastmargin[bench]'", highlight=False, markup=False
+        )
+        return
+    for path in plots.draw(found, folder):
+        console.print(f"written: {path}", highlight=False)
 
 
 def profile(chosen: list[cases.Case], device: torch.device, options, console: Console) -> int:

@@ -159,7 +159,7 @@ def measure(
                 before_step()
                 laps = one_step(head, x, labels, clock)
             except Exception as error:
-                times.error = error
+                times.error = error.with_traceback(None)  # whose frames hold tensors
                 head.zero_grad()
                 continue
             before, last = last, canary.sing()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -70,7 +72,7 @@ def test_pictures_and_table(finished):
     names = {path.name for path in folder.iterdir()}
     for picture in ("identities", "roofline", "error"):
         assert {f"{picture}.png", f"{picture}.svg"} <= names
-    console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     report.print_report(console, found)
     text = console.export_text()
     assert "insightface-like" in text and "600 classes" in text
@@ -96,6 +98,14 @@ def test_a_report_agrees_with_itself_and_not_with_one_twice_as_slow(finished, tm
     assert run.main(["--compare", *both]) == 0
     told = capsys.readouterr().out
     assert "slower" in told and "another" in told
+
+
+def test_without_matplotlib_there_are_no_pictures_and_the_remedy(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks.plots", None)
+    monkeypatch.delattr("benchmarks.plots", raising=False)
+    run.draw({}, tmp_path, Console(width=200))
+    assert "pip install 'fastmargin[bench]'" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def rows_with(monkeypatch, taker, settings=QUIET):
