@@ -29,6 +29,17 @@ def test_judgement():
     assert regression.judge([failed], 1.1) == 2
 
 
+def test_slower_counts_when_it_is_so_twice(monkeypatch):
+    def confirmed(*ratios):
+        outcomes = [Outcome(SMALL, Spread(ratio, ratio, ratio), 1.0) for ratio in ratios]
+        monkeypatch.setattr(regression, "compare", lambda *a: outcomes.pop(0))
+        return regression.confirmed(None, None, SMALL, 5, 1.1).ratio.median, len(outcomes)
+
+    assert confirmed(1.0, 9.0) == (1.0, 1)
+    assert confirmed(2.0, 1.0) == (1.0, 0)
+    assert confirmed(2.0, 3.0) == (3.0, 0)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A tree whose head sleeps in every forward."""
