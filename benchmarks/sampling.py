@@ -3,45 +3,26 @@
 Both draw in turns in one process, so that a busy machine slows both. Writes
 ``results/sampling_<cpu or cuda>.json`` beside this file.
 
-    python benchmarks/sampling.py
-    python benchmarks/sampling.py --classes 100000 --sampled 10000 --repeats 5 --output -
-    python benchmarks/sampling.py --device cuda
+    python -m benchmarks.sampling
+    python -m benchmarks.sampling --classes 100000 --sampled 10000 --repeats 5 --output -
+    python -m benchmarks.sampling --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
-from cpu_head import cpu_model, git
-from measure import provenance, time_gpu
 
-from fastmargin.build_info import build_info
+from benchmarks import RESULTS, timing
+from benchmarks.contenders import partial_fc
+from benchmarks.provenance import provenance
 from fastmargin.sampling import ClassSampler
-
-HERE = Path(__file__).resolve().parent
-
-
-def partial_fc(labels, num_classes: int, num_sampled: int):
-    """The operations of insightface's ``PartialFC``: sampled rows, and labels as places in them."""
-    here = (labels >= 0) & (labels < num_classes)
-    labels = torch.where(here, labels, -1)
-    positive = torch.unique(labels[here], sorted=True)
-    index = positive
-    if num_sampled >= positive.numel():
-        priority = torch.rand(num_classes, device=labels.device)
-        priority[positive] = 2.0
-        index = torch.topk(priority, k=num_sampled)[1].sort()[0]
-    labels[here] = torch.searchsorted(index, labels[here])
-    return index, labels
 
 
 def check(labels, sample, index, column) -> None:
@@ -57,43 +38,26 @@ def compare(batch: int, classes: int, sampled: int, repeats: int, device: str) -
     sampler = ClassSampler(classes, sampled, device=device)
     labels = torch.randint(0, classes, (batch,), device=device)
     draws = {
-        "partial_fc": lambda: partial_fc(labels, classes, sampled),
+        "partial_fc": lambda: partial_fc.sample(labels, classes, sampled),
         "sampler": lambda: sampler.draw(labels),
     }
     check(labels, draws["sampler"](), *draws["partial_fc"]())
-    load = os.getloadavg()[0]
-    if device == "cpu":
-        seconds = {name: [] for name in draws}
-        for _ in range(repeats):
-            labels = torch.randint(0, classes, (batch,))
-            for name, draw in draws.items():
-                start = time.perf_counter()
-                draw()
-                seconds[name].append(time.perf_counter() - start)
-        median = {name: statistics.median(times) for name, times in seconds.items()}
-        best = {name: min(times) for name, times in seconds.items()}
-    else:
-        found = {name: time_gpu(draw, repeats) for name, draw in draws.items()}
-        median = {name: result["ms"] / 1e3 for name, result in found.items()}
-        best = {name: result["ms_p10"] / 1e3 for name, result in found.items()}
+    load, clock = os.getloadavg()[0], timing.clock_for(torch.device(device))
+    seconds = {name: [] for name in draws}
+    for _ in range(repeats):
+        labels = torch.randint(0, classes, (batch,), device=device)
+        for name, draw in draws.items():
+            clock.flush()
+            start = clock.mark()
+            draw()
+            seconds[name] += clock.laps([start, clock.mark()])
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "classes": classes,
         "seconds_median": median,
-        "seconds_best": best,  # the least; on a GPU the 10th percentile
+        "seconds_best": {name: min(times) for name, times in seconds.items()},
         "time_ratio_median": median["sampler"] / median["partial_fc"],
         "load_average_before": load,
-    }
-
-
-def machine() -> dict:
-    """Provenance of a run on the CPU."""
-    return {
-        "cpu": cpu_model(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "build": build_info(),
     }
 
 
@@ -125,17 +89,16 @@ def main() -> None:
         "repeats": arguments.repeats,
         "cases": cases,
         "sampler_slowest_over_fastest": max(ours) / min(ours),
-        "machine": machine() if arguments.device == "cpu" else provenance(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "../csrc", "../fastmargin")),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/sampling.py", *sys.argv[1:]]),
+        **provenance(
+            " ".join(["python -m benchmarks.sampling", *sys.argv[1:]]),
+            torch.device(arguments.device),
+        ),
     }
     text = json.dumps(result, indent=2) + "\n"
     if arguments.output == "-":
         print(text, end="")
     else:
-        default = HERE / "results" / f"sampling_{arguments.device}.json"
+        default = RESULTS / f"sampling_{arguments.device}.json"
         Path(arguments.output or default).write_text(text)
 
 

@@ -242,6 +242,30 @@ def convert(
         print_report(Console(), figures)
 
 
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def bench(context: typer.Context) -> None:
+    """Measure heads and their peers side by side; needs a source checkout. See bench --help."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").exists():
+        typer.echo(
+            "error: fastmargin bench runs in a source checkout, which has benchmarks/ beside the "
+            "package; this is an installed copy. Clone the repository and install it with "
+            "pip install -e .",
+            err=True,
+        )
+        raise typer.Exit(2)
+    sys.path.insert(0, str(root))
+    from benchmarks.run import main as run
+
+    raise typer.Exit(run(context.args))
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """ "1000,10000" -> (1000, 10000)."""
     try:

@@ -6,9 +6,12 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -83,20 +86,86 @@ def kernels() -> list[dict]:
     return json.loads(done.stdout)
 
 
+def cuda_kernels() -> list[dict] | str:
+    """Registers, stack, spills and shared memory of the compiled CUDA kernels; no GPU is needed.
+
+    One record for every kernel, its operand types and an architecture, sizes in bytes; or the
+    reason why they cannot be read.
+    """
+    compiled = sorted(Path(fm.__file__).parent.glob("_cuda*.so"))
+    if not compiled:
+        return "the CUDA extension is not compiled"
+    tool = _cuobjdump()
+    if tool is None:
+        return "there is no cuobjdump, which CUDA and Triton bring"
+    command = [tool, "--dump-resource-usage", str(compiled[0])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return f"cuobjdump failed: {done.stderr.strip()[-200:]}"
+    return read_resource_usage(done.stdout)
+
+
+def _cuobjdump() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = [f"{home}/bin", os.environ.get("PATH", "")]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+_TYPES = {"f": "fp32", "d": "fp64", "4Half": "fp16", "8BFloat16": "bf16"}
+
+
+def read_resource_usage(text: str) -> list[dict]:
+    """What ``cuobjdump --dump-resource-usage`` says of the kernels of this package."""
+    found, arch, name = [], "", ""
+    for line in text.splitlines():
+        if hit := re.match(r"arch = sm_(\w+)", line):
+            arch = hit[1]
+        elif hit := re.match(r" *Function (\S+):", line):
+            name = hit[1]
+        elif "REG:" in line and name:
+            usage = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", line)}
+            sizes = {"stack": usage["STACK"], "spilled": usage["LOCAL"], "shared": usage["SHARED"]}
+            fits = usage["STACK"] == usage["LOCAL"] == 0
+            found.append(
+                {"name": _kernel_name(name), "arch": arch, "registers": usage["REG"], **sizes}
+                | {"fits": fits}
+            )
+            name = ""
+    return found
+
+
+def _kernel_name(mangled: str) -> str:
+    """E.g. ``unit_rows_kernel fp16 x8`` of a mangled name; a foreign one as it is."""
+    rest, name = mangled.removeprefix("_ZN"), ""
+    while hit := re.match(r"\d+", rest):  # namespaces and the name, each after its length
+        start, length = hit.end(), int(hit[0])
+        name, rest = rest[start : start + length], rest[start + length :]
+    hit = re.match(r"I(?:NS_)?(f|d|4Half|8BFloat16)E?(?:Li(\d+)E)?", rest)
+    if hit is None:
+        return name or mangled
+    return f"{name} {_TYPES[hit[1]]}" + (f" x{hit[2]}" if hit[2] else "")
+
+
 def examine(with_kernels: bool = False) -> dict[str, object]:
     """Everything, as ``fastmargin doctor --json`` prints it. ``healthy`` is the verdict."""
     reasons = fm.backends.available()
     tests = {name: self_test(name) for name, reason in reasons.items() if reason is None}
     compiled = kernels() if with_kernels else None
+    cuda = cuda_kernels()
     return {
         "environment": environment(),
         "backends": reasons,
         "notes": fm.backends.notes(),
         "self_test": tests,
         "kernels": compiled,
+        "cuda_kernels": cuda,
         "advice": advice(reasons),
         "healthy": all(t["passed"] for t in tests.values())
-        and all(kernel["fits"] for kernel in compiled or ()),
+        and all(kernel["fits"] for kernel in compiled or ())
+        and (isinstance(cuda, str) or all(kernel["fits"] for kernel in cuda)),
     }
 
 
@@ -107,7 +176,20 @@ def advice(reasons: dict[str, str | None]) -> list[str]:
         found.append("Training on the CPU runs on plain PyTorch: " + reasons["cpu"])
     if torch.cuda.is_available() and reasons["triton"] is not None:
         found.append("The GPU is not used by a fused backend: " + reasons["triton"])
+    threads, cores = torch.get_num_threads(), _cores()
+    if threads < cores:
+        found.append(
+            f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or "
+            f"torch.set_num_threads({cores})"
+        )
     return found
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def print_report(console, report: dict) -> None:
@@ -135,6 +217,17 @@ def print_report(console, report: dict) -> None:
             size = f"{kernel['shared'] / 1024:.0f}"
             numbers = str(kernel["arch"]), str(kernel["registers"]), str(kernel["stack"]), size
             table.add_row(kernel["name"], *numbers, style=style)
+        console.print(table)
+    cuda = report["cuda_kernels"]
+    if isinstance(cuda, str):
+        console.print(f"CUDA kernels: {cuda}", highlight=False)
+    else:
+        head = ("kernel", "sm", "registers", "stack B", "spilled B", "shared B")
+        table = Table(*head, title="CUDA kernels")
+        for kernel in cuda:
+            names = ("name", "arch", "registers", "stack", "spilled", "shared")
+            row = [str(kernel[name]) for name in names]
+            table.add_row(*row, style=None if kernel["fits"] else "red")
         console.print(table)
     for line in report["advice"]:
         console.print(line, highlight=False)

@@ -83,28 +83,6 @@ def test_no_dangling_links(page):
             assert (text.parent / target).exists(), f"{text.name} points to {target}"
 
 
-def test_readme_quotes_the_measurement():
-    """The tables of the README are the committed results, rounded."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "cpu_head.json").read_text())
-    seconds, memory = result["seconds_median"], result["peak_extra_bytes"]
-    rows = (
-        f"{seconds['plain']:.2f} s | {seconds['fused']:.2f} s | {result['time_ratio_median']:.2f} ",
-        f"{memory['plain'] / 1e6:.0f} MB | {memory['fused'] / 1e6:.2f} MB | "
-        f"{result['memory_ratio']:.3f} ",
-    )
-    result = json.loads((ROOT / "benchmarks" / "results" / "partial_fc_cpu.json").read_text())
-    seconds, memory = result["seconds_median"], result["peak_extra_bytes"]
-    rows += (
-        f"{seconds['plain']:.2f} s | {seconds['fused']:.2f} s | {result['time_ratio_median']:.2f} ",
-        f"{memory['plain'] / 1e6:.0f} MB | {memory['fused'] / 1e6:.0f} MB | "
-        f"{result['memory_ratio']:.2f} ",
-    )
-    result = json.loads((ROOT / "benchmarks" / "results" / "sampling_cpu.json").read_text())
-    medians = [case["seconds_median"] for case in result["cases"]]
-    plain = " / ".join(f"{1e3 * median['partial_fc']:.0f}" for median in medians)
-    fused = " / ".join(f"{1e3 * median['sampler']:.1f}" for median in medians)
-    rows += (f"{plain} ms | {fused} ms ",)
-    readme = (ROOT / "README.md").read_text()
-    for row in rows:
-        assert row in readme, row
-    assert len(readme.splitlines()) <= 150
+def test_readme_is_short():
+    """Its tables of numbers are tested in test_bench_publish.py."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

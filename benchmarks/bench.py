@@ -1,0 +1,262 @@
+"""One run: for every case the gate, peak memory and times of everybody, as a report."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from benchmarks import accuracy, contenders, data, gate, memory, roofline, sharded, timing
+from benchmarks.cases import Case, gate_case
+from benchmarks.contenders import Contender, Head
+from benchmarks.spread import Spread, paired_ratio
+
+SCHEMA = 1
+MARKED = 0.25
+"""A row is marked as disturbed if more than this share of its turns was."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """repeats: turns that count. seconds: after so long a case starts no further turn. only: keep
+    contenders whose names contain one of these. memory, accuracy: whether to measure them.
+    small_ceilings: from small operands, for tests."""
+
+    repeats: int = 9
+    seconds: float = 15.0
+    only: tuple[str, ...] = ()
+    memory: bool = True
+    accuracy: bool = True
+    small_ceilings: bool = False
+
+
+Tell = Callable[[str], None]
+"""Called before every piece of work with what it is."""
+
+
+def pieces(cases: list[Case], device: torch.device, settings: Settings) -> int:
+    """How often :func:`run` will tell."""
+    count = 2
+    for case in cases:
+        able = [c for c in _takers(case, device, settings) if c.refuses(case, device) is None]
+        count += len(able) * (2 + settings.memory) if case.world == 1 else 1
+    return count
+
+
+def run(
+    cases: list[Case], device: torch.device, settings: Settings, tell: Tell = lambda what: None
+) -> dict:
+    """Measures; the report without provenance. What fails is a row that says so."""
+    clock = timing.clock_for(device)
+    canary = timing.canary_for(device, clock)
+    canary.sing()
+    tell("ceilings: matrix product and copy")
+    ceilings = roofline.measure(device, clock, settings.small_ceilings)
+    bench = _Bench(device, settings, clock, canary, ceilings, tell)
+    rows = [row for case in cases for row in bench.case(case)]
+    tell("error against float64")
+    errors = bench.accuracy(cases) if settings.accuracy else []
+    canary.sing()
+    return {
+        "schema": SCHEMA,
+        "settings": asdict(settings),
+        "ceilings": asdict(ceilings),
+        "canary": {
+            "seconds": canary.seconds,
+            "disturbed_share": sum(map(canary.disturbed, range(len(canary.seconds))))
+            / len(canary.seconds),
+        },
+        "rows": [_with_marks(row, canary) for row in rows],
+        "accuracy": errors,
+    }
+
+
+class _Bench:
+    def __init__(self, device, settings, clock, canary, ceilings, tell) -> None:
+        self.device, self.settings, self.clock, self.canary = device, settings, clock, canary
+        self.ceilings, self.tell = ceilings, tell
+        self.verdicts: dict[tuple[str, Case], gate.Verdict | Exception] = {}
+
+    def case(self, case: Case) -> list[dict]:
+        """Rows of one case, in the order of the contenders."""
+        takers = _takers(case, self.device, self.settings)
+        rows = {taker.name: _row(case, taker) for taker in takers}
+        able = []
+        for taker in takers:
+            row, refusal = rows[taker.name], taker.refuses(case, self.device)
+            if refusal is not None:
+                row |= {"status": "not run", "reason": refusal}
+            elif case.world > 1 or self._passes(case, taker, row):
+                able.append(taker)
+        if case.world > 1:
+            self.tell(f"{case.name}: {case.world} processes")
+            self._shared_out(case, able, rows)
+        elif self.device.type == "cuda":
+            for taker in able:  # one at a time: several would not fit together
+                self._memory_and_times(case, [taker], rows)
+        else:
+            self._memory_and_times(case, able, rows)
+        self._ratios(rows)
+        return list(rows.values())
+
+    def _passes(self, case: Case, taker: Contender, row: dict) -> bool:
+        self.tell(f"{case.name}: gate of {taker.name}")
+        key = taker.name, replace(gate_case(case), name="", suites=(), state="none")
+        if key not in self.verdicts:
+            try:
+                self.verdicts[key] = gate.check(taker, case, self.device)
+            except Exception as error:
+                self.verdicts[key] = error.with_traceback(None)  # whose frames hold tensors
+            _let_go(self.device)
+        verdict = self.verdicts[key]
+        if isinstance(verdict, Exception):
+            row |= _failure(verdict)
+            return False
+        row["gate"] = {"errors": verdict.errors, "allowed": verdict.allowed}
+        if not verdict.passed:
+            row |= {"status": "failed gate", "reason": verdict.reason}
+        return verdict.passed
+
+    def _memory_and_times(self, case: Case, takers: list[Contender], rows: dict) -> None:
+        on_cpu, heads, batches = self.device.type == "cpu", {}, {}
+        for taker in takers:
+            row = rows[taker.name]
+            try:
+                if self.settings.memory and on_cpu:  # first, since a process may die of it
+                    self.tell(f"{case.name}: memory of {taker.name}")
+                    threads = torch.get_num_threads()
+                    row |= asdict(memory.in_fresh_process(case, taker.name, threads))
+                head, own = self._make(case, taker)
+                if self.settings.memory and not on_cpu:
+                    self.tell(f"{case.name}: memory of {taker.name}")
+                    row |= asdict(memory.of_step(head, own, self.device))
+            except Exception as error:
+                row |= _failure(error)
+                head = own = None
+            if head is None:  # what the error held is free by now
+                _let_go(self.device)
+                continue
+            heads[taker.name], batches[taker.name] = head, own
+            del head, own
+        for name in heads:
+            self.tell(f"{case.name}: times of {name if not on_cpu else 'all in turns'}")
+        settings = self.settings
+        found = timing.measure(
+            heads, batches, self.clock, self.canary, settings.repeats, settings.seconds
+        )
+        for name, times in found.items():
+            self._fill(rows[name], case, times)
+        heads.clear()
+        batches.clear()
+        _let_go(self.device)
+
+    def _make(self, case: Case, taker: Contender) -> tuple[Head, list]:
+        unit = taker.prenormalised
+        weight = data.centres(case, self.device, unit)
+        return taker.make(case, weight), data.batches(case, self.device, unit)
+
+    def _shared_out(self, case: Case, takers: list[Contender], rows: dict) -> None:
+        for taker in takers:
+            row, before = rows[taker.name], self.canary.sing()
+            try:
+                verdict, times = sharded.measure(
+                    case, taker.name, self.device, self.settings.repeats
+                )
+            except Exception as error:
+                row |= _failure(error)
+                continue
+            row["gate"] = {"errors": verdict.errors, "allowed": verdict.allowed}
+            if not verdict.passed:
+                row |= {"status": "failed gate", "reason": verdict.reason}
+                continue
+            times.around = [(before, self.canary.sing())] * len(times.step)
+            self._fill(row, case, times)
+
+    def _fill(self, row: dict, case: Case, times: timing.Times) -> None:
+        if times.error is not None:
+            row |= _failure(times.error)
+            return
+        floor, step = roofline.floor(case), Spread.of(times.step)
+        row |= {
+            "status": "measured",
+            "seconds": times.phases | {"step": times.step},
+            "summary": {
+                phase: asdict(Spread.of(laps))
+                for phase, laps in (times.phases | {"step": times.step}).items()
+            },
+            "flops_per_s": floor.flops / step.median,
+            "bytes_per_s": floor.bytes / step.median,
+            "floor_seconds": floor.seconds(self.ceilings),
+            "share_of_floor": floor.seconds(self.ceilings) / step.median,
+            "around": times.around,
+        }
+
+    def _ratios(self, rows: dict[str, dict]) -> None:
+        """Of every step to the baseline's, turn by turn where they took turns."""
+        base = next(
+            (
+                rows[name]
+                for name in contenders.BASELINE
+                if rows.get(name, {}).get("status") == "measured"
+            ),
+            None,
+        )
+        for row in rows.values() if base else ():
+            if row["status"] == "measured":
+                ratio = paired_ratio(row["seconds"]["step"], base["seconds"]["step"])
+                row["ratio"] = {"to": base["contender"], **asdict(ratio)}
+
+    def accuracy(self, cases: list[Case]) -> list[dict]:
+        """Errors by gap of everybody who takes part with ArcFace, or else the first margin."""
+        margins = [case.margin for case in cases]
+        margin = "arcface" if "arcface" in margins else margins[0]
+        case = Case("accuracy", **accuracy.SIZE, margin=margin)
+        found = []
+        for taker in _takers(case, self.device, self.settings):
+            if taker.refuses(case, self.device) is None:
+                try:
+                    points = accuracy.sweep(taker, margin, self.device)
+                except Exception as error:
+                    found.append({"contender": taker.name, **_failure(error)})
+                    continue
+                found.append({"contender": taker.name, "margin": margin, "points": points})
+        return found
+
+
+def _takers(case: Case, device: torch.device, settings: Settings) -> list[Contender]:
+    found = contenders.contenders(case, device, list(settings.only))
+    return found if case.world == 1 else [taker for taker in found if taker.ours]
+
+
+def _row(case: Case, taker: Contender) -> dict:
+    return {
+        "case": asdict(case),
+        "contender": taker.name,
+        "ours": taker.ours,
+        "computes": taker.computes,
+        "prenormalised": taker.prenormalised,
+        "settings": taker.settings,
+        "limits": taker.limits,
+    }
+
+
+def _failure(error: BaseException) -> dict:
+    status = "out of memory" if memory.is_out_of_memory(error) else "failed"
+    return {"status": status, "reason": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _with_marks(row: dict, canary: timing.Canary) -> dict:
+    """With the share of disturbed turns, now that the best canary is known."""
+    around = row.pop("around", None)
+    if around is not None:
+        share = timing.disturbed_share(timing.Times(around=around), canary)
+        row |= {"disturbed_share": share, "disturbed": share > MARKED}
+    return row
+
+
+def _let_go(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

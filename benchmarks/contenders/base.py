@@ -1,0 +1,101 @@
+"""What takes part in a benchmark: a contender makes a head for a case."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+
+SCALE = 64.0
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+ALLOWED = {"fp32": 1e-4, "fp16": 2e-3, "tf32": 2e-3, "bf16": 8e-3, "bf16 stored": 0.3}
+"""Largest relative error of loss and gradients against float64, by what a contender computes in.
+
+Rounding the operands of the gate's cases (512 dimensions, 4,097 classes) to fp16 or tf32 gives
+errors of 3e-4, to bf16 3e-3. "bf16 stored": logits or probabilities are rounded to bfloat16 on the
+way, where logits near 64 lie 0.25 apart, so p and 1 - p are off by up to exp(0.25) - 1.
+"""
+
+
+@dataclass
+class Head:
+    """A contender at work on one case.
+
+    loss: embeddings (B, D) and labels (B,) to the mean loss. weight: the centres' parameter,
+    (C, D), or (D, C) if ``transposed``. optimiser: None if the case has no state. columns: the
+    rows of the centres that the last loss was over, in order, or None for all.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: nn.Parameter
+    optimiser: torch.optim.Optimizer | None = None
+    transposed: bool = False
+    columns: Callable[[], Tensor | None] = lambda: None
+
+    def gradient(self) -> Tensor:
+        """(C, D) dense gradient of the centres."""
+        grad = self.weight.grad
+        grad = grad.to_dense() if grad.is_sparse else grad
+        return grad.t() if self.transposed else grad
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradient as it is held after the backward pass."""
+        grad = self.weight.grad
+        parts = [grad._indices(), grad._values()] if grad.is_sparse else [grad]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def zero_grad(self) -> None:
+        self.weight.grad = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do it.
+
+    ours: of this package. computes: key of ALLOWED. margin: fastmargin's name and arguments of
+    what it computes for a margin, for the truth; None where it is the normalised softmax on inputs
+    that are of unit length already, so that it does less. settings and limits are for the reader.
+    """
+
+    name: str
+    computes: str
+    make: Callable[[Case, Tensor], Head]
+    margin: Callable[[str], nn.Module] | None
+    settings: str
+    limits: str = ""
+    ours: bool = False
+    loss_cap: float | None = None
+    """The most that it reports for a row; its gradient does not know of it."""
+    refuses: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    """Why it cannot run a case, or None."""
+    applies: Callable[[Case], bool] = lambda case: True
+    """Whether the case is one for it at all; False makes no row."""
+
+    @property
+    def prenormalised(self) -> bool:
+        return self.margin is None
+
+
+def sgd(case: Case, parameters) -> torch.optim.Optimizer | None:
+    """torch's own, over all rows; foreach or fused as torch chooses."""
+    return torch.optim.SGD(parameters, **SGD) if case.state == "sgd" else None
+
+
+def missing(package: str, distribution: str) -> str | None:
+    """Why a package cannot be imported, if it is not there."""
+    if importlib.util.find_spec(package) is None:
+        return f"not installed: pip install {distribution}, or the extra fastmargin[peers]"
+    return None
+
+
+def not_sampled(case: Case) -> str | None:
+    return None if case.rate == 1 else "it has no sampling of classes"
+
+
+def one_process(case: Case) -> str | None:
+    return None if case.world == 1 else "run in one process here"

@@ -1,0 +1,37 @@
+"""Random inputs, the same for every contender."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case
+
+BATCHES = 4
+"""Batches that a run takes in turn, so that none is served from a cache."""
+
+
+def centres(case: Case, device: torch.device, unit: bool = False, seed: int = 0) -> Tensor:
+    """(C, D) of the case's dtype, N(0, 0.01^2) as training starts; ``unit``: of unit length."""
+    g = torch.Generator(device).manual_seed(seed)
+    weight = torch.empty(case.classes, case.dim, device=device)
+    weight.normal_(0, 0.01, generator=g)
+    if unit:
+        weight = F.normalize(weight)
+    return weight.to(getattr(torch, case.dtype))
+
+
+def batches(
+    case: Case, device: torch.device, unit: bool = False, seed: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """BATCHES of embeddings (B, D) float32, lengths about 20, and labels (B,) of all classes."""
+    g = torch.Generator(device).manual_seed(seed)
+    found = []
+    for _ in range(BATCHES):
+        x = torch.randn(case.batch, case.dim, device=device, generator=g)
+        x *= (20 + 5 * torch.randn(case.batch, 1, device=device, generator=g)).clamp_min(1)
+        x = F.normalize(x) if unit else x / case.dim**0.5
+        labels = torch.randint(0, case.classes, (case.batch,), device=device, generator=g)
+        found.append((x.requires_grad_(), labels))
+    return found

@@ -1,0 +1,257 @@
+"""Writes the tables of README.md and docs/benchmarks.md, and the pictures, from committed reports.
+
+    python -m benchmarks.publish           (make docs)
+    python -m benchmarks.publish --check   exits with 1 if something is not up to date
+
+A table stands between ``<!-- bench: name -->`` and ``<!-- end -->``; what is there is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import RESULTS, ROOT
+from benchmarks.bench import SCHEMA
+from benchmarks.cases import CASES, Case
+from benchmarks.report import by_case, seconds, several, size, spread, title, worst_error
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PICTURES = ROOT / "docs" / "benchmarks"
+BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEADLINES = ("arc-200k", "pfc-1m-r0.1")
+"""Cases that README shows."""
+NOT_YET = "Not measured yet on this version"
+PHASES = ("forward", "backward", "update")
+
+
+def reports() -> dict[str, dict]:
+    """Committed reports of ``fastmargin bench`` by the stem of their file."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    return {name: report for name, report in found.items() if report.get("schema") == SCHEMA}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- README ----
+
+
+def headlines(found: dict[str, dict]) -> str:
+    """Both heads of the cases that README shows, beside each other."""
+    rows, where = [], []
+    for report in found.values():
+        for name, (case, own) in by_case(report).items():
+            measured = [row for row in own if row["status"] == "measured"]
+            ours = next((row for row in measured if row["ours"]), None)
+            base = next(
+                (row for row in measured if row.get("ratio", {}).get("to") == row["contender"]),
+                None,
+            )
+            if name not in HEADLINES or ours is None or base is None:
+                continue
+            where.append(report["provenance"]["device"])
+            step, other = (row["summary"]["step"]["median"] for row in (ours, base))
+            words = title(case).partition(": ")[2]
+            rows.append(
+                [
+                    f"{words}: time of a step",
+                    seconds(other),
+                    seconds(step),
+                    f"{ours['ratio']['median']:.2f}",
+                ]
+            )
+            if "peak_bytes" in ours and "peak_bytes" in base:
+                peak, larger = ours["peak_bytes"], base["peak_bytes"]
+                rows.append(
+                    [
+                        "peak memory beyond what stays",
+                        size(larger),
+                        size(peak),
+                        f"{peak / larger:.2f}",
+                    ]
+                )
+    if not rows:
+        return f"{NOT_YET}: `make results` takes the numbers and writes this table.\n"
+    text = table(["", "as insightface writes it", "fastmargin", "ratio"], rows)
+    return f"On {where[0]}, in one run, turn by turn:\n\n{text}\n"
+
+
+def sampling() -> str:
+    """Sampling alone, of benchmarks/sampling.py."""
+    file = RESULTS / "sampling_cpu.json"
+    if not file.exists():
+        return f"{NOT_YET}: `python -m benchmarks.sampling`.\n"
+    found = json.loads(file.read_text())
+    rows = []
+    for case in found["cases"]:
+        both = case["seconds_median"]
+        rows.append(
+            [
+                f"{case['classes']:,}",
+                *(f"{1e3 * both[name]:.1f} ms" for name in ("partial_fc", "sampler")),
+                f"{case['time_ratio_median']:.3f}",
+            ]
+        )
+    head = [f"{found['sampled']:,} sampled of", "rand, topk, sort", "fastmargin", "ratio"]
+    machine = found["machine"]
+    return f"{table(head, rows)}\n\nOn {machine['cpu']}, {machine['threads']} thread.\n"
+
+
+# ---- docs/benchmarks.md ----
+
+
+def results(found: dict[str, dict]) -> str:
+    """A section for every report: where it is from, its pictures, a table for every case."""
+    if not found:
+        return f"{NOT_YET}: `make results`.\n"
+    return "\n".join(_section(name, report) for name, report in found.items())
+
+
+def _section(name: str, report: dict) -> str:
+    origin, ceilings = report["provenance"], report["ceilings"]
+    dirty = " with uncommitted changes" if origin["uncommitted_changes"] else ""
+    lines = [
+        f"### {origin['device']}\n",
+        f"torch {origin['versions']['torch']}, commit {origin['commit'][:10]}{dirty}, "
+        f"{origin['date'][:10]}, `{origin['command']}`, "
+        f"[{name}.json](../benchmarks/results/{name}.json). Ceilings of this run: "
+        f"{ceilings['flops'] / 1e9:,.0f} GFLOP/s ({ceilings['dtype']} matrix product), "
+        f"{ceilings['bytes'] / 1e9:.1f} GB/s (copy). The canary was disturbed "
+        f"{report['canary']['disturbed_share']:.0%} of the times.\n",
+    ]
+    for picture in _pictures(name):
+        lines.append(f"![{picture.stem}](benchmarks/{name}/{picture.name})\n")
+    for case, rows in by_case(report).values():
+        lines += [f"**{title(case)}**\n", case_table(rows), ""]
+    idle = {
+        (row["contender"], row["reason"]) for row in report["rows"] if row["status"] == "not run"
+    }
+    if idle:
+        lines.append("Not run:\n")
+        lines += [f"- {name}: {reason}" for name, reason in sorted(idle)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def case_table(rows: list[dict]) -> str:
+    """Of one case; who did not run is told below all of them."""
+    head = ["", "step", "forward, backward, update", "ratio", "peak", "of floor", "error"]
+    body = []
+    for row in rows:
+        if row["status"] == "not run":
+            continue
+        if row["status"] != "measured":
+            reason = re.sub(r"\s+", " ", row["reason"]).replace("|", "/")
+            body.append([row["contender"], f"{row['status']}: {reason}", *[""] * 5])
+            continue
+        summary = row["summary"]
+        body.append(
+            [
+                row["contender"],
+                spread(summary["step"]) + " \\*" * row["disturbed"],
+                several([summary[phase]["median"] for phase in PHASES if phase in summary]),
+                f"{row['ratio']['median']:.2f}" if "ratio" in row else "",
+                size(row["peak_bytes"]) if "peak_bytes" in row else "",
+                f"{row['share_of_floor']:.0%}",
+                f"{worst_error(row):.0e}",
+            ]
+        )
+    return table(head, body)
+
+
+def peers() -> str:
+    """Settings and limits of everybody."""
+    import torch
+
+    from benchmarks.contenders import everybody
+
+    takers = {}
+    for device in ("cpu", "cuda"):
+        takers |= {taker.name: taker for taker in everybody(torch.device(device))}
+    rows = [[taker.name, taker.computes, taker.settings, taker.limits] for taker in takers.values()]
+    lines = [["", "computes in", "settings", "limits"], ["---"] * 4, *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def not_measured(found: dict[str, dict]) -> str:
+    """Cases of the table that no committed report has."""
+    have = {row["case"]["name"] for report in found.values() for row in report["rows"]}
+    missing = [case for case in CASES if case.name not in have and "smoke" not in case.suites]
+    if not missing:
+        return "Every case of the table has a committed result.\n"
+    return "".join(f"- {_listed(case)}\n" for case in missing)
+
+
+def _listed(case: Case) -> str:
+    return f"suite `{case.suites[0]}`, {title(case)}"
+
+
+# ---- writing ----
+
+
+def blocks() -> dict[str, str]:
+    """Text by the name of its place."""
+    found = reports()
+    return {
+        "headlines": headlines(found),
+        "sampling": sampling(),
+        "results": results(found),
+        "peers": peers(),
+        "not-measured": not_measured(found),
+    }
+
+
+def documents() -> Iterator[tuple[Path, str]]:
+    """Every page and what it should be.
+
+    Raises:
+        KeyError: a page has a place for a table that is not made here.
+    """
+    made = blocks()
+    for page in PAGES:
+        yield page, BLOCK.sub(lambda hit: hit[1] + made[hit[2]] + hit[3], page.read_text())
+
+
+def _pictures(name: str) -> list[Path]:
+    return sorted((PICTURES / name).glob("*.svg"))
+
+
+def pictures_match(name: str, report: dict) -> bool:
+    """Whether the committed pictures were drawn from this report."""
+    from benchmarks.plots import digest
+
+    drawn = _pictures(name)
+    return bool(drawn) and all(digest(report) in path.read_text() for path in drawn)
+
+
+def stale() -> list[str]:
+    """What is not as the reports say."""
+    found = [str(page.relative_to(ROOT)) for page, text in documents() if page.read_text() != text]
+    for name, report in reports().items():
+        if not pictures_match(name, report):
+            found.append(f"docs/benchmarks/{name}")
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    if arguments == ["--check"]:
+        for what in (found := stale()):
+            print(f"not up to date: {what}; run make docs", file=sys.stderr)
+        return int(bool(found))
+    from benchmarks import plots
+
+    for name, report in reports().items():
+        plots.draw(report, PICTURES / name, formats=("svg",))
+    for page, text in documents():
+        page.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
