@@ -5,14 +5,13 @@ turns in one process, from memory: all in the order of the file, batches at rand
 a scan without an index. Then batches at random against ``BlockShuffleSampler``, each with nothing
 of the file in memory. Writes ``results/record_reading.json`` beside this file.
 
-    python benchmarks/record_reading.py
-    python benchmarks/record_reading.py --records 2000 --repeats 3 --output -
+    python -m benchmarks.record_reading
+    python -m benchmarks.record_reading --records 2000 --repeats 3 --output -
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -23,9 +22,9 @@ import time
 from pathlib import Path
 
 import torch
-from cpu_head import git
-from sampling import machine
 
+from benchmarks import RESULTS
+from benchmarks.provenance import provenance
 from fastmargin import _host
 from fastmargin.data import (
     BlockShuffleSampler,
@@ -37,7 +36,6 @@ from fastmargin.data import (
     record_file,
 )
 
-HERE = Path(__file__).resolve().parent
 READERS = {"compiled": _host.records, "python": plain_records}
 
 
@@ -146,7 +144,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    load = os.getloadavg()[0]
+    command = " ".join(["python -m benchmarks.record_reading", *sys.argv[1:]])
+    origin = provenance(command, torch.device("cpu"))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "train.rec"
         make_file(path, arguments.records, arguments.bytes)
@@ -164,18 +163,13 @@ def main() -> None:
         "repeats": arguments.repeats,
         "from_memory": from_memory,
         "from_disk": from_disk,
-        "load_average_before": load,
-        "machine": machine(),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "../csrc", "../fastmargin")),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/record_reading.py", *sys.argv[1:]]),
+        **origin,
     }
     text = json.dumps(result, indent=2) + "\n"
     if arguments.output == "-":
         print(text, end="")
     else:
-        Path(arguments.output or HERE / "results" / "record_reading.json").write_text(text)
+        Path(arguments.output or RESULTS / "record_reading.json").write_text(text)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cpu_head import status
 from benchmarks.glyphs.heads import HEADS, MARGINS, new_optimiser
+from benchmarks.memory import resident
 from fastmargin.demo.network import EMBEDDING_SIZE
 
 WARM_UP_STEPS = 2
@@ -76,14 +76,14 @@ def _start(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
+    return resident("VmRSS")
 
 
 def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    return status("VmHWM")
+    return resident("VmHWM")
 
 
 if __name__ == "__main__":

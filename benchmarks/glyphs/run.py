@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 import fastmargin as fm
-from benchmarks import cpu_head, measure
 from benchmarks.glyphs import identification, memory
 from benchmarks.glyphs.classes import cached_classes
 from benchmarks.glyphs.data import Split, draw_split
 from benchmarks.glyphs.fonts import HELD_OUT, NOTO, SMALL, find_faces
 from benchmarks.glyphs.heads import HEADS, MARGINS, NudgedHead
 from benchmarks.glyphs.training import Recipe, Trained, largest_gap, train_in_step
+from benchmarks.provenance import provenance
 from fastmargin.demo.run import Progress, Silent
 
 RATES = (1.0, 0.3, 0.1)
@@ -73,7 +72,8 @@ def run(settings: Settings, progress: Progress | None = None) -> Figures:
     split = replace(split, training=split.training.to(device), unseen=split.unseen.to(device))
 
     pairs = [(margin, rate) for margin in settings.margins for rate in settings.rates]
-    load = os.getloadavg()[0]
+    command = " ".join(["python -m benchmarks.glyphs", *sys.argv[1:]])
+    origin = provenance(command, device)
     progress.begin("training", recipe.epochs * len(pairs))
     runs = [
         compare(margin, rate, split, recipe, settings.seed, progress.advance)
@@ -101,9 +101,8 @@ def run(settings: Settings, progress: Progress | None = None) -> Figures:
         "backend": fm.backends.select("auto", device, torch.float32).name,
         "raw_pixels": identification.raw_pixel_figures(split),
         "runs": runs,
-        "load_average_before": load,
         "pillow": PIL.__version__,
-        **_provenance(device),
+        **origin,
         "seconds": round(time.perf_counter() - start, 1),
     }
     write(figures, settings.out)
@@ -201,11 +200,3 @@ def _draw(settings: Settings, progress: Progress) -> tuple[Split, list[str]]:
     progress.begin("glyphs", len(faces))
     split = draw_split(faces, classes, HELD_OUT, after_font=progress.advance)
     return split, [face.font.name for face in faces]
-
-
-def _provenance(device: torch.device) -> Figures:
-    if device.type == "cuda":
-        return measure.provenance()
-    if fm.backends.available()["cpu"] is None:
-        return cpu_head.machine("-m benchmarks.glyphs")
-    return {"machine": {"cpu": platform.processor(), "torch": torch.__version__}}
