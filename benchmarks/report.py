@@ -10,8 +10,8 @@ from benchmarks.cases import Case, from_dict
 
 
 def digits(value: float) -> str:
-    """Three of them."""
-    return f"{value:#.3g}".rstrip(".")
+    """Three of them, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def seconds(value: float) -> str:

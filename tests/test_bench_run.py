@@ -79,6 +79,18 @@ def test_pictures_and_table(finished):
     assert text.count("not run: liger-kernel (softmax): needs a GPU") == 1
 
 
+def test_numbers_in_words():
+    assert [report.seconds(t) for t in (1.5, 0.4, 0.0123, 2e-6)] == [
+        *("1.50 s", "400 ms", "12.3 ms", "2.00 us")
+    ]
+    summary = {"median": 0.778, "low": 0.673, "high": 1.85}
+    assert report.spread(summary) == "778 ms (673 to 1850)"
+    assert report.several([0.357, 0.724]) == "357 + 724 ms"
+    assert [report.size(n) for n in (12, 1500, 2e6, 3.25e9)] == [
+        *("12 B", "1.50 kB", "2.00 MB", "3.25 GB")
+    ]
+
+
 def test_a_report_agrees_with_itself_and_not_with_one_twice_as_slow(finished, tmp_path, capsys):
     folder, found = finished
     assert {one.verdict for one in compare.differences(found, found)} == {"same"}

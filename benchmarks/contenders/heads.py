@@ -202,7 +202,7 @@ FLOAT32 = (
         _compiled_insightface,
         _insightface_margin,
         settings="torch.compile(dynamic=False) of the same formula with F.cross_entropy and the "
-        "margin on the target alone, which it fuses better than the operations in place",
+        "margin on the target alone: one graph, without the value that is read back",
         limits="(B, C) logits in memory; compiled anew for every shape (not timed)",
         refuses=_compiled_refuses,
         applies=_other_margins,
@@ -213,7 +213,7 @@ FLOAT32 = (
         _adaface,
         _adaface_margin,
         settings=f"{OWN_WRITING}; float32",
-        limits="about ten (B, C) tensors in memory; statistics of the norms read in the batch",
+        limits="(B, C) tensors in memory for every operation; no sampling",
         refuses=_adaface_refuses,
         applies=_adaface_only,
     ),
