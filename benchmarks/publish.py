@@ -19,7 +19,7 @@ from benchmarks.bench import SCHEMA
 from benchmarks.cases import CASES, Case
 from benchmarks.report import by_case, seconds, several, size, spread, title, worst_error
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/migrating.md"))
 PICTURES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADLINES = ("arc-200k", "pfc-1m-r0.1")
@@ -101,6 +101,35 @@ def sampling() -> str:
     head = [f"{found['sampled']:,} sampled of", "rand, topk, sort", "fastmargin", "ratio"]
     machine = found["machine"]
     return f"{table(head, rows)}\n\nOn {machine['cpu']}, {machine['threads']} thread.\n"
+
+
+def dropins() -> str:
+    """Drop-in heads beside their originals' operations, of benchmarks/dropins.py."""
+    file = RESULTS / "dropins_cpu.json"
+    if not file.exists():
+        return f"{NOT_YET}: `python -m benchmarks.dropins`.\n"
+    found = json.loads(file.read_text())
+    body = []
+    for row in found["rows"]:
+        if row["status"] != "measured":
+            body.append([row["dropin"], row["status"], "", "", "", ""])
+            continue
+        times, peaks = row["seconds"], row["peak_bytes_beyond_gradient"]
+        body.append(
+            [
+                row["dropin"],
+                *(seconds(times[name]["median"]) for name in ("faithful", "default")),
+                f"{row['ratio']['median']:.2f}",
+                *(size(peaks[name]) for name in ("faithful", "default")),
+            ]
+        )
+    head = ["", "original's operations", "default", "ratio", "peak, original's", "default"]
+    case, where = found["case"], found["device"]
+    return (
+        f"{table(head, body)}\n\nForward and backward in float32, {case['batch']} rows, "
+        f"{case['classes']:,} classes, {case['dim']} dimensions; peak memory beyond the gradient "
+        f"of the centres. On {where}, {found['date'][:10]}, `{found['command']}`.\n"
+    )
 
 
 # ---- docs/benchmarks.md ----
@@ -201,6 +230,7 @@ def blocks() -> dict[str, str]:
     return {
         "headlines": headlines(found),
         "sampling": sampling(),
+        "dropins": dropins(),
         "results": results(found),
         "peers": peers(),
         "not-measured": not_measured(found),
