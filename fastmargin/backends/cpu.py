@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -109,6 +110,12 @@ class CpuBackend(ComposedLoss):
     ) -> Tensor:
         columns = weight.shape[0] if index is None else index.shape[0]
         d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
+        if skip_zero_rows:
+            kept = ((d_lse != 0) | (d_cos != 0)).nonzero().squeeze(1)
+            rows = d_lse, d_cos, x_hat, labels, lse_neg
+            d_lse, d_cos, x_hat, labels, lse_neg = (part[kept] for part in rows)
+            if hard is not None:
+                hard = replace(hard, threshold=hard.threshold[kept])
         torch.ops.fastmargin.cpu_row_stats_backward(
             d_lse.contiguous(),
             d_cos.contiguous(),

@@ -100,7 +100,12 @@ class Rows:
         self.lib.set_order(ctypes.c_uint(order))
 
     def row_prologue(
-        self, engine: str, x: Tensor, labels: Tensor | None, ema: NormEma | None, max_blocks: int = 65536
+        self,
+        engine: str,
+        x: Tensor,
+        labels: Tensor | None,
+        ema: NormEma | None,
+        max_blocks: int = 65536,
     ):
         dtype = compute_dtype(x.dtype)
         rows, cols = x.shape
