@@ -79,11 +79,12 @@ def test_numbers_are_those_of_the_operators(backend, dtype, name, asked, monkeyp
     head = head.to(device, dtype)
     head.weight.data.copy_(case.weight)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
-    for reduction in ("mean", "none"):
-        compare(head, case.x, case.labels, reduction, monkeypatch, **close)
-    assert asked.count == 4
-    head.eval()
-    compare(head, case.x, case.labels, "sum", monkeypatch, **close)
+    compare(head, case.x, case.labels, "mean", monkeypatch, **close)
+    assert asked.count == 2
+    if name == "adaface":
+        compare(head, case.x, case.labels, "none", monkeypatch, **close)
+        head.eval()
+        compare(head, case.x, case.labels, "sum", monkeypatch, **close)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -105,11 +106,10 @@ def test_of_sixteen_bit_embeddings(x_dtype, monkeypatch):
     compare(head, case.x.to(x_dtype), case.labels, "mean", monkeypatch, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [1024, 1025, 2100])
-def test_of_many_rows(batch, monkeypatch):
+def test_of_many_rows(monkeypatch):
     """More rows than the one program takes at once."""
     device = device_for("triton")
-    case = testing.make_case("some_ignored", batch, 33, 8).to(torch.float32, device)
+    case = testing.make_case("some_ignored", 2100, 33, 8).to(torch.float32, device)
     head = fm.MarginHead(8, 33, fm.AdaFace(t_alpha=0.5), backend="triton").to(device)
     compare(head, case.x, case.labels, "mean", monkeypatch, rtol=1e-4, atol=1e-6)
 
