@@ -10,6 +10,8 @@ from conftest import MARGINS, device_for
 
 import fastmargin as fm
 from fastmargin import functional, ops, testing
+from fastmargin.backends.reference import BACKEND as REFERENCE
+from fastmargin.norms import advance, moments
 
 BACKENDS = [
     pytest.param("reference", torch.float64, id="reference-fp64"),
@@ -106,12 +108,55 @@ def test_of_sixteen_bit_embeddings(x_dtype, monkeypatch):
     compare(head, case.x.to(x_dtype), case.labels, "mean", monkeypatch, rtol=1e-3, atol=1e-4)
 
 
-def test_of_many_rows(monkeypatch):
-    """More rows than the one program takes at once."""
+@pytest.mark.parametrize("batch", [1, 1024, 2500])
+@pytest.mark.parametrize("reduction", functional.REDUCTIONS)
+def test_of_many_rows(batch, reduction):
+    """More rows than the one program takes at once, against float64."""
     device = device_for("triton")
-    case = testing.make_case("some_ignored", 2100, 33, 8).to(torch.float32, device)
-    head = fm.MarginHead(8, 33, fm.AdaFace(t_alpha=0.5), backend="triton").to(device)
-    compare(head, case.x, case.labels, "mean", monkeypatch, rtol=1e-4, atol=1e-6)
+    from fastmargin.backends.triton.margin_loss import margin_loss
+
+    g = torch.Generator().manual_seed(batch)
+    cos_y, lse_neg = torch.rand(batch, generator=g) * 2 - 1, 60 + torch.randn(batch, generator=g)
+    norm, labels = 40 * torch.rand(batch, generator=g), torch.arange(batch) % 9 - 1
+    labels[batch // 2] = batch + 5  # counts as a row, but its class is unknown
+    known = labels < batch
+    margins = [fm.AdaFace(t_alpha=0.3).to(device) for _ in range(2)]
+    ours = margin_loss(
+        *(t.to(device) for t in (cos_y, lse_neg, norm, labels)),
+        batch,
+        margins[0].form(),
+        margins[0].norm_ema(),
+        reduction,
+    )
+    exact = margins[1].cpu()
+    exact.set_norm_ema(
+        *advance(exact.norm_ema(), moments(norm.double(), labels, exact.norm_ema())[None])
+    )
+    for name, state in exact.named_buffers():
+        torch.testing.assert_close(getattr(margins[0], name).cpu(), state, rtol=1e-6, atol=0)
+    inputs = cos_y.double(), lse_neg.double(), norm.double(), labels
+    rows, *slopes, margin = REFERENCE.margin_rows(*inputs, exact.form())
+    rows[~known] = torch.nan
+    for slope in slopes:
+        slope[~known] = 0
+    share = 1 / int((labels >= 0).sum()) if reduction == "mean" else 1.0
+    total = torch.empty(0).double() if reduction == "none" else rows.sum() * share
+    truth = total, torch.tensor([share]).double(), rows, *slopes, margin
+    for a, t in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.double().cpu(), t, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert total.isnan().all() or reduction == "none"
+    known_ours = margin_loss(
+        *(t.to(device) for t in (cos_y, lse_neg, norm, labels)),
+        batch + 9,
+        margins[0].eval().form(),
+        None,
+        reduction,
+    )
+    rows = REFERENCE.margin_rows(*inputs, exact.form())[0]
+    if reduction != "none":
+        torch.testing.assert_close(
+            known_ours[0].item(), float(rows.sum() * share), rtol=1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

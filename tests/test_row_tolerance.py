@@ -201,16 +201,16 @@ def cool_steps(group, margin, tolerance, options=()):
 @pytest.mark.parametrize("margin", ["adaface", "no_form"])
 def test_of_shards(margin, options):
     """N processes leave out the rows that one does."""
-    whole, exact = (cool_steps(None, margin, tolerance) for tolerance in (0.98, 0.0))
+    whole, exact = (cool_steps(None, margin, tolerance) for tolerance in (0.9985, 0.0))
     assert testing.relative_error(whole["weight"], exact["weight"]) > 1e-3
-    compare(run(3, cool_steps, margin, 0.98, options), whole, margin, 70, 3)
+    compare(run(3, cool_steps, margin, 0.9985, options), whole, margin, 70, 3)
 
 
 @pytest.mark.dist
 def test_of_shards_with_statistics_of_each_process():
     start = batch_of(70)[1]
     moved = []
-    for tolerance in (0.0, 0.98, 0.9999):
+    for tolerance in (0.0, 0.9985, 1 - 1e-6):
         found = run(2, cool_steps, "adaface_local", tolerance)
         moved.append((torch.cat([own["weight"] for own in found]) - start).norm())
     assert moved[0] > moved[1] > 0 == moved[2]

@@ -155,8 +155,8 @@ def _passes(
     base = {"p_x": operand, **_weights(weight, packed, indexed)}
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
 
-    def tile(kernel: str) -> TileConfig:
-        return choose(kernel, d, precision, raw, packed, indexed, arch)
+    def tile(kernel: str, counted: bool = False) -> TileConfig:
+        return choose(kernel, d, precision, raw, packed, indexed or counted, arch)
 
     for hard in (True, False) if every else (True,):
         rule = {} if hard else {"p_threshold": None, "p_rule": None}
@@ -189,7 +189,7 @@ def _passes(
                 f"centre_pass {label}{suffix}{' counted' if counted else ''}",
                 centre_pass.centre_pass_kernel,
                 centre_pass.constants(
-                    d, precision, packed, indexed, raw, tile("centre_pass"), hard, counted
+                    d, precision, packed, indexed, raw, tile("centre_pass", counted), hard, counted
                 ),
                 base | rule | ({} if counted else {"p_count": None}),
             )

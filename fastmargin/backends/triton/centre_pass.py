@@ -265,7 +265,9 @@ def centre_pass(
     d_weight = torch.empty((c, d), dtype=weight.dtype, device=weight.device)
     packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
     indexed = index is not None
-    tile = choose("centre_pass", d, precision, raw, packed, indexed, chip(weight.device).arch)
+    # a number of rows that is read takes a register, as an index does
+    short = indexed or skip_zero_rows
+    tile = choose("centre_pass", d, precision, raw, packed, short, chip(weight.device).arch)
     fixed = constants(d, precision, packed, indexed, raw, tile, hard is not None, skip_zero_rows)
     grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
     with on_device(weight):
