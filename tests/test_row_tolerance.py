@@ -119,11 +119,11 @@ def test_bound_of_the_error(name, weights, tame):
 
 
 def test_bound_is_reached():
-    """One row at right angles to two centres, left out by just its own 1 - p_y."""
+    """One row nearly at right angles to two centres, left out by just its own 1 - p_y."""
     weight = 3 * torch.eye(3, dtype=torch.double)[:2]
     x = torch.tensor([[0.3, -0.3, 1.0]]).double()
     case, margin = testing.Case(x, weight, torch.tensor([0])), fm.CosFace(m=0.0, s=16)
-    tolerance = float(misses(case, margin))
+    tolerance = float(misses(case, margin)) * (1 + 1e-9)
     exact = gradients(case, margin, backend="reference")[1]
     found = gradients(case, margin, backend="reference", row_tolerance=tolerance)[1]
     assert found.abs().max() == 0

@@ -132,7 +132,7 @@ def constants(form: MarginForm, advance: bool, reduction: str) -> dict:
         "REDUCED": reduction != "none",
         "MEAN": reduction == "mean",
         "BLOCK": ROWS_PER_STEP,
-        "num_warps": 8,
+        "num_warps": 16,  # with 8, some forms spill
     }
 
 
