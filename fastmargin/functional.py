@@ -27,15 +27,13 @@ ALL = Classes()
 class LossRows:
     """The loss of every row and what it was made of, each (B,); rows with label < 0 cost 0.
 
-    labels: (B,) global ids.
-
     ``margin`` is ``cos_y - psi`` in cosine units; zero for losses on the nearest negatives. With
     sharded classes the rows are those of all shards, alike on each, and ``batch`` and ``shard``
     say which are this process's.
     """
 
     loss: Tensor
-    labels: Tensor
+    valid: Tensor
     cos_y: Tensor
     max_neg: Tensor
     norm: Tensor
@@ -43,12 +41,7 @@ class LossRows:
     batch: Batch | None = None
     shard: ClassShard | None = None
 
-    TENSORS = ("loss", "labels", "cos_y", "max_neg", "norm", "margin")
-
-    @property
-    def valid(self) -> Tensor:
-        """Which rows count."""
-        return self.labels >= 0
+    TENSORS = ("loss", "valid", "cos_y", "max_neg", "norm", "margin")
 
     def detached(self) -> LossRows:
         """The same without gradient."""
@@ -149,8 +142,8 @@ def loss_and_rows(
     task = Pass(parts, classes, batch, precision, backend)
     form = _form_of_one_step(margin, task) if ema is None or whole else None
     if form is not None:
-        loss, own, *rest = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
-        return loss, LossRows(own, y, *rest)
+        loss, *rows = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
+        return loss, LossRows(*rows)
     x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
     softmax = isinstance(margin, SoftmaxMargin)
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
@@ -171,7 +164,7 @@ def loss_and_rows(
     else:
         rows = _rows_by_process(negatives, norm, y, margin, backend, batch, states)
     loss = rows.loss
-    if type(margin).penalty is not Margin.penalty:
+    if _own_hook(margin, "penalty"):
         penalty = margin.penalty(_safe(norm, rows.valid))
         if penalty is not None:
             loss = loss + torch.where(rows.valid, penalty, 0)
@@ -194,10 +187,15 @@ def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
         or len(task.columns) > 1
         or not isinstance(margin, SoftmaxMargin)
         or type(margin).hard is not SoftmaxMargin.hard
-        or any(getattr(type(margin), name) is not getattr(Margin, name) for name in hooks)
+        or any(_own_hook(margin, name) for name in hooks)
     ):
         return None
     return margin.kernel_form()
+
+
+def _own_hook(margin: Margin, name: str) -> bool:
+    """Whether a margin has a method of its own, of its class or set on it, for a hook."""
+    return getattr(getattr(margin, name), "__func__", None) is not getattr(Margin, name)
 
 
 def check_row_tolerance(row_tolerance: float, margin: Margin) -> None:
@@ -351,7 +349,7 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
         applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
     if _has_mark(stats):
         loss = ops.marked(loss, stats.mark, -torch.expm1(-loss.detach()))
-    return LossRows(loss, labels, stats.cos_y, stats.max_neg, norm, applied)
+    return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
 
 
 def _has_mark(stats: RowStats) -> bool:
@@ -366,4 +364,4 @@ def _safe(norm: Tensor, valid: Tensor) -> Tensor:
 def _nearest_rows(nearest, cos_y, norm, labels, margin: NearestMargin) -> LossRows:
     valid = labels >= 0
     loss = torch.where(valid, margin(cos_y, nearest), 0)
-    return LossRows(loss, labels, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))
+    return LossRows(loss, valid, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))

@@ -48,7 +48,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         ctx.step, ctx.x_dtype = step, x.dtype
         ctx.save_for_backward(weight, column.index, column.labels, *made.tensors())
         ctx.set_materialize_grads(False)
-        figures = made.cos_y, made.max_neg, made.norm, made.margin
+        figures = made.valid, made.cos_y, made.max_neg, made.norm, made.margin
         if step.reduction != "none":
             figures = made.rows, *figures
         ctx.mark_non_differentiable(*figures)
@@ -92,9 +92,9 @@ def softmax_loss(
     reduction: str,
     task: Pass,
 ) -> tuple[Tensor, ...]:
-    """The reduced loss, then without gradient the losses, ``cos_y``, ``max_neg``, norms, margins.
+    """The reduced loss, then what :class:`fastmargin.functional.LossRows` holds, without gradient.
 
-    The last five are (B,). Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is
+    Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is
     advanced in place. The other arguments are those of
     :meth:`fastmargin.backends.interface.Backend.softmax_loss`; ``task`` has one part.
     """

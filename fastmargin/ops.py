@@ -771,7 +771,8 @@ def _(x, weight, index, labels, *rest):
         "operand": (0,),
         "pull": (b if want_pull else 0, d),
     }
-    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes.values())
+    made = {name: x.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    return tuple((made | {"valid": x.new_empty((b,), dtype=torch.bool)}).values())
 
 
 @_op(

@@ -150,7 +150,7 @@ class SoftmaxLoss:
 
     loss: () what the rows reduce to; empty, (0,), for the reduction "none".
     share: (1,) what the loss of a row weighs in it: 1 / (number of valid rows) for "mean", else 1.
-    rows, cos_y, max_neg, norm, margin: (B,) of every row, as in
+    rows, valid, cos_y, max_neg, norm, margin: (B,) of every row, as in
         :class:`fastmargin.functional.LossRows`.
     lse_neg, by_cos, by_lse, by_norm: (B,), the slopes those of the loss of a row; ``by_lse`` is
         ``1 - p_y``.
@@ -161,6 +161,7 @@ class SoftmaxLoss:
     loss: Tensor
     share: Tensor
     rows: Tensor
+    valid: Tensor
     cos_y: Tensor
     max_neg: Tensor
     norm: Tensor

@@ -141,7 +141,7 @@ def test_of_many_rows(batch, reduction):
         slope[~known] = 0
     share = 1 / int((labels >= 0).sum()) if reduction == "mean" else 1.0
     total = torch.empty(0).double() if reduction == "none" else rows.sum() * share
-    truth = total, torch.tensor([share]).double(), rows, *slopes, margin
+    truth = total, torch.tensor([share]).double(), (labels >= 0).double(), rows, *slopes, margin
     for a, t in zip(ours, truth, strict=True):
         torch.testing.assert_close(a.double().cpu(), t, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert total.isnan().all() or reduction == "none"
@@ -233,6 +233,22 @@ def test_hooks_of_a_margin_are_called(asked):
     plain = fm.margin_loss(case.x, case.weight, case.labels, fm.CosFace(m=0.3))
     torch.testing.assert_close(losses[3], plain)
     assert asked.count == 2
+    margin = fm.ArcFace()
+    margin.penalty = lambda norm: 0.01 * norm
+    loss = fm.margin_loss(case.x, case.weight, case.labels, margin)
+    torch.testing.assert_close(loss, losses[4] + penalty)
+
+
+def test_figures_outlive_the_labels():
+    """Labels that the next batch overwrites do not change what was found."""
+    for backend in ("reference", "triton"):
+        device = device_for(backend)
+        case = testing.make_case("some_ignored").to(torch.float32, device)
+        head = fm.MarginHead(24, 70, fm.ArcFace(), backend=backend).to(device)
+        head(case.x, case.labels)
+        before = head.metrics
+        case.labels.fill_(-1)
+        assert all(torch.equal(before[name], value) for name, value in head.metrics.items())
 
 
 def test_state_is_left_alone_by_an_error(monkeypatch):

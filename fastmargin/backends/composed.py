@@ -39,14 +39,15 @@ class ComposedLoss:
         known = labels < num_classes
         rows = torch.where(known, rows, torch.nan)
         by_cos, by_lse, by_norm = (torch.where(known, t, 0) for t in (by_cos, by_lse, by_norm))
-        share = rows.new_ones(1)
+        share, valid = rows.new_ones(1), labels >= 0
         if reduction == "mean":
-            share = share / (labels >= 0).sum().clamp_min(1)
+            share = share / valid.sum().clamp_min(1)
         loss = rows.new_empty(0) if reduction == "none" else rows.sum() * share.squeeze(0)
         return SoftmaxLoss(
             loss,
             share,
             rows,
+            valid,
             stats.cos_y,
             stats.max_neg,
             norm,

@@ -204,13 +204,14 @@ class TritonBackend(ComposedLoss):
             want_pull,
             precision,
         )
-        loss, share, rows, by_cos, by_lse, by_norm, margin = margin_loss(
+        loss, share, valid, rows, by_cos, by_lse, by_norm, margin = margin_loss(
             stats.cos_y, stats.lse_neg, norm, labels, num_classes, form, ema, reduction
         )
         return SoftmaxLoss(
             loss,
             share,
             rows,
+            valid,
             stats.cos_y,
             stats.max_neg,
             norm,

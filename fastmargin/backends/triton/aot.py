@@ -53,6 +53,7 @@ WIDTHS = (128, 192, 256, 512, 1024)
 _POINTERS = {
     **dict.fromkeys(("p_label", "p_key", "p_index", "p_column"), "*i64"),
     "p_count": "*i32",
+    "p_valid": "*i1",
     **dict.fromkeys(("p_label_out",), "*i64"),
     **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
 }

@@ -31,6 +31,7 @@ def margin_loss_kernel(
     p_table,  # (classes,), if SOURCE is CLASS
     p_total,  # (1,) out, if REDUCED: sum of the losses times the share
     p_share,  # (1,) out: what a row weighs, 1 / (number of valid rows) if MEAN, else 1
+    p_valid,  # (B,) bool, out
     p_loss,  # (B,) out
     p_by_cos,  # (B,) out
     p_by_lse,  # (B,) out
@@ -110,6 +111,7 @@ def margin_loss_kernel(
         # a label out of range makes its loss NaN and has no gradient
         m_known = b_label < num_classes
         b_loss = tl.where(m_known, b_loss, float("nan"))
+        tl.store(p_valid + o_b, b_label >= 0, mask=m_b)
         tl.store(p_loss + o_b, b_loss, mask=m_b)
         tl.store(p_by_cos + o_b, tl.where(m_known, b_by_cos, 0.0), mask=m_b)
         tl.store(p_by_lse + o_b, tl.where(m_known, b_by_lse, 0.0), mask=m_b)
@@ -145,8 +147,8 @@ def margin_loss(
     form: MarginForm,
     ema: NormEma | None,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reduced loss () and the share (1,); then loss, slopes and margin as ``margin_rows``.
+) -> tuple[Tensor, ...]:
+    """The reduced loss (), the share (1,), which rows count (B,); then as ``margin_rows``.
 
     Args:
         cos_y, lse_neg, norm: (B,) contiguous, fp32.
@@ -159,6 +161,7 @@ def margin_loss(
     b = cos_y.shape[0]
     total = cos_y.new_empty(() if reduction != "none" else (0,))
     share = cos_y.new_empty(1)
+    valid = torch.empty_like(labels, dtype=torch.bool)
     out = tuple(torch.empty_like(cos_y) for _ in range(5))
     running = (form.mean, form.std) if ema is None else (ema.mean, ema.std)
     limits = (0.0, 0.0, 0.0) if ema is None else (ema.alpha, ema.low, ema.high)
@@ -172,6 +175,7 @@ def margin_loss(
             form.table,
             total if reduction != "none" else None,
             share,
+            valid,
             *out,
             b,
             0 if form.table is None else form.table.numel(),
@@ -180,4 +184,4 @@ def margin_loss(
             *numbers(form),
             **constants(form, ema is not None, reduction),
         )
-    return total, share, *out
+    return total, share, valid, *out
