@@ -17,8 +17,8 @@
 
 // A leaf operator writes into tensors that its Python caller allocated. The first argument is what
 // the CUDA variant has on top.
-#define FM_ROW_PROLOGUE_SCHEMA(extra)                                                \
-  "(Tensor x, Tensor labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params," \
+#define FM_ROW_PROLOGUE_SCHEMA(extra)                                                 \
+  "(Tensor x, Tensor? labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params," \
   " Tensor(a!) x_hat, Tensor(b!) norm, Tensor(c!) mean, Tensor(d!) std" extra ") -> ()"
 
 #define FM_MARGIN_ROWS_SCHEMA(extra)                                                        \
@@ -89,12 +89,15 @@ void dispatch_input(const Tensor& x, F&& f) {
 }
 
 template <typename In>
-UnitRowsArgs<In> unit_rows_args(const Tensor& x, const Tensor& x_hat, const Tensor& norm) {
+UnitRowsArgs<In> unit_rows_args(const Tensor& x, const std::optional<Tensor>& labels,
+                                const Tensor& x_hat, const Tensor& norm) {
   STD_TORCH_CHECK(x.dim() == 2, "fastmargin: x must have 2 dimensions, not ", x.dim());
   UnitRowsArgs<In> args;
   args.x = static_cast<const In*>(x.const_data_ptr());
   args.rows = x.size(0);
   args.cols = x.size(1);
+  args.labels =
+      labels.has_value() ? checked<const int64_t>(labels, args.rows, x, "labels") : nullptr;
   args.row_stride = x.stride(0);
   args.col_stride = x.stride(1);
   args.x_hat = checked<Compute<In>>(x_hat, args.rows * args.cols, x, "x_hat");
@@ -104,7 +107,7 @@ UnitRowsArgs<In> unit_rows_args(const Tensor& x, const Tensor& x_hat, const Tens
 
 // Of an x whose unit rows are asked for with the statistics.
 template <typename T>
-NormStatsArgs<T> norm_stats_args(const Tensor& x, const Tensor& labels,
+NormStatsArgs<T> norm_stats_args(const Tensor& x, const std::optional<Tensor>& labels,
                                  const std::optional<Tensor>& ema_mean,
                                  const std::optional<Tensor>& ema_std,
                                  const std::vector<double>& ema_params, const Tensor& norm,

@@ -82,10 +82,17 @@ FM_HOST_DEVICE void add_rows(Moments<T>& moments, const T* norm, const int64_t* 
 template <typename In>
 struct UnitRowsArgs {
   const In* x;
+  const int64_t* labels;  // (rows,), or null
   int64_t rows, cols, row_stride, col_stride;
   Compute<In>* x_hat;  // (rows, cols)
   Compute<In>* norm;   // (rows,)
 };
+
+// A row without a label may hold anything: it is not read, and comes out as zeros.
+template <typename In>
+FM_HOST_DEVICE bool is_ignored(const UnitRowsArgs<In>& a, int64_t row) {
+  return a.labels != nullptr && a.labels[row] < 0;
+}
 
 // T is the compute type. Old and new statistics are (1,); the old ones may be the new ones.
 template <typename T>
@@ -115,6 +122,11 @@ void write_unit_row(const UnitRowsArgs<In>& a, int64_t row) {
   constexpr int64_t kSums = 16;
   const In* x = a.x + row * a.row_stride;
   T* out = a.x_hat + row * a.cols;
+  if (is_ignored(a, row)) {
+    for (int64_t d = 0; d < a.cols; ++d) out[d] = T(0);
+    a.norm[row] = T(0);
+    return;
+  }
   for (int64_t d = 0; d < a.cols; ++d) out[d] = widen(x[d * a.col_stride]);
   T sums[kSums] = {};
   int64_t d = 0;

@@ -69,6 +69,7 @@ class Classes:
     corrected: bool = False
     grad_reduce: str = "mean"
     batch_size: int | None = None
+    row_tolerance: float = 0.0
 
     @property
     def grad_factor(self) -> int:
@@ -129,4 +130,5 @@ def merge(parts: Sequence[RowStats], columns: Sequence[Columns]) -> RowStats:
         parts[0].cos_y,
         torch.stack([part.max_neg for part in parts]).amax(0),
         pull,
+        sum(part.mark for part in parts) if parts[0].mark is not None else None,
     )

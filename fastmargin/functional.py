@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastmargin import deferred, ops, sharded
+from fastmargin import deferred, fused, ops, sharded
 from fastmargin.checks import check_choice, check_inputs
 from fastmargin.columns import GRAD_REDUCES, Classes, Columns, Pass, merge
 from fastmargin.distributed import batch as batches
@@ -17,7 +17,7 @@ from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard
 from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.norms import advance, moments
-from fastmargin.spec import NormEma, RowStats
+from fastmargin.spec import MarginForm, NormEma, RowStats
 
 REDUCTIONS = ("mean", "sum", "none")
 ALL = Classes()
@@ -58,6 +58,7 @@ def margin_loss(
     precision: str = "auto",
     validate: bool | None = None,
     grad_reduce: str = "mean",
+    row_tolerance: float = 0.0,
 ) -> Tensor:
     """Margin loss of a batch against all class centres, without the (B, C) logits in memory.
 
@@ -80,6 +81,9 @@ def margin_loss(
             that costs no synchronisation (on CPU). On a GPU an unchecked label >= C makes the
             loss NaN.
         grad_reduce: with sharded classes, as :class:`fastmargin.MarginHead`.
+        row_tolerance: leaves rows with ``1 - p_y`` up to it out of the gradient of ``weight``, in
+            [0, 1); 0 is exact. docs/math.md bounds the error; on the Triton backend these rows then
+            cost next to nothing in the pass over the centres.
 
     Returns:
         Scalar, or (B,) for "none"; float32 (float64 for float64 embeddings).
@@ -90,26 +94,28 @@ def margin_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
-    classes = Classes(grad_reduce=grad_reduce)
+    check_row_tolerance(row_tolerance, margin)
+    classes = Classes(grad_reduce=grad_reduce, row_tolerance=row_tolerance)
     if hasattr(weight, "placements") and isinstance(margin, Margin):
         shard = ClassShard.of_dtensor(weight)
         margin.processes = GroupProcesses(shard)
         classes, weight = replace(classes, shard=shard), weight.to_local()
-    rows = loss_rows(embeddings, weight, labels, margin, backend, precision, validate, classes)
-    return reduce(rows, reduction)
+    settings = backend, precision, validate, classes
+    return loss_and_rows(embeddings, weight, labels, margin, reduction, *settings)[0]
 
 
-def loss_rows(
+def loss_and_rows(
     embeddings: Tensor,
     weight: Tensor,
     labels: Tensor,
     margin: Margin,
+    reduction: str = "mean",
     backend: str = "auto",
     precision: str = "auto",
     validate: bool | None = None,
     classes: Classes = ALL,
-) -> LossRows:
-    """:func:`margin_loss` before the reduction."""
+) -> tuple[Tensor, LossRows]:
+    """:func:`margin_loss`, and what it was made of, without gradient."""
     shard = classes.shard
     start, count = (0, weight.shape[0]) if shard is None else (shard.start, shard.num_classes)
     with batches.announced(shard, weight.device, classes.batch_size):
@@ -121,9 +127,7 @@ def loss_rows(
         if not torch.compiler.is_compiling():  # before a draw or anything else that lasts
             k = margin.top_k if isinstance(margin, NearestMargin) else 1
             ops.check_backend(embeddings, precision, backend, k)
-    # an ignored row may hold anything, NaN too: as zeros it takes part in nothing
-    x = torch.where((labels >= 0)[:, None], embeddings, 0)
-    y, batch = labels, None
+    x, y, batch = embeddings, labels, None
     if shard is not None:
         wanted = weight.requires_grad
         x, y, batch = batches.gather(x, labels, shard, classes.batch_size, wanted)
@@ -135,8 +139,12 @@ def loss_rows(
     ema = margin.norm_ema() if margin.training else None
     peers = collectives.world() if shard is None else shard.replicas
     whole = ema is not None and peers is None and (shard is None or margin.stats == "global")
-    x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
     task = Pass(parts, classes, batch, precision, backend)
+    form = _form_of_one_step(margin, task) if ema is None or whole else None
+    if form is not None:
+        loss, *rows = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
+        return loss, LossRows(*rows)
+    x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
     softmax = isinstance(margin, SoftmaxMargin)
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
     negatives, norm = pass_over_centres(embeddings, weight, x_hat, norm, y, margin, task)
@@ -156,15 +164,51 @@ def loss_rows(
     else:
         rows = _rows_by_process(negatives, norm, y, margin, backend, batch, states)
     loss = rows.loss
-    penalty = margin.penalty(_safe(norm, rows.valid))
-    if penalty is not None:
-        loss = loss + torch.where(rows.valid, penalty, 0)
+    if _own_hook(margin, "penalty"):
+        penalty = margin.penalty(_safe(norm, rows.valid))
+        if penalty is not None:
+            loss = loss + torch.where(rows.valid, penalty, 0)
     # a label out of range that was not checked: seen at once, at no synchronisation
     loss = torch.where(y < count, loss, torch.nan)
-    return replace(rows, loss=loss, batch=batch, shard=shard)
+    rows = replace(rows, loss=loss, batch=batch, shard=shard)
+    return _reduce(rows, reduction), rows.detached()
 
 
-def reduce(rows: LossRows, reduction: str) -> Tensor:
+def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
+    """The kernel form of a margin whose loss is one step (``fused.py``), else None.
+
+    What a margin does between the passes and the loss, or other processes do, stands in the way.
+    Compiled, the operators one by one are as good.
+    """
+    hooks = ("penalty", "observe", "set_norm_ema")
+    if (
+        torch.compiler.is_compiling()
+        or task.classes.shard is not None
+        or len(task.columns) > 1
+        or not isinstance(margin, SoftmaxMargin)
+        or type(margin).hard is not SoftmaxMargin.hard
+        or any(_own_hook(margin, name) for name in hooks)
+    ):
+        return None
+    return margin.kernel_form()
+
+
+def _own_hook(margin: Margin, name: str) -> bool:
+    """Whether a margin has a method of its own, of its class or set on it, for a hook."""
+    return getattr(getattr(margin, name), "__func__", None) is not getattr(Margin, name)
+
+
+def check_row_tolerance(row_tolerance: float, margin: Margin) -> None:
+    """Raises ValueError unless the tolerance is in [0, 1), and 0 where there is no 1 - p_y."""
+    if not 0 <= row_tolerance < 1:
+        raise ValueError(f"row_tolerance must be in [0, 1), got {row_tolerance}: 1 - p_y below it")
+    if row_tolerance > 0 and isinstance(margin, NearestMargin):
+        raise ValueError(
+            "row_tolerance compares 1 - p_y, and this margin has no probability: leave it out"
+        )
+
+
+def _reduce(rows: LossRows, reduction: str) -> Tensor:
     """Mean over the valid rows (0 without one), sum, or the rows themselves.
 
     With sharded classes, mean and sum are over the rows of all processes and alike on each.
@@ -231,12 +275,14 @@ def _rows_by_process(
 ) -> LossRows:
     """Rows of each process with its own norm statistics; the first state is the one to keep."""
     kept, *states = states
-    tensors = (stats.lse_neg, stats.cos_y, stats.max_neg, norm, labels)
+    tensors = [stats.lse_neg, stats.cos_y, stats.max_neg, norm, labels]
+    if _has_mark(stats):
+        tensors.append(stats.mark)
     found = []
     for state, block in zip(states, zip(*map(batch.blocks, tensors), strict=True), strict=True):
         margin.set_norm_ema(*state)
-        part = RowStats(*block[:3], stats.pull)
-        found.append(_softmax_rows(part, *block[3:], margin, backend))
+        part = RowStats(*block[:3], stats.pull, *block[5:])
+        found.append(_softmax_rows(part, *block[3:5], margin, backend))
     margin.set_norm_ema(*kept)
     parts = zip(
         *([getattr(rows, name) for name in LossRows.TENSORS] for rows in found), strict=True
@@ -264,6 +310,7 @@ def _all_negatives(
             margin.s,
             hard,
             sparse_grad=task.classes.sparse_grad,
+            row_tolerance=task.classes.row_tolerance,
             **task.options(column),
         )
         for column in task.columns
@@ -300,7 +347,13 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
         loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
         loss = torch.where(valid, loss, 0)
         applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
+    if _has_mark(stats):
+        loss = ops.marked(loss, stats.mark, -torch.expm1(-loss.detach()))
     return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
+
+
+def _has_mark(stats: RowStats) -> bool:
+    return stats.mark is not None and stats.mark.shape[0] > 0
 
 
 def _safe(norm: Tensor, valid: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class MarginHead(SettledCopies, nn.Module):
             exchange of the numbers of rows before each step, for which the host waits. Whether
             embeddings want a gradient must then be alike on all.
         seed: of the sampling.
+        row_tolerance: as :func:`fastmargin.margin_loss`.
 
     Attributes:
         weight: parameter (C_local, D), this process's rows of the (C, D), split as
@@ -118,6 +119,7 @@ class MarginHead(SettledCopies, nn.Module):
         grad_reduce: str = "mean",
         batch_size: int | None = None,
         seed: int = 0,
+        row_tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         if embedding_size < 1 or num_classes < 1:
@@ -141,6 +143,8 @@ class MarginHead(SettledCopies, nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         checks.check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
+        functional.check_row_tolerance(row_tolerance, margin)
+        self.row_tolerance = row_tolerance
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.backend, self.precision, self.validate = backend, precision, validate
         self.sample_rate, self.num_sampled, self.seed = sample_rate, num_sampled, seed
@@ -171,7 +175,7 @@ class MarginHead(SettledCopies, nn.Module):
         if self.shard is None:
             return
         names = ("num_classes", "embedding_size", "batch_size", "num_sampled", "seed")
-        names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce")
+        names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce", "row_tolerance")
         # numbers of any type, and words, as integers that are alike where they are
         own = [zlib.crc32(repr(getattr(self, name)).encode()) for name in names]
         own = torch.tensor(own, device=self.weight.device)
@@ -211,11 +215,12 @@ class MarginHead(SettledCopies, nn.Module):
         of this one; what every process makes of its rows is then added up.
         """
         checks.check_choice("reduction", reduction, functional.REDUCTIONS)
-        rows = functional.loss_rows(
+        loss, self._rows = functional.loss_and_rows(
             embeddings,
             self.weight,
             labels,
             self.margin,
+            reduction,
             self.backend,
             self.precision,
             self.validate,
@@ -226,10 +231,10 @@ class MarginHead(SettledCopies, nn.Module):
                 self.correct_sampling,
                 self.grad_reduce,
                 self.batch_size,
+                self.row_tolerance,
             ),
         )
-        self._rows = rows.detached()
-        return functional.reduce(rows, reduction)
+        return loss
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -282,7 +287,7 @@ class MarginHead(SettledCopies, nn.Module):
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
         x, own = self._gathered(embeddings)
         no_label = torch.full(x.shape[:1], -1, dtype=torch.int64, device=x.device)
-        x_hat, *_ = ops.row_prologue(x, no_label, backend=self.backend)
+        x_hat, *_ = ops.row_prologue(x, None, backend=self.backend)
         if topk <= KERNEL_TOPK:
             cosine, label, _ = ops.row_topk(
                 x_hat, self.weight, no_label, topk, precision=self.precision, backend=self.backend

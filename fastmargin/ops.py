@@ -10,20 +10,23 @@ an error and not a wrong number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 
 from fastmargin import backends
+from fastmargin.backends import row_gradients
 from fastmargin.backends.interface import Backend
-from fastmargin.norms import compute_dtype, inverse_norm
-from fastmargin.rows import inside, take
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.norms import compute_dtype
+from fastmargin.rows import inside
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
 
 __all__ = [
     "check_backend",
     "margin_rows",
+    "marked",
     "permutation",
     "row_prologue",
     "row_prologue_backward",
@@ -32,12 +35,14 @@ __all__ = [
     "row_stats_backward_x",
     "row_topk",
     "row_topk_backward",
+    "softmax_loss",
+    "softmax_loss_backward",
     "spread_rows",
     "target_cosine",
 ]
 
 
-def _op(name: str, schema: str):
+def _op(name: str, schema: str, mutates: tuple[str, ...] = ()):
     """Registers the decorated function, and keeps autocast out of the products inside it."""
 
     def register(function):
@@ -46,7 +51,7 @@ def _op(name: str, schema: str):
             with torch.autocast(first.device.type, enabled=False):
                 return function(first, *rest)
 
-        define = torch.library.custom_op(f"fastmargin::{name}", mutates_args=(), schema=schema)
+        define = torch.library.custom_op(f"fastmargin::{name}", mutates_args=mutates, schema=schema)
         return define(without_autocast)
 
     return register
@@ -74,19 +79,6 @@ def _check_index(index: Tensor | None, weight: Tensor) -> None:
         raise ValueError(f"index is on {index.device}, weight on {weight.device}: move one of them")
 
 
-def _row_numbers(columns: Tensor, index: Tensor | None) -> Tensor:
-    """The rows of ``weight`` behind ``columns`` of the pass; outside of it where there is none."""
-    return columns if index is None else take(index, columns, -1)
-
-
-def _own_rows(weight: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the centres as unit rows, and their inverse norms; zero where there is none."""
-    centres = take(weight, rows, 0)
-    centres = centres.to(compute_dtype(weight.dtype))
-    inv = inverse_norm(centres)
-    return centres * inv, inv
-
-
 @torch.no_grad()
 def target_cosine(
     x_hat: Tensor,
@@ -101,7 +93,7 @@ def target_cosine(
     :func:`row_stats`.
     """
     _check_index(index, weight)
-    own, _ = _own_rows(weight, _row_numbers(labels - class_start, index))
+    own, _ = row_gradients.own_rows(weight, row_gradients.row_numbers(labels - class_start, index))
     return (x_hat * own.to(x_hat.dtype)).sum(1)
 
 
@@ -173,7 +165,7 @@ def spread_rows(
 
 @_op(
     "row_prologue",
-    "(Tensor x, Tensor labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params, str backend)"
+    "(Tensor x, Tensor? labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_prologue(x, labels, ema_mean, ema_std, ema_params, backend):
@@ -200,9 +192,7 @@ def _row_prologue_setup(ctx, inputs, output):
     "row_prologue_backward", "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm) -> Tensor"
 )
 def row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
-    radial = (d_x_hat * x_hat).sum(1, keepdim=True)
-    d_x = (d_x_hat - radial * x_hat) * inverse_norm(norm[:, None])
-    return d_x if d_norm is None else d_x + d_norm[:, None] * x_hat
+    return row_gradients.through_norm(d_x_hat, d_norm, x_hat, norm)
 
 
 @row_prologue_backward.register_fake
@@ -222,11 +212,12 @@ _row_prologue.register_autograd(_row_prologue_autograd, setup_context=_row_prolo
 
 
 def row_prologue(
-    x: Tensor, labels: Tensor, ema: NormEma | None = None, backend: str = "auto"
+    x: Tensor, labels: Tensor | None, ema: NormEma | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit rows (B, D), norms (B,), and the norm statistics (1,), (1,) after this batch.
 
-    The statistics are empty, (0,), without ``ema``.
+    The statistics are empty, (0,), without ``ema``. A row with label < 0 may hold anything: it is
+    a zero row of norm 0 without a gradient. With labels None, and no ``ema``, none is.
 
     Differentiable in ``x`` through the first two. A row of norm below 1e-12 gives a zero row and
     a zero gradient (``F.normalize`` would give 1e12 times the upstream one).
@@ -251,8 +242,8 @@ def _hard(threshold, coefficients, bound: float) -> HardRule | None:
 
 @_op(
     "row_stats",
-    f"({_STATS_ARGS}, bool want_pull, bool sparse_grad, str precision, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_STATS_ARGS}, bool want_pull, bool sparse_grad, float row_tolerance, str precision,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_stats(
     x_hat,
@@ -266,6 +257,7 @@ def _row_stats(
     class_start,
     want_pull,
     sparse_grad,
+    row_tolerance,
     precision,
     backend,
 ):
@@ -280,24 +272,27 @@ def _row_stats(
         want_pull,
         precision,
     )
-    return stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull
+    mark = x_hat.new_zeros(x_hat.shape[0] if row_tolerance > 0 else 0)
+    return stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull, mark
 
 
 @_row_stats.register_fake
-def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start, want_pull, *_):
+def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start, want_pull, *rest):
     rows = x_hat.shape[:1]
     pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
-    return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull
+    mark = x_hat.new_empty(rows if rest[1] > 0 else (0,))
+    return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull, mark
 
 
 @_op(
     "row_stats_backward",
-    f"(Tensor d_lse, Tensor d_cos, {_STATS_ARGS}, Tensor lse_neg, str precision, str backend)"
-    " -> Tensor",
+    f"(Tensor d_lse, Tensor d_cos, Tensor? miss, {_STATS_ARGS}, Tensor lse_neg,"
+    " float row_tolerance, str precision, str backend) -> Tensor",
 )
 def row_stats_backward(
     d_lse,
     d_cos,
+    miss,
     x_hat,
     weight,
     index,
@@ -308,9 +303,11 @@ def row_stats_backward(
     hard_bound,
     class_start,
     lse_neg,
+    row_tolerance,
     precision,
     backend,
 ):
+    d_lse, d_cos = row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance)
     return _backend(backend, x_hat, precision).row_stats_backward(
         d_lse.contiguous(),
         d_cos.contiguous(),
@@ -323,11 +320,12 @@ def row_stats_backward(
         _hard(hard_threshold, hard_coefficients, hard_bound),
         class_start,
         precision,
+        miss is not None and row_tolerance > 0,
     )
 
 
 @row_stats_backward.register_fake
-def _(d_lse, d_cos, x_hat, weight, index, *_):
+def _(d_lse, d_cos, miss, x_hat, weight, index, *_):
     rows = weight.shape[0] if index is None else index.shape[0]
     return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
@@ -338,8 +336,9 @@ def _(d_lse, d_cos, x_hat, weight, index, *_):
     " float scale, int class_start) -> Tensor",
 )
 def row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
-    own, _ = _own_rows(weight, _row_numbers(labels - class_start, index))
-    return (d_lse * scale)[:, None] * pull + d_cos[:, None] * own.to(pull.dtype)
+    return row_gradients.through_stats(
+        d_lse, d_cos, pull, weight, index, labels, scale, class_start
+    )
 
 
 @row_stats_backward_x.register_fake
@@ -349,7 +348,7 @@ def _(d_lse, d_cos, pull, *_):
 
 def _row_stats_setup(ctx, inputs, output):
     x_hat, weight, index, labels, scale, threshold, coefficients, bound, class_start = inputs[:9]
-    lse_neg, _, max_neg, pull = output
+    lse_neg, _, max_neg, pull, _ = output
     ctx.save_for_backward(x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull)
     ctx.mark_non_differentiable(max_neg, pull)
     ctx.set_materialize_grads(False)
@@ -357,10 +356,10 @@ def _row_stats_setup(ctx, inputs, output):
     ctx.rest = scale, bound, class_start, *rest
 
 
-def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
+def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
     x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull = ctx.saved_tensors
-    scale, bound, class_start, precision, backend = ctx.rest
-    rest = (None,) * 11
+    scale, bound, class_start, *settings = ctx.rest
+    rest = (None,) * 12
     if d_lse is None and d_cos is None:
         return None, None, *rest
     zero = torch.zeros_like(lse_neg)
@@ -377,6 +376,7 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
         rows = row_stats_backward(
             d_lse,
             d_cos,
+            miss,
             x_hat,
             weight,
             index,
@@ -387,8 +387,7 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull):
             bound,
             class_start,
             lse_neg,
-            precision,
-            backend,
+            *settings,
         )
         d_weight = spread_rows(rows, index, weight, ctx.sparse_grad)
     return d_x_hat, d_weight, *rest
@@ -409,6 +408,7 @@ def row_stats(
     index: Tensor | None = None,
     sparse_grad: bool = False,
     want_pull: bool | None = None,
+    row_tolerance: float = 0.0,
 ) -> RowStats:
     """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
 
@@ -427,6 +427,8 @@ def row_stats(
         sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), so that nothing of
             size (C, D) is made; not under ``torch.compile``.
         want_pull: form ``pull``, which a gradient of ``x_hat`` needs; default: where it is wanted.
+        row_tolerance: leave rows with 1 - p_y up to it out of the gradient of ``weight``; they are
+            known where the loss went through :func:`marked`.
 
     Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
 
@@ -450,10 +452,43 @@ def row_stats(
             class_start,
             want_pull,
             sparse_grad,
+            float(row_tolerance),
             precision,
             backend,
         )
     )
+
+
+@_op("marked", "(Tensor loss, Tensor mark, Tensor miss) -> Tensor")
+def _marked(loss, mark, miss):
+    return loss.clone()
+
+
+@_marked.register_fake
+def _(loss, mark, miss):
+    return torch.empty_like(loss)
+
+
+def _marked_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[2])
+
+
+def _marked_autograd(ctx, d_loss):
+    (miss,) = ctx.saved_tensors
+    return d_loss, miss, None
+
+
+_marked.register_autograd(_marked_autograd, setup_context=_marked_setup)
+
+
+def marked(loss: Tensor, mark: Tensor, miss: Tensor) -> Tensor:
+    """The losses (B,), which on the way back tell :func:`row_stats` what 1 - p_y of each row was.
+
+    ``miss`` (B,), whatever the upstream gradient, becomes the gradient of ``mark``, the last entry
+    of :class:`fastmargin.spec.RowStats`. An upstream gradient alone cannot tell a confident row
+    from one that weighs little.
+    """
+    return _marked(loss, mark, miss)
 
 
 # ---- row_topk -----------------------------------------------------------------------------------
@@ -496,8 +531,8 @@ def _row_topk_setup(ctx, inputs, output):
 def row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
     # the target is one more column; only B * (k + 1) centres take part
     columns = torch.cat([nearest, (labels - class_start)[:, None]], dim=1)
-    touched = _row_numbers(columns, index)
-    centres, inv = (t.to(x_hat.dtype) for t in _own_rows(weight, touched))
+    touched = row_gradients.row_numbers(columns, index)
+    centres, inv = (t.to(x_hat.dtype) for t in row_gradients.own_rows(weight, touched))
     known = inside(touched, weight.shape[0])
     upstream = torch.where(known, torch.cat([d_top, d_cos[:, None]], dim=1), 0)[..., None]
     d_x_hat = (upstream * centres).sum(1)
@@ -625,6 +660,176 @@ def margin_rows(
         backend,
     )
     return loss, margin
+
+
+# ---- softmax_loss -------------------------------------------------------------------------------
+
+_LOSS_PARTS = tuple(field.name for field in dataclasses.fields(SoftmaxLoss))
+
+
+@_op(
+    "softmax_loss",
+    "(Tensor x, Tensor weight, Tensor? index, Tensor labels, Tensor columns, int class_start,"
+    " int num_classes, float[] params, int[] codes, Tensor(a!)? mean, Tensor(b!)? std,"
+    " Tensor? table, float[] ema_params, str reduction, bool want_pull, str precision, str backend)"
+    f" -> ({', '.join(['Tensor'] * len(_LOSS_PARTS))})",
+    mutates=("mean", "std"),
+)
+def _softmax_loss(
+    x,
+    weight,
+    index,
+    labels,
+    columns,
+    class_start,
+    num_classes,
+    params,
+    codes,
+    mean,
+    std,
+    table,
+    ema_params,
+    reduction,
+    want_pull,
+    precision,
+    backend,
+):
+    form = MarginForm.build(params, codes, mean, std, table)
+    ema = NormEma(mean, std, *ema_params) if ema_params else None
+    return (
+        _backend(backend, x, precision)
+        .softmax_loss(
+            x,
+            weight,
+            index,
+            labels,
+            columns,
+            class_start,
+            num_classes,
+            form,
+            ema,
+            reduction,
+            want_pull,
+            precision,
+        )
+        .tensors()
+    )
+
+
+def softmax_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    columns: Tensor,
+    num_classes: int,
+    form: MarginForm,
+    ema: NormEma | None,
+    reduction: str,
+    want_pull: bool,
+    class_start: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+    index: Tensor | None = None,
+) -> SoftmaxLoss:
+    """All of a forward pass in one operator, without a derivative: :mod:`fastmargin.fused` has it.
+
+    The arguments are those of :meth:`fastmargin.backends.interface.Backend.softmax_loss`. In eager
+    mode it spares the launches between the operators above; compiled, they are fused anyway.
+    """
+    _check_index(index, weight)
+    return SoftmaxLoss(
+        *_softmax_loss(
+            x,
+            weight,
+            index,
+            labels,
+            columns,
+            class_start,
+            num_classes,
+            form.params(),
+            form.codes(),
+            form.mean,
+            form.std,
+            form.table,
+            [] if ema is None else [ema.alpha, ema.low, ema.high],
+            reduction,
+            want_pull,
+            precision,
+            backend,
+        )
+    )
+
+
+@_softmax_loss.register_fake
+def _(x, weight, index, labels, *rest):
+    reduction, want_pull = rest[-4:-2]
+    dtype, (b, d) = compute_dtype(x.dtype), x.shape
+    shapes = dict.fromkeys(_LOSS_PARTS, (b,)) | {
+        "loss": (0,) if reduction == "none" else (),
+        "share": (1,),
+        "x_hat": (b, d),
+        "operand": (0,),
+        "pull": (b if want_pull else 0, d),
+    }
+    made = {name: x.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    return tuple((made | {"valid": x.new_empty((b,), dtype=torch.bool)}).values())
+
+
+@_op(
+    "softmax_loss_backward",
+    "(Tensor d_loss, Tensor[] made, Tensor weight, Tensor? index, Tensor columns, int class_start,"
+    " float scale, ScalarType x_dtype, bool want_x, bool want_weight, float row_tolerance,"
+    " str precision, str backend) -> (Tensor, Tensor)",
+)
+def _softmax_loss_backward(d_loss, made, weight, *rest):
+    made = SoftmaxLoss(*made)
+    *rest, precision, backend = rest
+    chosen = _backend(backend, made.x_hat, precision)
+    found = chosen.softmax_loss_backward(d_loss, made, weight, *rest, precision)
+    return tuple(weight.new_empty(0) if part is None else part for part in found)
+
+
+@_softmax_loss_backward.register_fake
+def _(d_loss, made, weight, index, columns, start, scale, x_dtype, want_x, want_weight, *_):
+    rows = weight.shape[0] if index is None else index.shape[0]
+    of_weight = (rows, weight.shape[1]) if want_weight else (0,)
+    d_x = weight.new_empty(0)
+    if want_x:
+        d_x = weight.new_empty((columns.shape[0], weight.shape[1]), dtype=x_dtype)
+    return d_x, weight.new_empty(of_weight)
+
+
+def softmax_loss_backward(
+    d_loss: Tensor,
+    made: SoftmaxLoss,
+    weight: Tensor,
+    index: Tensor | None,
+    columns: Tensor,
+    class_start: int,
+    scale: float,
+    x_dtype: torch.dtype,
+    want_x: bool,
+    want_weight: bool,
+    row_tolerance: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See :meth:`fastmargin.backends.interface.Backend.softmax_loss_backward`; (0,) for None."""
+    return _softmax_loss_backward(
+        d_loss,
+        made.tensors(),
+        weight,
+        index,
+        columns,
+        class_start,
+        scale,
+        x_dtype,
+        want_x,
+        want_weight,
+        row_tolerance,
+        precision,
+        backend,
+    )
 
 
 # ---- permutation --------------------------------------------------------------------------------

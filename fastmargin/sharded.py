@@ -21,12 +21,15 @@ MOST_LOGIT = 709.0
 """exp of it is still a float64."""
 
 
-def _embedding_gradient(task: Pass, arrived: Tensor, x_hat: Tensor, norm: Tensor, d_norm: Tensor):
+def _embedding_gradient(
+    task: Pass, arrived: Tensor, x_hat: Tensor, norm: Tensor, d_norm: Tensor | None
+) -> Tensor:
     """Gradient (n, D) of the own embeddings, from that of their unit rows (b, D)."""
     own = task.batch.own
     arrived = arrived[: own.stop - own.start].contiguous()
     # every process has the whole gradient of the norms, so they are not summed
-    d_x = ops.row_prologue_backward(arrived, d_norm[own], x_hat[own], norm[own])
+    d_norm = None if d_norm is None else d_norm[own]
+    d_x = ops.row_prologue_backward(arrived, d_norm, x_hat[own], norm[own])
     return (d_x * task.classes.grad_factor).to(task.batch.dtype)
 
 
@@ -57,12 +60,15 @@ class _Softmax(torch.autograd.Function):
         ctx.save_for_backward(weight, x_hat, norm, lse_neg, share, own.pull, *rule)
         ctx.task, ctx.scale, ctx.bound = task, scale, 1.0 if hard is None else hard.bound
         ctx.mark_non_differentiable(max_neg)
-        return lse_neg, cos_y, max_neg, norm.clone()
+        ctx.set_materialize_grads(False)
+        mark = norm.new_zeros(len(norm) if task.classes.row_tolerance > 0 else 0)
+        return lse_neg, cos_y, max_neg, mark, norm.clone()
 
     @staticmethod
-    def backward(ctx, d_lse, d_cos, _d_max_neg, d_norm):
+    def backward(ctx, d_lse, d_cos, _d_max_neg, miss, d_norm):
         weight, x_hat, norm, lse_neg, share, pull, *rule = ctx.saved_tensors
         task, d_x, d_weight = ctx.task, None, None
+        d_lse, d_cos = (torch.zeros_like(norm) if d is None else d for d in (d_lse, d_cos))
         # what the processes agreed upon, not what this one needs: others would wait
         if task.batch.wants_grad:
             first = task.columns[0]
@@ -84,6 +90,7 @@ class _Softmax(torch.autograd.Function):
                 rows = ops.row_stats_backward(
                     d_lse,
                     d_cos,
+                    miss,
                     x_hat,
                     weight,
                     column.index,
@@ -93,6 +100,7 @@ class _Softmax(torch.autograd.Function):
                     ctx.bound,
                     column.class_start,
                     lse,
+                    task.classes.row_tolerance,
                     task.precision,
                     task.backend,
                 )
@@ -188,8 +196,10 @@ def row_stats(
             f"logits of up to {bound:g} (s times the bound of the hard rule) overflow the sum over "
             f"shards; the limit is {limit:.1f}: use a smaller s"
         )
-    *stats, norm = _Softmax.apply(embeddings, weight, x_hat, norm, scale, hard, task)
-    return RowStats(*stats, x_hat.new_empty((0, x_hat.shape[1]))), norm
+    lse_neg, cos_y, max_neg, mark, norm = _Softmax.apply(
+        embeddings, weight, x_hat, norm, scale, hard, task
+    )
+    return RowStats(lse_neg, cos_y, max_neg, x_hat.new_empty((0, x_hat.shape[1])), mark), norm
 
 
 def row_topk(

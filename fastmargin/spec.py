@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -133,9 +133,47 @@ class RowStats:
     max_neg: (B,) largest negative cosine (before any hard rule); -inf without a negative.
     pull: (B, D) ``sum_j p_ij * f'(c_ij) * w_hat_j`` with ``p_ij = exp(s*f(c_ij) - lse_neg_i)`` over
         the negatives, so that ``d lse_neg_i / d x_hat_i = s * pull_i``; empty (0, D) if not asked.
+    mark: (B,) where rows may be left out of the centre pass, what tells it of them
+        (:func:`fastmargin.ops.marked`); else empty or None.
     """
 
     lse_neg: Tensor
     cos_y: Tensor
     max_neg: Tensor
     pull: Tensor
+    mark: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SoftmaxLoss:
+    """The loss of a batch, what it was made of, and what its gradient is made of.
+
+    loss: () what the rows reduce to; empty, (0,), for the reduction "none".
+    share: (1,) what the loss of a row weighs in it: 1 / (number of valid rows) for "mean", else 1.
+    rows, valid, cos_y, max_neg, norm, margin: (B,) of every row, as in
+        :class:`fastmargin.functional.LossRows`.
+    lse_neg, by_cos, by_lse, by_norm: (B,), the slopes those of the loss of a row; ``by_lse`` is
+        ``1 - p_y``.
+    x_hat: (B, D) unit rows. operand: the same in the operand type, or empty. pull: as in
+        :class:`RowStats`.
+    """
+
+    loss: Tensor
+    share: Tensor
+    rows: Tensor
+    valid: Tensor
+    cos_y: Tensor
+    max_neg: Tensor
+    norm: Tensor
+    margin: Tensor
+    lse_neg: Tensor
+    by_cos: Tensor
+    by_lse: Tensor
+    by_norm: Tensor
+    x_hat: Tensor
+    operand: Tensor
+    pull: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order above."""
+        return tuple(getattr(self, field.name) for field in fields(self))

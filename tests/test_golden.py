@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import device_for
 
-from fastmargin.functional import loss_rows, reduce
+from fastmargin.functional import loss_and_rows, margin_loss
 from fastmargin.margins import (
     NPT,
     AdaFace,
@@ -221,8 +221,7 @@ def test_official_values(name, backend):
         w = weight.detach().requires_grad_()
         if hasattr(margin, "batch_mean"):
             torch.testing.assert_close(margin.batch_mean, record["state_before_batch_mean"])
-        rows = loss_rows(x, w, record["labels"], margin, backend)
-        loss = reduce(rows, "mean")
+        loss, rows = loss_and_rows(x, w, record["labels"], margin, "mean", backend)
         loss.backward()
         compare(meta, record, rows, loss, x.grad, w.grad)
         for key, value in record.items():
@@ -332,7 +331,7 @@ def test_kappaface_sharded_by_global_label(name):
     margin.double()
     margin.class_weights.copy_(torch.from_numpy(file["class_weights"]))
     x = record["embeddings"].requires_grad_()
-    reduce(loss_rows(x, weight, record["labels"], margin, "reference"), "mean").backward()
+    margin_loss(x, weight, record["labels"], margin, backend="reference").backward()
     first = record["labels"] < int(record["num_local"].flatten()[0])
     expected = record["grad_embeddings"]
     torch.testing.assert_close(x.grad[first], expected[first], rtol=1e-9, atol=1e-11)

@@ -25,9 +25,10 @@ ALLOWED = {
     "export": {"distributed", "norms"},
     "checks": {"margins", "spec"},
     "deferred": set(),
+    "fused": {"columns", "ops", "spec"},
     "functional": {
-        *("checks", "columns", "deferred", "distributed", "margins", "norms", "ops", "sampling"),
-        *("sharded", "spec"),
+        *("checks", "columns", "deferred", "distributed", "fused", "margins", "norms", "ops"),
+        *("sampling", "sharded", "spec"),
     },
     "head": {
         *("checks", "class_set", "columns", "deferred", "distributed", "export", "functional"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import MARGINS, device_for
@@ -39,11 +42,11 @@ def test_opcheck(backend):
             (x.clone().requires_grad_(), labels, *ema, [0.1, 1e-3, 100.0], backend),
         ],
         "row_stats": [
-            (*(grad_x, grad_w, None, labels), *plain, 0, True, False, "auto", backend),
-            (*(grad_x, strided_w, None, labels), *plain, 0, True, False, "auto", backend),
-            (*(x_hat, grad_w, None, labels), *hard, 3, False, False, "auto", backend),
-            (*(grad_x, grad_w, index, columns), *plain, 0, True, False, "auto", backend),
-            (*(x_hat, strided_w, index, columns), *hard, 3, False, False, "auto", backend),
+            (*(grad_x, grad_w, None, labels), *plain, 0, True, False, 0.0, "auto", backend),
+            (*(grad_x, strided_w, None, labels), *plain, 0, True, False, 0.0, "auto", backend),
+            (*(x_hat, grad_w, None, labels), *hard, 3, False, False, 0.0, "auto", backend),
+            (*(grad_x, grad_w, index, columns), *plain, 0, True, False, 0.5, "auto", backend),
+            (*(x_hat, strided_w, index, columns), *hard, 3, False, False, 0.0, "auto", backend),
         ],
         "row_topk": [
             (grad_x, grad_w, None, labels, 3, 0, False, "auto", backend),
@@ -52,10 +55,11 @@ def test_opcheck(backend):
     }
     lse = torch.rand(n, device=device)
     cos = (torch.rand(n, device=device) * 2 - 1).requires_grad_()
-    after = lse + 5, "auto", backend
+    after = "auto", backend
     checks["row_stats_backward"] = [
-        (lse, lse, x_hat, weight, None, labels, *plain, 0, *after),
-        (lse, lse, x_hat, weight, index, columns, *hard, 0, *after),
+        (lse, lse, None, x_hat, weight, None, labels, *plain, 0, lse + 5, 0.0, *after),
+        (lse, lse, lse, x_hat, weight, None, labels, *plain, 0, lse + 5, 0.5, *after),
+        (lse, lse, lse, x_hat, weight, index, columns, *hard, 0, lse + 5, 0.5, *after),
     ]
     checks["row_stats_backward_x"] = [
         (lse, lse, x_hat, weight, None, labels, 8.0, 0),
@@ -72,6 +76,35 @@ def test_opcheck(backend):
     norm = (torch.rand(n, device=device) + 5).requires_grad_()
     checks["margin_rows"] = [
         (cos, lse, norm, labels, form.params(), form.codes(), None, None, form.table, backend)
+    ]
+    checks["marked"] = [(cos, norm, lse)]
+    ada = replace(form, source="adaface", h=0.3, low=1e-3, high=100.0, mean=ema[0], std=ema[1])
+    checks["softmax_loss"] = [
+        (
+            *(x, weight, None, labels, labels, 0, 9, form.params(), form.codes()),
+            *(None, None, form.table, [], "mean", True, "auto", backend),
+        ),
+        (
+            *(x, weight, index, labels, columns, 0, 9, ada.params(), ada.codes()),
+            *(*ema, None, [0.1, 1e-3, 100.0], "none", False, "auto", backend),
+        ),
+    ]
+    loss_of = functools.partial(ops.softmax_loss, x, weight, labels, backend=backend)
+    whole = loss_of(labels, 9, form, None, "mean", True).tensors()
+    places = loss_of(columns, 9, ada, None, "none", True, index=index).tensors()
+    checks["softmax_loss_backward"] = [
+        (
+            *(lse.sum(), whole, weight, None, labels, 0, 8.0, torch.bfloat16, True, True),
+            *(0.1, "auto", backend),
+        ),
+        (
+            *(lse, places, weight, index, columns, 0, 8.0, torch.float32, False, True),
+            *(0.0, "auto", backend),
+        ),
+        (
+            *(lse, places, weight, index, columns, 0, 8.0, torch.float32, True, False),
+            *(0.0, "auto", backend),
+        ),
     ]
     for name, samples in checks.items():
         for sample in samples:
@@ -257,7 +290,7 @@ def test_norm_statistics(backend):
         torch.tensor([20.0], device=device), torch.tensor([100.0], device=device), 0.3, 1e-3, 100.0
     )
     _, norm, mean, std = ops.row_prologue(x, labels, ema, backend=backend)
-    torch.testing.assert_close(norm, x.norm(dim=1))
+    torch.testing.assert_close(norm, torch.where(labels >= 0, x.norm(dim=1), 0))
     counted = norm[labels >= 0].clamp(1e-3, 100)
     torch.testing.assert_close(mean, 0.3 * counted.mean()[None] + 0.7 * 20)
     torch.testing.assert_close(std, 0.3 * counted.std()[None] + 0.7 * 100)

@@ -40,6 +40,7 @@ def test_row_prologue(regime, dtype):
     on = device_for("triton")
     case = make_case(regime, dim=40)
     x = case.x.to(dtype)
+    x[case.labels < 0] = torch.nan  # an ignored row may hold anything
     for strided in (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, :40]):
         got = TRITON.row_prologue(strided.to(on), case.labels.to(on), ema(on))
         truth = REFERENCE.row_prologue(x.double(), case.labels, ema())
@@ -47,6 +48,10 @@ def test_row_prologue(regime, dtype):
             torch.testing.assert_close(a.cpu(), t.float(), rtol=1e-6, atol=1e-7)
     x_hat, norm, _, _ = TRITON.row_prologue(x.to(on), case.labels.to(on), None)
     assert torch.equal(x_hat, got[0]) and torch.equal(norm, got[1])
+    x_hat, norm, _, _ = TRITON.row_prologue(case.x.to(on, dtype), None, None)
+    truth = REFERENCE.row_prologue(case.x.to(dtype).double(), None, None)
+    torch.testing.assert_close(x_hat.cpu(), truth[0].float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(norm.cpu(), truth[1].float(), rtol=1e-6, atol=0)
 
 
 def test_statistics_of_many_rows():

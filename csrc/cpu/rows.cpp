@@ -13,13 +13,14 @@ namespace {
 constexpr int64_t kMarginRowsGrain = 1024;
 constexpr int64_t kPrologueGrainElements = 32768;
 
-void row_prologue(const Tensor& x, const Tensor& labels, const std::optional<Tensor>& ema_mean,
-                  const std::optional<Tensor>& ema_std, const std::vector<double>& ema_params,
-                  const Tensor& x_hat, const Tensor& norm, const Tensor& mean, const Tensor& std) {
+void row_prologue(const Tensor& x, const std::optional<Tensor>& labels,
+                  const std::optional<Tensor>& ema_mean, const std::optional<Tensor>& ema_std,
+                  const std::vector<double>& ema_params, const Tensor& x_hat, const Tensor& norm,
+                  const Tensor& mean, const Tensor& std) {
   dispatch_input(x, [&](auto input) {
     using In = decltype(input);
     using T = Compute<In>;
-    const UnitRowsArgs<In> rows = unit_rows_args<In>(x, x_hat, norm);
+    const UnitRowsArgs<In> rows = unit_rows_args<In>(x, labels, x_hat, norm);
     const int64_t grain = kPrologueGrainElements / (rows.cols + 1) + 1;
     torch::stable::parallel_for(0, rows.rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) write_unit_row(rows, row);

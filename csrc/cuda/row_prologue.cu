@@ -6,10 +6,10 @@
 namespace fastmargin::cuda {
 namespace {
 
-void row_prologue(const Tensor& x, const Tensor& labels, const std::optional<Tensor>& ema_mean,
-                  const std::optional<Tensor>& ema_std, const std::vector<double>& ema_params,
-                  const Tensor& x_hat, const Tensor& norm, const Tensor& mean, const Tensor& std,
-                  int64_t stream) {
+void row_prologue(const Tensor& x, const std::optional<Tensor>& labels,
+                  const std::optional<Tensor>& ema_mean, const std::optional<Tensor>& ema_std,
+                  const std::vector<double>& ema_params, const Tensor& x_hat, const Tensor& norm,
+                  const Tensor& mean, const Tensor& std, int64_t stream) {
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "fastmargin: no float64 on cuda");
   const Entry entry(x, stream);
   const bool stats = ema_mean.has_value();
@@ -18,7 +18,7 @@ void row_prologue(const Tensor& x, const Tensor& labels, const std::optional<Ten
   dispatch_input(x, [&](auto input) {
     using In = decltype(input);
     if constexpr (!std::is_same_v<In, double>) {
-      const UnitRowsLaunch<In> args = {unit_rows_args<In>(x, x_hat, norm),
+      const UnitRowsLaunch<In> args = {unit_rows_args<In>(x, labels, x_hat, norm),
                                        stats ? nullptr : new_mean, stats ? nullptr : new_std};
       entry.check(unit_rows(args, entry.stream()), "row_prologue");
     }

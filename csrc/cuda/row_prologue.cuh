@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kUnitRowsThreads, 4) unit_rows_kernel(UnitRows
     }
   };
   for (int64_t row = thread / kWarpSize; row < a.rows; row += warps) {
+    const bool ignored = is_ignored(a, row);
     T sum = 0;
     for (int64_t d = lane * kPack; d < a.cols; d += kWarpSize * kPack) {
-      const Pack<In, kPack> x = load(row, d);
+      const Pack<In, kPack> x = ignored ? Pack<In, kPack>{} : load(row, d);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) sum += widen(x.at[k]) * widen(x.at[k]);
     }
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kUnitRowsThreads, 4) unit_rows_kernel(UnitRows
     const T inverse = inverse_norm(norm);
     if (lane == 0) a.norm[row] = norm;
     for (int64_t d = lane * kPack; d < a.cols; d += kWarpSize * kPack) {
-      const Pack<In, kPack> x = load(row, d);
+      const Pack<In, kPack> x = ignored ? Pack<In, kPack>{} : load(row, d);
       Pack<T, kPack> unit;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) unit.at[k] = widen(x.at[k]) * inverse;

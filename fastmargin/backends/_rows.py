@@ -8,7 +8,7 @@ from fastmargin.norms import compute_dtype
 from fastmargin.spec import MarginForm, NormEma
 
 
-def row_prologue(op, x: Tensor, labels: Tensor, ema: NormEma | None, *extra):
+def row_prologue(op, x: Tensor, labels: Tensor | None, ema: NormEma | None, *extra):
     """``op`` is ``cpu_row_prologue`` or ``cuda_row_prologue``, ``extra`` what it takes on top."""
     dtype = compute_dtype(x.dtype)
     x_hat = x.new_empty(x.shape, dtype=dtype)
@@ -17,7 +17,8 @@ def row_prologue(op, x: Tensor, labels: Tensor, ema: NormEma | None, *extra):
     state = (None, None, [])
     if ema is not None:
         state = ema.mean.to(dtype), ema.std.to(dtype), [ema.alpha, ema.low, ema.high]
-    op(x, labels.contiguous(), *state, x_hat, norm, mean, std, *extra)
+    labels = None if labels is None else labels.contiguous()
+    op(x, labels, *state, x_hat, norm, mean, std, *extra)
     return x_hat, norm, mean, std
 
 

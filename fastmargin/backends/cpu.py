@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastmargin.backends import _extension, _permutation, _rows
+from fastmargin.backends.composed import ComposedLoss
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
 
 
@@ -41,7 +43,7 @@ def _contiguous(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
 
-class CpuBackend:
+class CpuBackend(ComposedLoss):
     name = "cpu"
     precisions = ("fp32",)
     max_dim = max_k = math.inf
@@ -53,7 +55,7 @@ class CpuBackend:
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else f"it takes CPU tensors, got {device}"
 
-    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+    def row_prologue(self, x: Tensor, labels: Tensor | None, ema: NormEma | None):
         return _rows.row_prologue(torch.ops.fastmargin.cpu_row_prologue, x, labels, ema)
 
     def margin_rows(
@@ -104,9 +106,16 @@ class CpuBackend:
         hard: HardRule | None,
         class_start: int,
         precision: str,
+        skip_zero_rows: bool = False,
     ) -> Tensor:
         columns = weight.shape[0] if index is None else index.shape[0]
         d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
+        if skip_zero_rows:
+            kept = ((d_lse != 0) | (d_cos != 0)).nonzero().squeeze(1)
+            rows = d_lse, d_cos, x_hat, labels, lse_neg
+            d_lse, d_cos, x_hat, labels, lse_neg = (part[kept] for part in rows)
+            if hard is not None:
+                hard = replace(hard, threshold=hard.threshold[kept])
         torch.ops.fastmargin.cpu_row_stats_backward(
             d_lse.contiguous(),
             d_cos.contiguous(),

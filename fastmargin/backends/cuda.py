@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmargin import backends
 from fastmargin.backends import _extension, _rows
+from fastmargin.backends.composed import ComposedLoss
 from fastmargin.spec import MarginForm, NormEma, RowStats
 
 REMEDY = "reinstall from source with nvcc present: FASTMARGIN_CUDA=1 pip install <fastmargin>"
@@ -37,7 +38,7 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
     return False
 
 
-class CudaBackend:
+class CudaBackend(ComposedLoss):
     name = "cuda"
     note = (
         "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward, "
@@ -82,7 +83,7 @@ class CudaBackend:
             )
         return self._heavy.refuses(device, dtype)
 
-    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+    def row_prologue(self, x: Tensor, labels: Tensor | None, ema: NormEma | None):
         op = torch.ops.fastmargin.cuda_row_prologue
         return _rows.row_prologue(op, x, labels, ema, _stream(x))
 
@@ -97,6 +98,9 @@ class CudaBackend:
 
     def row_stats_backward(self, *args) -> Tensor:
         return self._heavy.row_stats_backward(*args)
+
+    def softmax_loss_backward(self, *args) -> tuple[Tensor | None, Tensor | None]:
+        return self._heavy.softmax_loss_backward(*args)
 
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.row_topk(*args)

@@ -19,11 +19,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
 
 
 class Backend(Protocol):
-    """One way to run the six operations."""
+    """One way to run the six operations, and the two made of them.
+
+    :class:`fastmargin.backends.composed.ComposedLoss` has the last two for those who inherit it.
+    """
 
     name: str
     precisions: tuple[str, ...]
@@ -42,14 +45,16 @@ class Backend(Protocol):
         """None if it takes embeddings of this device and dtype, else the reason it does not."""
 
     def row_prologue(
-        self, x: Tensor, labels: Tensor, ema: NormEma | None
+        self, x: Tensor, labels: Tensor | None, ema: NormEma | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Norms, unit rows, and the running statistics after this batch.
 
         Returns ``x_hat`` (B, D), ``norm`` (B,), ``mean`` (1,), ``std`` (1,). ``x_hat`` is zero
-        where ``norm`` is below 1e-12. Statistics are over rows with label >= 0: the mean needs
-        one such row and the unbiased standard deviation two, else the old value stays, so a batch
-        of one cannot poison them. Without ``ema`` nobody reads them.
+        where ``norm`` is below 1e-12. Rows with label < 0 may hold anything, NaN too, and come out
+        with ``x_hat`` and ``norm`` 0; without ``labels`` (then ``ema`` is None) no row is ignored.
+        Statistics are over rows with label >= 0: the mean needs one such row and the unbiased
+        standard deviation two, else the old value stays, so a batch of one cannot poison them.
+        Without ``ema`` nobody reads them.
         """
 
     def row_stats(
@@ -79,12 +84,15 @@ class Backend(Protocol):
         hard: HardRule | None,
         class_start: int,
         precision: str,
+        skip_zero_rows: bool = False,
     ) -> Tensor:
         """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
 
         With an index (K, D): of its columns, in their order, zero at empty places.
         ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
         zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
+        ``skip_zero_rows`` is a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may
+        gain by leaving them out.
         """
 
     def row_topk(
@@ -117,4 +125,49 @@ class Backend(Protocol):
 
         ``key`` is (2,) int64, and every bit of it counts. The numbers are the same on every
         backend; ``0 <= count <= size <= 2**60``.
+        """
+
+    def softmax_loss(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        columns: Tensor,
+        class_start: int,
+        num_classes: int,
+        form: MarginForm,
+        ema: NormEma | None,
+        reduction: str,
+        want_pull: bool,
+        precision: str,
+    ) -> SoftmaxLoss:
+        """The forward pass from raw embeddings to the reduced loss.
+
+        ``row_prologue``, ``row_stats`` and ``margin_rows`` after one another. ``labels`` are
+        global ids, for the margin, and ``columns`` where the own centres are, as the labels of
+        ``row_stats``. ``ema`` holds the statistics of ``form``, or is None: they are advanced in
+        place, before the margin and after what can fail. A label from ``num_classes`` on makes
+        the loss of its row NaN, without a gradient.
+        """
+
+    def softmax_loss_backward(
+        self,
+        d_loss: Tensor,
+        made: SoftmaxLoss,
+        weight: Tensor,
+        index: Tensor | None,
+        columns: Tensor,
+        class_start: int,
+        scale: float,
+        x_dtype: torch.dtype,
+        want_x: bool,
+        want_weight: bool,
+        row_tolerance: float,
+        precision: str,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients (B, D) of the embeddings, in ``x_dtype``, and of ``weight``, or None.
+
+        ``d_loss`` is (), for the reduction "none" (B,). The second is that of
+        :meth:`row_stats_backward`, without the rows whose 1 - p_y is at most ``row_tolerance``.
         """

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmargin.backends import _permutation
+from fastmargin.backends.composed import ComposedLoss
 from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
 from fastmargin.rows import inside, take
 from fastmargin.spec import MarginForm, NormEma, RowStats
@@ -71,7 +72,7 @@ def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, 
     return (z * form.h).clamp(-1, 1), zero
 
 
-class ReferenceBackend:
+class ReferenceBackend(ComposedLoss):
     """Dense and simple: holds the (B, C) logits."""
 
     name = "reference"
@@ -85,8 +86,10 @@ class ReferenceBackend:
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def row_prologue(self, x: Tensor, labels: Tensor, ema: NormEma | None):
+    def row_prologue(self, x: Tensor, labels: Tensor | None, ema: NormEma | None):
         x = x.to(compute_dtype(x.dtype))
+        if labels is not None:
+            x = torch.where((labels >= 0)[:, None], x, 0)
         norm = torch.linalg.vector_norm(x, dim=1)
         x_hat = (x * inverse_norm(x)).contiguous()
         if ema is None:
@@ -143,6 +146,7 @@ class ReferenceBackend:
         hard,
         class_start,
         precision,
+        skip_zero_rows=False,
     ) -> Tensor:
         w, w_hat, _, negative, target, f, slope = self._columns(
             x_hat, weight, index, labels, hard, class_start

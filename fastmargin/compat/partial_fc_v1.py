@@ -210,11 +210,12 @@ class PartialFCV1(nn.Module):
         return x.grad, loss.detach()
 
     def _fused(self, x: Tensor, label: Tensor, centres: Tensor, sample: Sample | None) -> Tensor:
-        found = functional.loss_rows(
+        loss, _ = functional.loss_and_rows(
             x,
             centres,
             label,
             self._margin[0],
+            "mean",
             self.backend,
             self.precision,
             None,
@@ -225,7 +226,7 @@ class PartialFCV1(nn.Module):
                 batch_size=self.batch_size,
             ),
         )
-        return functional.reduce(found, "mean")
+        return loss
 
     def _official(self, x: Tensor, label: Tensor, sample: Sample | None, *weights) -> Tensor:
         group = collectives.world()

@@ -134,11 +134,12 @@ class PartialFCV2(SettledCopies, nn.Module):
         here = self.weight
         if place.shard is not None and (place.sampler is None or not margin.training):
             here = here[: place.shard.stop - place.shard.start]
-        found = functional.loss_rows(
+        loss, rows = functional.loss_and_rows(
             local_embeddings,
             here,
             local_labels,
             margin,
+            "mean",
             self.backend,
             self.precision,
             None,
@@ -149,9 +150,9 @@ class PartialFCV2(SettledCopies, nn.Module):
                 batch_size=self.last_batch_size or None,
             ),
         )
-        if found.batch is not None:
-            self.last_batch_size = found.batch.rows
-        return functional.reduce(found, "mean")
+        if rows.batch is not None:
+            self.last_batch_size = rows.batch.rows
+        return loss
 
     def _margin_of(self, margin_loss) -> Margin:
         return as_margin(margin_loss)

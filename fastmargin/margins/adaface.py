@@ -63,10 +63,6 @@ class AdaFace(SoftmaxMargin):
     def norm_ema(self) -> NormEma:
         return NormEma(self.batch_mean, self.batch_std, self.t_alpha, *NORM_RANGE)
 
-    def set_norm_ema(self, mean: Tensor, std: Tensor) -> None:
-        self.batch_mean.copy_(mean)
-        self.batch_std.copy_(std)
-
     @torch.no_grad()
     def margin_factor(self, norm: Tensor) -> Tensor:
         """z of embeddings with these norms, in [-1, 1]."""

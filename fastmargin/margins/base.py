@@ -78,10 +78,16 @@ class Margin(nn.Module):
         return super()._apply(keep_float32, recurse)
 
     def norm_ema(self) -> NormEma | None:
-        """Running norm statistics to advance in training, or None."""
+        """Running norm statistics to advance in training, or None.
+
+        They are the ones that a kernel form has, and a kernel may advance them in place.
+        """
 
     def set_norm_ema(self, mean: Tensor, std: Tensor) -> None:
         """Takes the advanced statistics, (1,) each."""
+        ema = self.norm_ema()
+        ema.mean.copy_(mean)
+        ema.std.copy_(std)
 
     def penalty(self, norm: Tensor) -> Tensor | None:
         """(B,) added to the loss of each row, from the embedding norms (B,), or None."""

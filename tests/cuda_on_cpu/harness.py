@@ -100,7 +100,12 @@ class Rows:
         self.lib.set_order(ctypes.c_uint(order))
 
     def row_prologue(
-        self, engine: str, x: Tensor, labels: Tensor, ema: NormEma | None, max_blocks: int = 65536
+        self,
+        engine: str,
+        x: Tensor,
+        labels: Tensor | None,
+        ema: NormEma | None,
+        max_blocks: int = 65536,
     ):
         dtype = compute_dtype(x.dtype)
         rows, cols = x.shape
@@ -108,7 +113,8 @@ class Rows:
         x_hat, norm, mean, std = (o.pointer for o in outputs)
         state = (None, None) if ema is None else (ema.mean.to(dtype), ema.std.to(dtype))
         old = [0 if t is None else t.data_ptr() for t in state]
-        pointers = _pointers([x.data_ptr(), x_hat, norm, labels.data_ptr(), *old, mean, std])
+        known = 0 if labels is None else labels.data_ptr()
+        pointers = _pointers([x.data_ptr(), x_hat, norm, known, *old, mean, std])
         params = None if ema is None else _doubles([ema.alpha, ema.low, ema.high])
         extra = [ctypes.c_int64(max_blocks)] if engine == "cuda" else []
         name = str(x.dtype).removeprefix("torch.")

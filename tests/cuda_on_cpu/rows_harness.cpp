@@ -15,9 +15,14 @@ namespace {
 template <typename In>
 fm::UnitRowsArgs<In> unit_rows_args(void* const* p, const int64_t* sizes) {
   using T = fm::Compute<In>;
-  return {
-      static_cast<const In*>(p[0]), sizes[0], sizes[1], sizes[2], sizes[3], static_cast<T*>(p[1]),
-      static_cast<T*>(p[2])};
+  return {static_cast<const In*>(p[0]),
+          static_cast<const int64_t*>(p[3]),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          sizes[3],
+          static_cast<T*>(p[1]),
+          static_cast<T*>(p[2])};
 }
 
 template <typename T>

@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.backends.composed import ComposedLoss
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -21,7 +22,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class TritonBackend:
+class TritonBackend(ComposedLoss):
     """Fused passes over the class centres; see the files of this package, one per kernel."""
 
     name = "triton"
@@ -57,11 +58,15 @@ class TritonBackend:
         )
 
     def row_prologue(
-        self, x: Tensor, labels: Tensor, ema: NormEma | None
+        self, x: Tensor, labels: Tensor | None, ema: NormEma | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from fastmargin.backends.triton.row_prologue import row_prologue
+        from fastmargin.backends.triton.row_prologue import norm_statistics, unit_rows
 
-        return row_prologue(x, labels.contiguous(), ema)
+        labels = _contiguous(labels)
+        x_hat, _, norm = unit_rows(x, labels)
+        if ema is None:
+            return x_hat, norm, x_hat.new_empty(0), x_hat.new_empty(0)
+        return x_hat, norm, *norm_statistics(norm, labels, ema)
 
     def row_stats(
         self,
@@ -75,34 +80,14 @@ class TritonBackend:
         want_pull: bool,
         precision: str,
     ) -> RowStats:
-        from fastmargin.backends.triton.centre_norms import centre_norms
-        from fastmargin.backends.triton.configs import needs_shift
-        from fastmargin.backends.triton.stats_finish import stats_finish
-        from fastmargin.backends.triton.stats_forward import stats_forward
-
-        b, columns = x_hat.shape[0], _columns(weight, index)
-        if b == 0 or columns == 0:
+        b = x_hat.shape[0]
+        if b == 0 or _columns(weight, index) == 0:
             none = x_hat.new_full((b,), -math.inf)
             pull = x_hat.new_zeros(x_hat.shape if want_pull else (0, x_hat.shape[1]))
             return RowStats(none, x_hat.new_zeros(b), none.clone(), pull)
         precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
-        index = _contiguous(index)
-        bound = scale * (1.0 if hard is None else hard.bound)
-        online = needs_shift(bound, columns, weight.dtype, precision, want_pull)
-        partials = stats_forward(
-            _cast(x_hat, precision),
-            weight,
-            index,
-            centre_norms(weight, index),
-            labels,
-            scale,
-            hard,
-            class_start,
-            precision,
-            want_pull,
-            online,
-        )
-        return RowStats(*stats_finish(x_hat, weight, index, labels, class_start, partials, hard))
+        rest = labels, scale, hard, class_start, want_pull, precision
+        return _row_stats(x_hat, _cast(x_hat, precision), weight, _contiguous(index), *rest)
 
     def row_stats_backward(
         self,
@@ -117,6 +102,7 @@ class TritonBackend:
         hard: HardRule | None,
         class_start: int,
         precision: str,
+        skip_zero_rows: bool = False,
     ) -> Tensor:
         from fastmargin.backends.triton.centre_pass import centre_pass
 
@@ -138,6 +124,7 @@ class TritonBackend:
             hard,
             class_start,
             precision,
+            skip_zero_rows,
         )
 
     def row_topk(
@@ -180,6 +167,113 @@ class TritonBackend:
             cos_y.contiguous(), lse_neg.contiguous(), norm.contiguous(), labels.contiguous(), form
         )
 
+    def softmax_loss(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        columns: Tensor,
+        class_start: int,
+        num_classes: int,
+        form: MarginForm,
+        ema: NormEma | None,
+        reduction: str,
+        want_pull: bool,
+        precision: str,
+    ) -> SoftmaxLoss:
+        from fastmargin.backends.triton.configs import OPERAND_DTYPES, resolve_precision
+        from fastmargin.backends.triton.margin_loss import margin_loss
+        from fastmargin.backends.triton.row_prologue import unit_rows
+
+        labels, columns, index = (_contiguous(t) for t in (labels, columns, index))
+        if x.shape[0] == 0 or _columns(weight, index) == 0:
+            rest = class_start, num_classes, form, ema, reduction, want_pull, precision
+            return super().softmax_loss(x, weight, index, labels, columns, *rest)
+        precision = resolve_precision(precision, _interpreted())
+        x_hat, operand, norm = unit_rows(x, labels, OPERAND_DTYPES[precision])
+        stats = _row_stats(
+            x_hat,
+            operand,
+            weight,
+            index,
+            columns,
+            form.scale,
+            None,
+            class_start,
+            want_pull,
+            precision,
+        )
+        loss, share, valid, rows, by_cos, by_lse, by_norm, margin = margin_loss(
+            stats.cos_y, stats.lse_neg, norm, labels, num_classes, form, ema, reduction
+        )
+        return SoftmaxLoss(
+            loss,
+            share,
+            rows,
+            valid,
+            stats.cos_y,
+            stats.max_neg,
+            norm,
+            margin,
+            stats.lse_neg,
+            by_cos,
+            by_lse,
+            by_norm,
+            x_hat,
+            x_hat.new_empty(0) if operand is x_hat else operand,
+            stats.pull,
+        )
+
+    def softmax_loss_backward(
+        self,
+        d_loss: Tensor,
+        made: SoftmaxLoss,
+        weight: Tensor,
+        index: Tensor | None,
+        columns: Tensor,
+        class_start: int,
+        scale: float,
+        x_dtype: torch.dtype,
+        want_x: bool,
+        want_weight: bool,
+        row_tolerance: float,
+        precision: str,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from fastmargin.backends.triton.rows_backward import rows_backward
+
+        columns, index = _contiguous(columns), _contiguous(index)
+        d_x, d_lse, d_cos = rows_backward(
+            d_loss,
+            made,
+            weight,
+            index,
+            columns,
+            class_start,
+            scale,
+            x_dtype,
+            want_x,
+            want_weight,
+            row_tolerance,
+        )
+        d_weight = None
+        if want_weight:
+            d_weight = self.row_stats_backward(
+                d_lse,
+                d_cos,
+                made.operand if made.operand.numel() else made.x_hat,
+                weight,
+                index,
+                columns,
+                made.lse_neg,
+                scale,
+                None,
+                class_start,
+                precision,
+                row_tolerance > 0,
+            )
+        return d_x, d_weight
+
     def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
         from fastmargin.backends.triton.permutation import permutation
 
@@ -191,8 +285,45 @@ def _columns(weight: Tensor, index: Tensor | None) -> int:
     return weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
 
 
-def _contiguous(index: Tensor | None) -> Tensor | None:
-    return None if index is None else index.contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _row_stats(
+    x_hat: Tensor,
+    operand: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    hard: HardRule | None,
+    class_start: int,
+    want_pull: bool,
+    precision: str,
+) -> RowStats:
+    """``row_stats`` of what :func:`_operands` returns and of unit rows in the operand type."""
+    from fastmargin.backends.triton.centre_norms import centre_norms
+    from fastmargin.backends.triton.configs import needs_shift
+    from fastmargin.backends.triton.stats_finish import stats_finish
+    from fastmargin.backends.triton.stats_forward import stats_forward
+
+    bound = scale * (1.0 if hard is None else hard.bound)
+    columns = _columns(weight, index)
+    online = needs_shift(bound, columns, weight.dtype, precision, want_pull)
+    partials = stats_forward(
+        operand,
+        weight,
+        index,
+        centre_norms(weight, index),
+        labels,
+        scale,
+        hard,
+        class_start,
+        precision,
+        want_pull,
+        online,
+    )
+    return RowStats(*stats_finish(x_hat, weight, index, labels, class_start, partials, hard))
 
 
 def _operands(

@@ -26,9 +26,12 @@ from triton.compiler import ASTSource
 from fastmargin.backends.triton import (
     centre_norms,
     centre_pass,
+    compact,
+    margin_loss,
     margin_rows,
     permutation,
     row_prologue,
+    rows_backward,
     stats_finish,
     stats_forward,
     topk,
@@ -49,10 +52,14 @@ WIDTHS = (128, 192, 256, 512, 1024)
 
 _POINTERS = {
     **dict.fromkeys(("p_label", "p_key", "p_index", "p_column"), "*i64"),
+    "p_count": "*i32",
+    "p_valid": "*i1",
+    **dict.fromkeys(("p_label_out",), "*i64"),
     **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
 }
 _FLOATS = (
-    *("scale", "slope_unit", "slope_limit", "alpha", "low", "high"),
+    *("scale", "slope_unit", "slope_limit", "alpha", "low", "high", "norm_low", "norm_high"),
+    "tolerance",
     *("m2", "m3", "m2_u", "m3_u", "cos_limit", "angle_eps", "angle_top", "cos_angle_eps", "h"),
     "eps",
 )
@@ -149,8 +156,8 @@ def _passes(
     base = {"p_x": operand, **_weights(weight, packed, indexed)}
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
 
-    def tile(kernel: str) -> TileConfig:
-        return choose(kernel, d, precision, raw, packed, indexed, arch)
+    def tile(kernel: str, counted: bool = False) -> TileConfig:
+        return choose(kernel, d, precision, raw, packed, indexed or counted, arch)
 
     for hard in (True, False) if every else (True,):
         rule = {} if hard else {"p_threshold": None, "p_rule": None}
@@ -178,12 +185,15 @@ def _passes(
                 ),
                 base | rule | outputs,
             )
-        yield Build(
-            f"centre_pass {label}{suffix}",
-            centre_pass.centre_pass_kernel,
-            centre_pass.constants(d, precision, packed, indexed, raw, tile("centre_pass"), hard),
-            base | rule,
-        )
+        for counted in (False, True):
+            yield Build(
+                f"centre_pass {label}{suffix}{' counted' if counted else ''}",
+                centre_pass.centre_pass_kernel,
+                centre_pass.constants(
+                    d, precision, packed, indexed, raw, tile("centre_pass", counted), hard, counted
+                ),
+                base | rule | ({} if counted else {"p_count": None}),
+            )
     for k in (1, 16) if every else (16,):
         yield Build(
             f"topk_scan {label} k={k}",
@@ -220,12 +230,25 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
                 topk.merge_constants(d, 16, indexed, 132),
                 base,
             )
-        for kind in ("fp32", "bf16"):
             yield Build(
-                f"row_prologue D={d} x={kind}",
+                f"rows_backward {label}",
+                rows_backward.rows_backward_kernel,
+                rows_backward.constants(d, indexed, True, True),
+                base | {"p_d_x": "*bf16"},
+            )
+        for kind, operand in (("fp32", "fp16"), ("bf16", "bf16"), ("fp32", None)):
+            yield Build(
+                f"row_prologue D={d} x={kind} operand={operand}",
                 row_prologue.row_prologue_kernel,
-                row_prologue.constants(d),
-                {"p_x": f"*{kind}", "stride_xd": 1},
+                row_prologue.constants(d, True, operand is not None),
+                {"p_x": f"*{kind}", "stride_xd": 1, "p_operand": operand and f"*{operand}"},
+            )
+        for operand in ("fp16", "fp32"):
+            yield Build(
+                f"compact D={d} {operand}",
+                compact.compact_kernel,
+                compact.constants(d, True),
+                dict.fromkeys(("p_x", "p_x_out"), f"*{operand}"),
             )
     yield Build(
         "norm_statistics",
@@ -246,15 +269,24 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
         else zip(SOURCES, ("clip", "mm", "mmm", "easy"), ("exact",) * 4, strict=True)
     )
     for source, guard, grad in forms:
+        form = MarginForm(64.0, source=source, guard=guard, grad=grad)
+        advance = source == "adaface"
+        types = {
+            "p_mean": "*fp32" if advance else None,
+            "p_std": "*fp32" if advance else None,
+            "p_table": "*fp32" if source == "class" else None,
+        }
         yield Build(
             f"margin_rows {source} {guard} {grad}",
             margin_rows.margin_rows_kernel,
-            margin_rows.constants(MarginForm(64.0, source=source, guard=guard, grad=grad)),
-            {
-                "p_mean": "*fp32" if source == "adaface" else None,
-                "p_std": "*fp32" if source == "adaface" else None,
-                "p_table": "*fp32" if source == "class" else None,
-            },
+            margin_rows.constants(form),
+            types,
+        )
+        yield Build(
+            f"margin_loss {source} {guard} {grad}",
+            margin_loss.margin_loss_kernel,
+            margin_loss.constants(form, advance, "mean"),
+            types,
         )
 
 

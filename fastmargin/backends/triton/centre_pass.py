@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.backends.triton.compact import compact
 from fastmargin.backends.triton.configs import (
     DOT_PRECISION,
     STREAM_TYPES,
@@ -63,6 +64,7 @@ def centre_pass_kernel(
     p_lse,  # (B,) lse_neg
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
+    p_count,  # (1,) int32 number of rows that take part, the first ones, if COUNTED
     p_dw,  # (C, D) contiguous, out, in the order of the columns
     B,
     C,
@@ -85,7 +87,10 @@ def centre_pass_kernel(
     RAW: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_HARD: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
+    if COUNTED:
+        B = tl.load(p_count)
     WHOLE: tl.constexpr = BLOCK_K >= D
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     i_c = tl.program_id(0).to(tl.int64) // COLUMNS
@@ -203,6 +208,7 @@ def constants(
     raw: bool,
     tile: TileConfig,
     has_hard: bool,
+    counted: bool,
 ) -> dict:
     """Compile-time arguments."""
     return {
@@ -215,6 +221,7 @@ def constants(
         "RAW": raw,
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
+        "COUNTED": counted,
         **tile.arguments(),
     }
 
@@ -231,6 +238,7 @@ def centre_pass(
     hard: HardRule | None,
     class_start: int,
     precision: str,
+    skip_zero_rows: bool,
 ) -> Tensor:
     """Gradient (C, D) of ``weight``, or (K, D) of its rows in ``index``: contiguous, in its dtype.
 
@@ -246,13 +254,21 @@ def centre_pass(
         hard: rule for hard negatives, its threshold contiguous and fp32.
         class_start: global id of ``weight[0]``.
         precision: one of "fp32", "tf32", "bf16", "fp16".
+        skip_zero_rows: rows without a gradient are many, so they are sorted out first.
     """
+    count, threshold = None, None if hard is None else hard.threshold
+    if skip_zero_rows:
+        count, d_lse, d_cos, lse_neg, threshold, labels, x = compact(
+            d_lse, d_cos, lse_neg, threshold, labels, x
+        )
     c, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
     d_weight = torch.empty((c, d), dtype=weight.dtype, device=weight.device)
     packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
     indexed = index is not None
-    tile = choose("centre_pass", d, precision, raw, packed, indexed, chip(weight.device).arch)
-    fixed = constants(d, precision, packed, indexed, raw, tile, hard is not None)
+    # a number of rows that is read takes a register, as an index does
+    short = indexed or skip_zero_rows
+    tile = choose("centre_pass", d, precision, raw, packed, short, chip(weight.device).arch)
+    fixed = constants(d, precision, packed, indexed, raw, tile, hard is not None, skip_zero_rows)
     grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
     with on_device(weight):
         centre_pass_kernel[grid](
@@ -263,8 +279,9 @@ def centre_pass(
             index,
             labels,
             lse_neg,
-            None if hard is None else hard.threshold,
+            threshold,
             None if hard is None else hard.coefficients,
+            count,
             d_weight,
             x.shape[0],
             c,

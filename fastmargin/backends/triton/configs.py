@@ -307,7 +307,8 @@ def choose(
         precision: one of "fp32", "tf32", "bf16", "fp16".
         raw: whether weights are operands as they lie.
         packed: whether the rows of the weights lie one after the other.
-        indexed: whether the columns of the pass are rows of an index.
+        indexed: whether registers are short, since the columns of the pass are rows of an index or
+            the number of its rows is read.
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
     """
     block = block_of(d)

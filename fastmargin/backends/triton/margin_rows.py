@@ -33,22 +33,17 @@ def _cos_clipped(b_angle):
     return b_cos
 
 
-@triton.jit(do_not_specialize=["B", "classes"])
-def margin_rows_kernel(
-    p_cos,  # (B,) target cosine
-    p_lse,  # (B,) lse_neg
-    p_norm,  # (B,)
-    p_label,  # (B,) int64
-    p_mean,  # (1,), if SOURCE is ADAFACE
-    p_std,  # (1,), if SOURCE is ADAFACE
-    p_table,  # (classes,), if SOURCE is CLASS
-    p_loss,  # (B,) out
-    p_by_cos,  # (B,) out
-    p_by_lse,  # (B,) out
-    p_by_norm,  # (B,) out
-    p_margin,  # (B,) out
-    B,
+@triton.jit
+def margin_of_rows(
+    b_cos_y,
+    b_lse,
+    b_norm,
+    b_label,
+    m_b,
+    p_table,
     classes,
+    mean,
+    std,
     scale,
     m2,
     m3,
@@ -67,27 +62,20 @@ def margin_rows_kernel(
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    o_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m_b = o_b < B
-    b_cos_y = tl.load(p_cos + o_b, mask=m_b, other=0.0)
-    b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
-    b_label = tl.load(p_label + o_b, mask=m_b, other=-1)
-
+    """Loss, slopes by cosine, ``lse_neg`` and norm, and margin of BLOCK rows; 0 if ignored."""
     b_u = tl.zeros([BLOCK], tl.float32)
     b_u_by_norm = tl.zeros([BLOCK], tl.float32)
     if SOURCE == CLASS:
         m_known = (b_label >= 0) & (b_label < classes)
         b_u = tl.load(p_table + tl.where(m_known, b_label, 0), mask=m_b).to(tl.float32)
     elif SOURCE != CONSTANT:
-        b_norm = tl.load(p_norm + o_b, mask=m_b, other=0.0)
         b_clipped = tl.maximum(b_norm, low, propagate_nan=tl.PropagateNan.ALL)
         b_clipped = tl.minimum(b_clipped, high, propagate_nan=tl.PropagateNan.ALL)
         if SOURCE == NORM:
             b_u = b_clipped
             b_u_by_norm = ((b_norm >= low) & (b_norm <= high)).to(tl.float32)
         else:
-            spread = tl.load(p_std).to(tl.float32) + eps
-            b_z = (b_clipped - tl.load(p_mean).to(tl.float32)) / spread * h
+            b_z = (b_clipped - mean) / (std + eps) * h
             b_z = tl.maximum(b_z, -1.0, propagate_nan=tl.PropagateNan.ALL)
             b_u = tl.minimum(b_z, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -137,19 +125,120 @@ def margin_rows_kernel(
     b_loss = tl.maximum(b_gap, 0.0, propagate_nan=tl.PropagateNan.ALL) + log1p_small(b_small)
 
     m_valid = b_label >= 0
-    tl.store(p_loss + o_b, tl.where(m_valid, b_loss, 0.0), mask=m_b)
-    tl.store(p_by_lse + o_b, tl.where(m_valid, b_miss, 0.0), mask=m_b)
     b_pull = -scale * b_miss
-    tl.store(p_by_cos + o_b, tl.where(m_valid, b_pull * b_by_cos, 0.0), mask=m_b)
     b_by_norm = b_pull * b_by_u * b_u_by_norm
-    tl.store(p_by_norm + o_b, tl.where(m_valid, b_by_norm, 0.0), mask=m_b)
-    tl.store(p_margin + o_b, tl.where(m_valid, b_cos_y - b_psi, 0.0), mask=m_b)
+    return (
+        tl.where(m_valid, b_loss, 0.0),
+        tl.where(m_valid, b_pull * b_by_cos, 0.0),
+        tl.where(m_valid, b_miss, 0.0),
+        tl.where(m_valid, b_by_norm, 0.0),
+        tl.where(m_valid, b_cos_y - b_psi, 0.0),
+    )
+
+
+@triton.jit(do_not_specialize=["B", "classes"])
+def margin_rows_kernel(
+    p_cos,  # (B,) target cosine
+    p_lse,  # (B,) lse_neg
+    p_norm,  # (B,)
+    p_label,  # (B,) int64
+    p_mean,  # (1,), if SOURCE is ADAFACE
+    p_std,  # (1,), if SOURCE is ADAFACE
+    p_table,  # (classes,), if SOURCE is CLASS
+    p_loss,  # (B,) out
+    p_by_cos,  # (B,) out
+    p_by_lse,  # (B,) out
+    p_by_norm,  # (B,) out
+    p_margin,  # (B,) out
+    B,
+    classes,
+    scale,
+    m2,
+    m3,
+    m2_u,
+    m3_u,
+    cos_limit,
+    angle_eps,
+    angle_top,
+    cos_angle_eps,
+    h,
+    low,
+    high,
+    eps,
+    SOURCE: tl.constexpr,
+    GUARD: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_b = o_b < B
+    b_cos_y = tl.load(p_cos + o_b, mask=m_b, other=0.0)
+    b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
+    b_label = tl.load(p_label + o_b, mask=m_b, other=-1)
+
+    b_norm = tl.load(p_norm + o_b, mask=m_b, other=0.0)
+    mean, std = 0.0, 0.0
+    if SOURCE == ADAFACE:
+        mean = tl.load(p_mean).to(tl.float32)
+        std = tl.load(p_std).to(tl.float32)
+    b_loss, b_by_cos, b_by_lse, b_by_norm, b_margin = margin_of_rows(
+        b_cos_y,
+        b_lse,
+        b_norm,
+        b_label,
+        m_b,
+        p_table,
+        classes,
+        mean,
+        std,
+        scale,
+        m2,
+        m3,
+        m2_u,
+        m3_u,
+        cos_limit,
+        angle_eps,
+        angle_top,
+        cos_angle_eps,
+        h,
+        low,
+        high,
+        eps,
+        SOURCE,
+        GUARD,
+        GRAD,
+        BLOCK,
+    )
+    tl.store(p_loss + o_b, b_loss, mask=m_b)
+    tl.store(p_by_cos + o_b, b_by_cos, mask=m_b)
+    tl.store(p_by_lse + o_b, b_by_lse, mask=m_b)
+    tl.store(p_by_norm + o_b, b_by_norm, mask=m_b)
+    tl.store(p_margin + o_b, b_margin, mask=m_b)
 
 
 def constants(form: MarginForm) -> dict:
     """Compile-time arguments."""
     source, guard, grad = form.codes()
     return {"SOURCE": source, "GUARD": guard, "GRAD": grad, "BLOCK": 128, "num_warps": 4}
+
+
+def numbers(form: MarginForm) -> tuple[float, ...]:
+    """The form's numbers in the order of the kernels' arguments, from ``scale`` to ``eps``."""
+    return (
+        float(form.scale),
+        float(form.m2),
+        float(form.m3),
+        float(form.m2_u),
+        float(form.m3_u),
+        1.0 - form.cos_eps,
+        float(form.angle_eps),
+        math.pi - form.angle_eps,
+        math.cos(form.angle_eps),
+        float(form.h),
+        float(form.low),
+        float(form.high),
+        float(form.eps),
+    )
 
 
 def margin_rows(
@@ -181,19 +270,7 @@ def margin_rows(
             *out,
             b,
             0 if form.table is None else form.table.numel(),
-            float(form.scale),
-            float(form.m2),
-            float(form.m3),
-            float(form.m2_u),
-            float(form.m3_u),
-            1.0 - form.cos_eps,
-            float(form.angle_eps),
-            math.pi - form.angle_eps,
-            math.cos(form.angle_eps),
-            float(form.h),
-            float(form.low),
-            float(form.high),
-            float(form.eps),
+            *numbers(form),
             **fixed,
         )
     return out

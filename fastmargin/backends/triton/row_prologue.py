@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
-from fastmargin.backends.triton.tile import inverse
+from fastmargin.backends.triton.tile import cast, inverse
 from fastmargin.spec import NormEma
 
 ROWS_PER_STEP = 1024
@@ -18,11 +18,15 @@ ROWS_PER_STEP = 1024
 @triton.jit(do_not_specialize=["B"])
 def row_prologue_kernel(
     p_x,  # (B, D) strided
+    p_label,  # (B,) int64, if HAS_LABELS
     p_x_hat,  # (B, D) contiguous, fp32, out
+    p_operand,  # (B, D) contiguous, in the operand type, out, if HAS_OPERAND
     p_norm,  # (B,) out
     B,
     stride_xb,
     stride_xd,
+    HAS_LABELS: tl.constexpr,
+    HAS_OPERAND: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -31,11 +35,17 @@ def row_prologue_kernel(
     o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     m_b = o_b < B
     m_tile = m_b[:, None] & (o_d < D)[None, :]
+    m_read = m_tile
+    if HAS_LABELS:  # an ignored row may hold anything: it is not read
+        m_read = m_read & (tl.load(p_label + o_b, mask=m_b, other=-1) >= 0)[:, None]
     p_tile = p_x + o_b[:, None] * stride_xb + o_d[None, :] * stride_xd
-    b_x = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+    b_x = tl.load(p_tile, mask=m_read, other=0.0).to(tl.float32)
     b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, 1))
     b_x_hat = b_x * inverse(b_norm)[:, None]
-    tl.store(p_x_hat + o_b[:, None] * D + o_d[None, :], b_x_hat, mask=m_tile)
+    o_tile = o_b[:, None] * D + o_d[None, :]
+    tl.store(p_x_hat + o_tile, b_x_hat, mask=m_tile)
+    if HAS_OPERAND:
+        tl.store(p_operand + o_tile, cast(b_x_hat, p_operand.dtype.element_ty), mask=m_tile)
     tl.store(p_norm + o_b, b_norm, mask=m_b)
 
 
@@ -53,7 +63,18 @@ def norm_statistics_kernel(
     high,
     BLOCK: tl.constexpr,
 ):
-    """One program: two passes over the norms, in one order, so the result is always the same."""
+    """One program."""
+    mean, std = advanced(p_norm, p_label, p_old_mean, p_old_std, B, alpha, low, high, BLOCK)
+    tl.store(p_mean, mean)
+    tl.store(p_std, std)
+
+
+@triton.jit
+def advanced(p_norm, p_label, p_mean, p_std, B, alpha, low, high, BLOCK: tl.constexpr):
+    """The running statistics after this batch, for one program.
+
+    Two passes over the norms, in one order, so the result is always the same.
+    """
     b_count = tl.zeros([BLOCK], tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B, BLOCK):
@@ -72,12 +93,11 @@ def norm_statistics_kernel(
         b_square += tl.where(m_row, b_off * b_off, 0.0)
     std = tl.sqrt_rn(tl.sum(b_square, 0) / tl.maximum(count - 1.0, 1.0))
 
-    old_mean = tl.load(p_old_mean).to(tl.float32)
-    old_std = tl.load(p_old_std).to(tl.float32)
+    old_mean = tl.load(p_mean).to(tl.float32)
+    old_std = tl.load(p_std).to(tl.float32)
     mean = tl.where(count >= 1.0, old_mean + alpha * (mean - old_mean), old_mean)
     std = tl.where(count >= 2.0, old_std + alpha * (std - old_std), old_std)
-    tl.store(p_mean, mean)
-    tl.store(p_std, std)
+    return mean, std
 
 
 @triton.jit
@@ -89,11 +109,18 @@ def _counted(p_norm, p_label, o_b, B, low, high):
     return m_row, tl.minimum(tl.maximum(tl.where(m_row, b_norm, 0.0), low), high)
 
 
-def constants(d: int) -> dict:
+def constants(d: int, has_labels: bool, has_operand: bool) -> dict:
     """Compile-time arguments of the first kernel."""
     block_d = block_of(d)
     rows = max(1, min(16, 2048 // block_d))
-    return {"D": d, "BLOCK_R": rows, "BLOCK_D": block_d, "num_warps": 4}
+    return {
+        "HAS_LABELS": has_labels,
+        "HAS_OPERAND": has_operand,
+        "D": d,
+        "BLOCK_R": rows,
+        "BLOCK_D": block_d,
+        "num_warps": 4,
+    }
 
 
 def statistics_constants() -> dict:
@@ -101,38 +128,58 @@ def statistics_constants() -> dict:
     return {"BLOCK": ROWS_PER_STEP, "num_warps": 8}
 
 
-def row_prologue(
-    x: Tensor, labels: Tensor, ema: NormEma | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x_hat`` (B, D), norms (B,), and with ``ema``, in a second launch, mean and std (1,).
+def unit_rows(
+    x: Tensor, labels: Tensor | None, operand_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x_hat`` (B, D), the same in the operand type, and norms (B,), in one launch.
 
     Args:
         x: (B, D), any strides.
-        labels: (B,) contiguous, int64.
-        ema: running statistics to go on from.
+        labels: (B,) contiguous, int64: rows below 0 come out as zeros; None: there are none.
+        operand_dtype: with fp32, the second result is the first one.
     """
     b, d = x.shape
     x_hat = torch.empty((b, d), dtype=torch.float32, device=x.device)
     norm = torch.empty((b,), dtype=torch.float32, device=x.device)
-    mean, std = (x_hat.new_empty((0 if ema is None else 1,)) for _ in range(2))
-    fixed = constants(d)
-    with on_device(x):
-        if b > 0:
+    has_operand = operand_dtype != torch.float32
+    operand = torch.empty_like(x_hat, dtype=operand_dtype) if has_operand else x_hat
+    fixed = constants(d, labels is not None, has_operand)
+    if b > 0:
+        with on_device(x):
             row_prologue_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](
-                x, x_hat, norm, b, x.stride(0), x.stride(1), **fixed
-            )
-        if ema is not None:
-            norm_statistics_kernel[(1,)](
-                norm,
+                x,
                 labels,
-                ema.mean,
-                ema.std,
-                mean,
-                std,
+                x_hat,
+                operand if has_operand else None,
+                norm,
                 b,
-                float(ema.alpha),
-                float(ema.low),
-                float(ema.high),
-                **statistics_constants(),
+                x.stride(0),
+                x.stride(1),
+                **fixed,
             )
-    return x_hat, norm, mean, std
+    return x_hat, operand, norm
+
+
+def norm_statistics(norm: Tensor, labels: Tensor, ema: NormEma) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1,), (1,) of the norms after this batch.
+
+    Args:
+        norm, labels: (B,) contiguous.
+        ema: running statistics to go on from.
+    """
+    mean, std = norm.new_empty(1), norm.new_empty(1)
+    with on_device(norm):
+        norm_statistics_kernel[(1,)](
+            norm,
+            labels,
+            ema.mean,
+            ema.std,
+            mean,
+            std,
+            norm.shape[0],
+            float(ema.alpha),
+            float(ema.low),
+            float(ema.high),
+            **statistics_constants(),
+        )
+    return mean, std

@@ -1,0 +1,105 @@
+"""The loss of a softmax margin with a kernel form as one step of autograd.
+
+The same numbers as the operators one by one (``functional.py``), in fewer launches: eight on the
+Triton backend from embeddings to both gradients, with the one that autograd begins with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmargin import ops
+from fastmargin.columns import Pass
+from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the loss is about, besides its tensors; as in ``interface.Backend.softmax_loss``."""
+
+    task: Pass
+    num_classes: int
+    form: MarginForm
+    ema: NormEma | None
+    reduction: str
+    want_pull: bool
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, step: Step):
+        (column,) = step.task.columns
+        made = ops.softmax_loss(
+            x,
+            weight,
+            labels,
+            column.labels,
+            step.num_classes,
+            step.form,
+            step.ema,
+            step.reduction,
+            step.want_pull,
+            **step.task.options(column),
+        )
+        ctx.step, ctx.x_dtype = step, x.dtype
+        ctx.save_for_backward(weight, column.index, column.labels, *made.tensors())
+        ctx.set_materialize_grads(False)
+        figures = made.valid, made.cos_y, made.max_neg, made.norm, made.margin
+        if step.reduction != "none":
+            figures = made.rows, *figures
+        ctx.mark_non_differentiable(*figures)
+        return made.rows if step.reduction == "none" else made.loss, *figures
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return None, None, None, None
+        weight, index, columns, *made = ctx.saved_tensors
+        task, (want_x, want_weight, *_) = ctx.step.task, ctx.needs_input_grad
+        d_x, rows = ops.softmax_loss_backward(
+            d_loss,
+            SoftmaxLoss(*made),
+            weight,
+            index,
+            columns,
+            task.columns[0].class_start,
+            ctx.step.form.scale,
+            ctx.x_dtype,
+            want_x,
+            want_weight,
+            task.classes.row_tolerance,
+            task.precision,
+            task.backend,
+        )
+        d_weight = None
+        if want_weight:
+            d_weight = ops.spread_rows(rows, index, weight, task.classes.sparse_grad)
+        return d_x if want_x else None, d_weight, None, None
+
+
+def softmax_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    form: MarginForm,
+    ema: NormEma | None,
+    reduction: str,
+    task: Pass,
+) -> tuple[Tensor, ...]:
+    """The reduced loss, then what :class:`fastmargin.functional.LossRows` holds, without gradient.
+
+    Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is
+    advanced in place. The other arguments are those of
+    :meth:`fastmargin.backends.interface.Backend.softmax_loss`; ``task`` has one part.
+    """
+    want_pull = torch.is_grad_enabled() and x.requires_grad
+    step = Step(task, num_classes, form, ema, reduction, want_pull)
+    loss, *figures = _SoftmaxLoss.apply(x, weight, labels, step)
+    rows = (loss.detach(),) if reduction == "none" else ()
+    return loss, *rows, *figures

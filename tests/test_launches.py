@@ -1,0 +1,88 @@
+"""How many kernels a training step launches on one GPU, counted in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import MARGINS, device_for
+from launches import counted
+
+import fastmargin as fm
+from fastmargin import testing
+
+AT_MOST = 8
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counts launches of the interpreter"
+)
+
+
+@pytest.fixture(autouse=True)
+def triton():
+    device_for("triton")
+
+
+def step(margin, reduction="mean", x_dtype=torch.float32, wants=("x", "weight"), **options):
+    """Names of the launches of the forward pass, and of the backward pass."""
+    options = {"backend": "triton", "precision": "fp16", "validate": False} | options
+    case = testing.make_case("some_ignored", 20, 70, 24).to(torch.float32)
+    head = fm.MarginHead(24, 70, margin, **options)
+    head.weight.requires_grad_("weight" in wants)
+    x = case.x.to(x_dtype).requires_grad_("x" in wants)
+    upstream = torch.ones(20)
+    with counted() as forward:
+        loss = head(x, case.labels, reduction)
+    with counted() as backward:
+        loss.backward(upstream if reduction == "none" else None)
+    return forward.names, backward.names
+
+
+FORWARD = ["row_prologue_kernel", "centre_norms_kernel", "stats_forward_kernel"]
+FORWARD += ["stats_finish_kernel", "margin_loss_kernel"]
+UPSTREAM = "aten::ones_like"  # what autograd begins with
+BACKWARD = [UPSTREAM, "rows_backward_kernel", "centre_pass_kernel"]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adaface", "arcface", "cosface", "adaface_cvlface"])
+def test_launches_of_a_training_step(name, x_dtype):
+    forward, backward = step(MARGINS[name](), x_dtype=x_dtype)
+    assert forward == FORWARD and backward == BACKWARD
+    assert len(forward + backward) <= AT_MOST
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_launches_of_other_reductions(reduction):
+    forward, backward = step(MARGINS["adaface"](), reduction)
+    assert forward == FORWARD
+    assert backward == (BACKWARD if reduction == "sum" else BACKWARD[1:])
+
+
+def test_launches_of_one_gradient():
+    forward, backward = step(MARGINS["adaface"](), wants=("x",))
+    assert forward == FORWARD and backward == BACKWARD[:2]
+    forward, backward = step(MARGINS["adaface"](), wants=("weight",))
+    assert forward == FORWARD and backward == BACKWARD
+
+
+def test_launches_with_rows_left_out():
+    """One more, that sorts the rows; nothing is read back."""
+    forward, backward = step(MARGINS["adaface"](), row_tolerance=1e-3)
+    assert forward == FORWARD
+    assert backward == [UPSTREAM, "rows_backward_kernel", "compact_kernel", "centre_pass_kernel"]
+
+
+def test_margins_that_do_more_launch_more():
+    """So that the count above is not blind: a penalty and a margin of Python show."""
+    forward, backward = step(MARGINS["no_form"]())
+    assert "aten::sqrt" in forward and "aten::log_sigmoid_forward" in forward
+    assert len(forward + backward) > 30
+
+
+def test_metrics_launch_when_read():
+    device = device_for("triton")
+    head = fm.MarginHead(5, 7, fm.ArcFace(), backend="triton", device=device, validate=False)
+    head(torch.randn(3, 5, device=device), torch.tensor([0, 1, -1], device=device))
+    with counted() as reading:
+        assert len(head.metrics) == 6
+    assert len(reading.names) > 6
