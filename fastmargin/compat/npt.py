@@ -98,8 +98,7 @@ class Linear(SettledCopies, nn.Module):
             return F.linear(F.normalize(x), F.normalize(self.weight)) * s
         check_embeddings(x, self.weight)
         deferred.settle(self.weight)
-        no_label = torch.full(x.shape[:1], -1, dtype=torch.int64, device=x.device)
-        x_hat, *_ = ops.row_prologue(x, no_label, backend=self.backend)
+        x_hat, *_ = ops.row_prologue(x, None, backend=self.backend)
         form = MarginForm(float(s), grad="straight_through")  # no margin, so nothing is skipped
         scores = CentreScores.of(
             x_hat,

@@ -134,7 +134,7 @@ class PartialFCV2(SettledCopies, nn.Module):
         here = self.weight
         if place.shard is not None and (place.sampler is None or not margin.training):
             here = here[: place.shard.stop - place.shard.start]
-        loss, rows = functional.loss_and_rows(
+        loss, found = functional.loss_and_rows(
             local_embeddings,
             here,
             local_labels,
@@ -150,8 +150,8 @@ class PartialFCV2(SettledCopies, nn.Module):
                 batch_size=self.last_batch_size or None,
             ),
         )
-        if rows.batch is not None:
-            self.last_batch_size = rows.batch.rows
+        if found.batch is not None:
+            self.last_batch_size = found.batch.rows
         return loss
 
     def _margin_of(self, margin_loss) -> Margin:
