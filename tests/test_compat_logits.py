@@ -26,9 +26,9 @@ PLAIN = MarginForm(8.0, grad="straight_through")
 
 @pytest.fixture
 def told_anew():
-    module._warned = False
+    module._warned = module._warned_of_change = False
     yield
-    module._warned = True
+    module._warned = module._warned_of_change = True
 
 
 @pytest.fixture
@@ -328,6 +328,34 @@ def test_gradients_through_them(how):
     for a, b in zip(found, expected, strict=True):
         assert float(b.abs().max()) > 0
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "derive", [lambda out: out, lambda out: out.detach(), lambda out: out.unsqueeze(1)]
+)
+def test_asked_after_the_step(derive, told_anew):
+    x, weight, labels = parts()
+    out = derive(stream(CentreScores.of(x, weight, ARC, labels)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out.argmax(-1)
+    with torch.no_grad():
+        weight.mul_(-1)
+    assert out.shape[-1] == 50  # costs nothing, and says nothing
+    with pytest.warns(UserWarning, match=r"before optimizer\.step") as told:
+        out.argmax(-1)
+        out.argmax(-1)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_computed_before_the_step(told_anew):
+    x, weight, labels = parts()
+    out = stream(CentreScores.of(x, weight, ARC, labels))
+    before = out.dense().detach().clone()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight.mul_(-1)
+        assert torch.equal(out.dense(), before)
 
 
 def test_without_gradient_for_good():

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from fastmargin.compat.scores import MOST_STREAMED, Scores
 
 _warned = False
+_warned_of_change = False
 
 
 class StreamedLogits(Tensor):
@@ -28,21 +29,28 @@ class StreamedLogits(Tensor):
 
     They have a place in autograd's graph, as the logits would: DDP finds the parameters behind
     them, an ``autograd.Function`` passes a gradient on, and under ``no_grad`` they have none.
+    But they follow the centres: what is asked for after ``optimizer.step()`` is of the new ones,
+    which a warning says once per process.
     C++ code that takes tensors as they are needs ``logits.dense()``. Made by :func:`stream`.
     """
 
     @staticmethod
-    def __new__(cls, scores: Scores, middle: bool = False) -> StreamedLogits:
-        """``middle``: of shape (B, 1, C), as speechbrain has it."""
+    def __new__(
+        cls, scores: Scores, middle: bool = False, versions: list[int | None] | None = None
+    ) -> StreamedLogits:
+        """``middle``: of shape (B, 1, C), as speechbrain has it. ``versions``: default: of now."""
         b, c = scores.shape
         size = (b, 1, c) if middle else (b, c)
         self = Tensor._make_wrapper_subclass(cls, size, dtype=scores.dtype, device=scores.device)
         self._scores, self._dense, self._watched = scores, None, False
+        self._versions = _versions(scores) if versions is None else versions
         return self
 
     @property
     def scores(self) -> Scores:
         """What is behind them, as differentiable as they are."""
+        if self._versions != _versions(self._scores):
+            _warn_of_change()
         with torch._C.DisableTorchFunctionSubclass():
             node = self.grad_fn
         if node is None:
@@ -147,7 +155,7 @@ class _Reshaped(torch.autograd.Function):
     def forward(ctx, logits: StreamedLogits, scores: Scores, middle: bool) -> StreamedLogits:
         ctx.size = logits.shape
         ctx.set_materialize_grads(False)
-        return StreamedLogits(scores, middle)
+        return StreamedLogits(scores, middle, logits._versions)
 
     @staticmethod
     def backward(ctx, grad: Tensor | None):
@@ -169,6 +177,10 @@ class _Tied(torch.autograd.Function):
 _OURS = (_Origin._backward_cls, _Reshaped._backward_cls)
 
 
+def _versions(scores: Scores) -> list[int | None]:
+    return [None if each.is_inference() else each._version for each in scores.inputs]
+
+
 def _computed(value):
     return value.dense() if isinstance(value, StreamedLogits) else value
 
@@ -182,6 +194,18 @@ def _warn(func) -> None:
             f"{name} needs all (B, C) logits of a fastmargin head, so they are computed and held. "
             "cross_entropy, argmax, max and topk do without; logits.dense() says that you mean "
             "it. This is said once.",
+            stacklevel=_frames_to_caller(),
+        )
+
+
+def _warn_of_change() -> None:
+    global _warned_of_change
+    if not _warned_of_change:
+        _warned_of_change = True
+        warnings.warn(
+            "The class centres have changed since a fastmargin head made these logits, and what is "
+            "computed of them now is of the new centres: ask before optimizer.step(), or take "
+            "logits.dense() before it. This is said once.",
             stacklevel=_frames_to_caller(),
         )
 
@@ -278,14 +302,14 @@ def _argmax(logits, dim=None, keepdim=False):
 
 
 def _detach(logits):
-    return StreamedLogits(logits._scores.detached(), logits._has_middle())
+    return StreamedLogits(logits._scores.detached(), logits._has_middle(), logits._versions)
 
 
 def _reshaped(logits, middle):
     if logits.requires_grad and torch.is_grad_enabled():
         return _Reshaped.apply(logits, logits.scores, middle)
     # within an autograd.Function: what it returns gets its place in the graph there
-    return StreamedLogits(logits._scores, middle)
+    return StreamedLogits(logits._scores, middle, logits._versions)
 
 
 def _clone(logits, **kwargs):
