@@ -335,16 +335,16 @@ def test_gradients_through_them(how):
 )
 def test_asked_after_the_step(derive, told_anew):
     x, weight, labels = parts()
-    out = derive(stream(CentreScores.of(x, weight, ARC, labels)))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out.argmax(-1)
+        derive(out).argmax(-1)
     with torch.no_grad():
         weight.mul_(-1)
     assert out.shape[-1] == 50  # costs nothing, and says nothing
     with pytest.warns(UserWarning, match=r"before optimizer\.step") as told:
-        out.argmax(-1)
-        out.argmax(-1)
+        derive(out).argmax(-1)
+        derive(out).argmax(-1)
     assert len(told) == 1 and told[0].filename == __file__
 
 
