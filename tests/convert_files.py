@@ -139,22 +139,34 @@ def adaface(
 
 
 @contextmanager
-def _torchvision():
-    """Modules of that name with the transforms that NPT's script pickles."""
-    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.transforms")
+def _package(module: str, *classes: str):
+    """A module of that name, and those above it, with classes to pickle."""
+    names = [module[:end] for end in (*(i for i, c in enumerate(module) if c == "."), None)]
     before = {name: sys.modules.get(name) for name in names}
-    modules = {name: types.ModuleType(name) for name in names}
-    for name in ("Compose", "CenterCrop", "Normalize", "RandomHorizontalFlip", "ToTensor"):
-        made = type(name, (nn.Module,), {"__module__": names[2]})
-        setattr(modules[names[2]], name, made)
-    sys.modules.update(modules)
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    for name in classes:
+        setattr(sys.modules[module], name, type(name, (nn.Module,), {"__module__": module}))
     try:
-        yield modules[names[2]]
+        yield sys.modules[module]
     finally:
         for name, module in before.items():
             sys.modules.pop(name)
             if module is not None:
                 sys.modules[name] = module
+
+
+def _torchvision():
+    """The transforms that NPT's script pickles."""
+    names = ("Compose", "CenterCrop", "Normalize", "RandomHorizontalFlip", "ToTensor")
+    return _package("torchvision.transforms.transforms", *names)
+
+
+def of_old_lightning(path: Path) -> None:
+    """Makes a file of :func:`adaface` one of Lightning before 1.5: a class is a key in it."""
+    content = torch.load(path)
+    with _package("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint") as module:
+        content["callbacks"] = {module.ModelCheckpoint: {"monitor": "val_acc"}}
+        torch.save(content, path)
 
 
 def npt(path: Path, weight: Tensor) -> None:

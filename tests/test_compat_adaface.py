@@ -237,9 +237,9 @@ def test_names_and_shapes():
     torch.testing.assert_close(made.kernel.norm(dim=0), torch.ones(40))
     assert (made.m, made.h, made.s, made.t_alpha) == (0.4, 0.333, 64.0, 1.0)
     for kind in (head.ArcFace, head.CosFace):
-        assert {k: tuple(v.shape) for k, v in kind(16, 40).state_dict().items()} == {
-            "kernel": (16, 40)
-        }
+        made = kind(16, 40)
+        assert {k: tuple(v.shape) for k, v in made.state_dict().items()} == {"kernel": (16, 40)}
+        torch.testing.assert_close(made.kernel.norm(dim=0), torch.ones(40))
     assert isinstance(head.build_head("cosface", 16, 40, 0.3, 1.0, 0.3, 32.0), head.CosFace)
 
 

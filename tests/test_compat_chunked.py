@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastmargin.compat import chunked
 from fastmargin.compat.chunked import ChunkedScores, over_chunks
-from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.logits import stream
 from fastmargin.margins.guards import add_angle
 from fastmargin.testing import make_case, relative_error
 
@@ -54,7 +54,7 @@ def dense(x, weight, scale, labels=None, k=0, angle=0.0):
 
 def streamed(x, weight, scale, labels=None, k=0, angle=0.0):
     scores = ChunkedScores.of(x, weight, scale, labels, psi)
-    return StreamedLogits(scores.with_nearer(k, angle) if k else scores)
+    return stream(scores.with_nearer(k, angle) if k else scores)
 
 
 def compare(question, inputs, *args, tolerance=1e-11):
@@ -136,7 +136,7 @@ def test_regimes(regime, dtype):
             negatives = (200 * cosine).scatter(1, own, -math.inf).logsumexp(1)
             return -F.logsigmoid(200 * psi(cosine.gather(1, own).squeeze(1)) - negatives)
         scores = ChunkedScores.of(x, weight[:, None], 200.0, case.labels, psi)
-        return F.cross_entropy(StreamedLogits(scores), case.labels, reduction="none")
+        return F.cross_entropy(stream(scores), case.labels, reduction="none")
 
     found = []
     for run, kind in ((True, dtype), (False, torch.float64)):

@@ -10,9 +10,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import run
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from fastmargin.compat import logits as module
-from fastmargin.compat.logits import StreamedLogits
+from fastmargin.compat.logits import stream
 from fastmargin.compat.scores import CentreScores
 from fastmargin.spec import MarginForm
 
@@ -22,9 +26,9 @@ PLAIN = MarginForm(8.0, grad="straight_through")
 
 @pytest.fixture
 def told_anew():
-    module._warned = False
+    module._warned = module._warned_of_change = False
     yield
-    module._warned = True
+    module._warned = module._warned_of_change = True
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_cross_entropy(weighted, smoothing, reduction, ignored, target_is, form,
 
     def loss(dense):
         on = labels if form is ARC else None
-        out = StreamedLogits(CentreScores.of(x, weight, form, on))
+        out = stream(CentreScores.of(x, weight, form, on))
         return F.cross_entropy(out.dense() if dense else out, target, **options)
 
     for streamed, expected in zip(
@@ -94,13 +98,13 @@ def test_the_dense_logits_are_the_formula():
     cos = x @ F.normalize(weight).t()
     theta = cos.gather(1, labels[:, None]).acos()
     expected = 8 * cos.scatter(1, labels[:, None], torch.cos(theta + 0.5))
-    dense = StreamedLogits(CentreScores.of(x, weight, ARC, labels)).dense()
+    dense = stream(CentreScores.of(x, weight, ARC, labels)).dense()
     torch.testing.assert_close(dense, expected)
 
 
 def test_training_and_its_logs_never_hold_them(never_dense):
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,7 +127,7 @@ def test_training_and_its_logs_never_hold_them(never_dense):
 @pytest.mark.parametrize("k", [1, 3, 16])
 def test_largest(with_margin, k):
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels if with_margin else None))
+    out = stream(CentreScores.of(x, weight, ARC, labels if with_margin else None))
     found, expected = out.topk(k), out.dense().topk(k)
     torch.testing.assert_close(found.values, expected.values)
     assert torch.equal(found.indices, expected.indices)
@@ -138,7 +142,7 @@ def test_largest(with_margin, k):
 def test_few_classes():
     for classes in (1, 2):
         x, weight, labels = parts(classes=classes)
-        out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+        out = stream(CentreScores.of(x, weight, ARC, labels))
         torch.testing.assert_close(
             F.cross_entropy(out, labels), F.cross_entropy(out.dense(), labels)
         )
@@ -155,7 +159,7 @@ def test_confident_rows_keep_their_digits():
     for dtype in (torch.float32, torch.float64):
         w = weight.to(dtype)
         x = F.normalize(w[labels] + 0.05).requires_grad_()
-        out = StreamedLogits(CentreScores.of(x, w, MarginForm(64.0, m3=0.1), labels))
+        out = stream(CentreScores.of(x, w, MarginForm(64.0, m3=0.1), labels))
         loss = F.cross_entropy(out, labels, reduction="none")
         loss.sum().backward()
         found.append((loss.detach().double(), x.grad.double()))
@@ -167,7 +171,7 @@ def test_confident_rows_keep_their_digits():
 
 def test_all_rows_ignored_is_what_torch_says():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     target = torch.full_like(labels, -100)
     assert torch.isnan(F.cross_entropy(out, target))
     assert float(F.cross_entropy(out, target, reduction="sum").detach()) == 0
@@ -181,7 +185,7 @@ def test_an_ignored_row_may_hold_nan():
         x[4] = torch.nan
     target = labels.clone()
     target[4] = -100
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     F.cross_entropy(out, target).backward()
     assert torch.isfinite(weight.grad).all() and torch.isfinite(x.grad).all()
 
@@ -190,7 +194,7 @@ def test_labels_written_into_afterwards():
     """The trainers of some heads mark rows to ignore in the tensor that the head was given."""
     x, weight, labels = parts()
     before = labels.clone()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     expected = F.cross_entropy(out.dense(), before.masked_fill(torch.arange(12) == 3, -100))
     labels[3] = -100
     torch.testing.assert_close(F.cross_entropy(out, labels), expected)
@@ -198,7 +202,7 @@ def test_labels_written_into_afterwards():
 
 def test_a_target_out_of_range():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     target = labels.clone()
     target[0] = 50
     with pytest.raises(IndexError, match="Target 50 is out of bounds"):
@@ -224,7 +228,7 @@ def test_a_target_out_of_range():
 )
 def test_anything_else_computes_them_and_says_so_once(use, told_anew):
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     with pytest.warns(UserWarning, match=r"needs all \(B, C\) logits") as said:
         result = use(out, labels)
     assert len(said) == 1 and said[0].filename == __file__
@@ -242,14 +246,14 @@ def tensors(result):
 
 def test_named_arguments():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     expected = F.cross_entropy(out.dense(), labels)
     torch.testing.assert_close(F.cross_entropy(target=labels, input=out), expected)
 
 
 def test_writing_into_them(told_anew):
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     with pytest.warns(UserWarning):
         out[:, 7] = -100.0
     expected = out.dense()
@@ -259,14 +263,14 @@ def test_writing_into_them(told_anew):
 
 def test_whoever_goes_past_it_gets_an_error():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="dense"):
         out.sum()
 
 
 def test_copies_are_plain_numbers():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     again = pickle.loads(pickle.dumps(out))
     assert type(again) is torch.Tensor and torch.equal(again, out.dense().detach())
     assert torch.equal(copy.deepcopy(out.detach()).softmax(1), out.dense().detach().softmax(1))
@@ -274,7 +278,7 @@ def test_copies_are_plain_numbers():
 
 def test_two_losses_of_the_same_logits():
     x, weight, labels = parts()
-    out = StreamedLogits(CentreScores.of(x, weight, ARC, labels))
+    out = stream(CentreScores.of(x, weight, ARC, labels))
     loss = F.cross_entropy(out, labels) + 0.5 * F.cross_entropy(out, labels, label_smoothing=0.1)
     found = torch.autograd.grad(loss, (x, weight))
     dense = out.dense()
@@ -283,3 +287,143 @@ def test_two_losses_of_the_same_logits():
     )
     for a, b in zip(found, torch.autograd.grad(loss, (x, weight)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- their place in the graph ----
+
+
+class _Twice(torch.autograd.Function):
+    """A loss of somebody else, who takes logits as a tensor and writes its own backward."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad[:, None] * torch.linspace(-1, 1, 50, dtype=grad.dtype)).contiguous()
+
+
+PASSES = {
+    "an autograd.Function": lambda out, labels: _Twice.apply(out).sum(),
+    "an axis more and less": lambda out, labels: F.cross_entropy(
+        out.unsqueeze(1).clone().squeeze(1), labels
+    ),
+    "a hook": lambda out, labels: (
+        out.register_hook(lambda grad: 3 * grad) and F.cross_entropy(out, labels)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", PASSES)
+def test_gradients_through_them(how):
+    x, weight, labels = parts()
+    found, expected = (
+        torch.autograd.grad(PASSES[how](out, labels), (x, weight))
+        for out in (
+            stream(CentreScores.of(x, weight, ARC, labels)),
+            CentreScores.of(x, weight, ARC, labels).dense(),
+        )
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert float(b.abs().max()) > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "derive", [lambda out: out, lambda out: out.detach(), lambda out: out.unsqueeze(1)]
+)
+def test_asked_after_the_step(derive, told_anew):
+    x, weight, labels = parts()
+    out = stream(CentreScores.of(x, weight, ARC, labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        derive(out).argmax(-1)
+    with torch.no_grad():
+        weight.mul_(-1)
+    assert out.shape[-1] == 50  # costs nothing, and says nothing
+    with pytest.warns(UserWarning, match=r"before optimizer\.step") as told:
+        derive(out).argmax(-1)
+        derive(out).argmax(-1)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_computed_before_the_step(told_anew):
+    x, weight, labels = parts()
+    out = stream(CentreScores.of(x, weight, ARC, labels))
+    before = out.dense().detach().clone()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weight.mul_(-1)
+        assert torch.equal(out.dense(), before)
+
+
+def test_without_gradient_for_good():
+    x, weight, labels = parts()
+    with torch.no_grad():
+        out = stream(CentreScores.of(x, weight, ARC, labels))
+    assert not out.requires_grad and out.grad_fn is None
+    assert not F.cross_entropy(out, labels).requires_grad
+    assert not out.dense().requires_grad and not out.topk(2).values.requires_grad
+
+
+def test_a_look_at_them_costs_no_gradient():
+    x, weight, labels = parts()
+    out = stream(CentreScores.of(x, weight, ARC, labels))
+    with torch.no_grad():
+        out.softmax(1)
+    assert out.softmax(1).requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_head(reentrant):
+    x, weight, labels = parts()
+
+    def head(x):
+        return stream(CentreScores.of(x, weight, ARC, labels))
+
+    loss = F.cross_entropy(checkpoint(head, x, use_reentrant=reentrant), labels)
+    loss.backward()
+    for grad, expected in zip(
+        (x.grad, weight.grad),
+        torch.autograd.grad(F.cross_entropy(head(x), labels), (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected)
+
+
+class _Head(nn.Module):
+    def __init__(self, weight, dense, middle):
+        super().__init__()
+        self.weight, self.dense, self.middle = nn.Parameter(weight), dense, middle
+
+    def forward(self, x, labels):
+        scores = CentreScores.of(x, self.weight, ARC, labels)
+        out = scores.dense() if self.dense else stream(scores)
+        return out.unsqueeze(1) if self.middle else out
+
+
+def _in_ddp(group, options, middle):
+    """Gradients of the centres after each of three steps, of dense and of streamed logits."""
+    _, weight, _ = parts()
+    found = []
+    for dense in (True, False):
+        head = DistributedDataParallel(
+            _Head(weight.detach().clone(), dense, middle), process_group=group, **options
+        )
+        for seed in range(3):
+            x, _, labels = parts(seed=10 * seed + group.rank() + 1)
+            head.zero_grad()
+            logits = head(x, labels)
+            loss = F.cross_entropy(logits.squeeze(1) if middle else logits, labels)
+            loss.backward()
+            found.append(head.module.weight.grad.clone())
+    return found
+
+
+@pytest.mark.parametrize("middle", [False, True])
+@pytest.mark.parametrize("option", [None, "find_unused_parameters", "static_graph"])
+def test_head_in_ddp(option, middle):
+    for found in run(2, _in_ddp, {} if option is None else {option: True}, middle):
+        for dense, streamed in zip(found[:3], found[3:], strict=True):
+            torch.testing.assert_close(streamed, dense)

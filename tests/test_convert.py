@@ -190,6 +190,13 @@ def test_files_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch, name):
     assert torch.equal(rows, make.centres(7)) and rows.device.type == "cpu"
 
 
+def test_checkpoints_of_old_lightning(tmp_path):
+    path = source(tmp_path, "adaface", make.centres(7))
+    make.of_old_lightning(path)
+    rows, found = read(path, 7)
+    assert torch.equal(rows, make.centres(7)) and "callbacks" in found.left_out
+
+
 @pytest.mark.parametrize("name", ["insightface", "kappaface", "adaface"])
 def test_momentum_is_found_beside_the_centres(tmp_path, name):
     weight, path = make.centres(13), place(tmp_path, name)

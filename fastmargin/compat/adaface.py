@@ -56,8 +56,7 @@ class _Head(nn.Module):
         self.classnum = classnum
         self.backend, self.precision, self.faithful = backend, precision, faithful
         self.kernel = nn.Parameter(torch.empty(embedding_size, classnum))
-
-    def _unit_columns(self) -> None:
+        # columns of unit length
         self.kernel.data.uniform_(-1, 1).renorm_(2, 1, 1e-5).mul_(1e5)
 
     def _check(self, embbedings: Tensor, norms: Tensor | None, label: Tensor) -> None:
@@ -137,7 +136,6 @@ class AdaFace(_Head):
         faithful: bool = False,
     ) -> None:
         super().__init__(embedding_size, classnum, backend, precision, faithful)
-        self._unit_columns()
         self.m, self.h, self.s, self.t_alpha = m, h, s, t_alpha
         self.register_buffer("t", torch.zeros(1))
         self.register_buffer("batch_mean", torch.full((1,), 20.0))
@@ -216,7 +214,6 @@ class ArcFace(_Head):
         faithful: bool = False,
     ) -> None:
         super().__init__(embedding_size, classnum, backend, precision, faithful)
-        self._unit_columns()
         self.m, self.s = m, s
 
     def forward(self, embbedings: Tensor, norms: Tensor | None, label: Tensor) -> Tensor:
@@ -253,7 +250,6 @@ class CosFace(_Head):
         faithful: bool = False,
     ) -> None:
         super().__init__(embedding_size, classnum, backend, precision, faithful)
-        nn.init.xavier_uniform_(self.kernel)
         self.m, self.s = m, s
 
     def forward(self, embbedings: Tensor, norms: Tensor | None, label: Tensor) -> Tensor:

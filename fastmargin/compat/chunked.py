@@ -168,12 +168,15 @@ class ChunkedScores:
         return self.x.device
 
     @property
-    def requires_grad(self) -> bool:
-        return self.x.requires_grad or self.weight.requires_grad or self.scale.requires_grad
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.x, self.weight, self.scale
 
     def detached(self) -> ChunkedScores:
         x, weight, scale = (each.detach() for each in (self.x, self.weight, self.scale))
         return replace(self, x=x, weight=weight, scale=scale)
+
+    def with_rows(self, x: Tensor) -> ChunkedScores:
+        return replace(self, x=x)
 
     def _plain(self, cosines: Tensor, first: int, scale: Tensor) -> Tensor:
         """The logits of a chunk (B, n) without margin, but with the inter-top-k penalty."""

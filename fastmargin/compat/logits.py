@@ -9,11 +9,13 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from fastmargin.compat.scores import MOST_STREAMED, Scores
 
 _warned = False
+_warned_of_change = False
 
 
 class StreamedLogits(Tensor):
@@ -25,43 +27,61 @@ class StreamedLogits(Tensor):
     ``max`` and ``topk`` (k <= 16) over the classes, ``detach``. Anything else computes all of them
     first, as :meth:`dense` does, and says so once per process.
 
-    ``x.requires_grad`` is that of the logits it stands for. An ``autograd.Function`` or C++ code
-    that takes tensors as they are needs ``logits.dense()``.
+    They have a place in autograd's graph, as the logits would: DDP finds the parameters behind
+    them, an ``autograd.Function`` passes a gradient on, and under ``no_grad`` they have none.
+    But they follow the centres: what is asked for after ``optimizer.step()`` is of the new ones,
+    which a warning says once per process.
+    C++ code that takes tensors as they are needs ``logits.dense()``. Made by :func:`stream`.
     """
 
-    scores: Scores
-
     @staticmethod
-    def __new__(cls, scores: Scores, middle: bool = False) -> StreamedLogits:
-        """``middle``: of shape (B, 1, C), as speechbrain has it."""
+    def __new__(
+        cls, scores: Scores, middle: bool = False, versions: list[int | None] | None = None
+    ) -> StreamedLogits:
+        """``middle``: of shape (B, 1, C), as speechbrain has it. ``versions``: default: of now."""
         b, c = scores.shape
         size = (b, 1, c) if middle else (b, c)
-        # without gradient here: whoever goes past __torch_function__ gets an error from
-        # backward() and not a gradient that leads nowhere
         self = Tensor._make_wrapper_subclass(cls, size, dtype=scores.dtype, device=scores.device)
-        self.scores, self._dense = scores, None
+        self._scores, self._dense, self._watched = scores, None, False
+        self._versions = _versions(scores) if versions is None else versions
         return self
+
+    @property
+    def scores(self) -> Scores:
+        """What is behind them, as differentiable as they are."""
+        if self._versions != _versions(self._scores):
+            _warn_of_change()
+        with torch._C.DisableTorchFunctionSubclass():
+            node = self.grad_fn
+        if node is None:
+            return self._scores.detached()
+        if isinstance(node, _OURS):
+            return self._scores
+        # somebody's function has passed them on, and its backward must run, as DDP's has to
+        return self._scores.with_rows(_Tied.apply(self._scores.x, self))
 
     def dense(self) -> Tensor:
         """The logits as a plain tensor, with gradient; computed once."""
         if self._dense is None:
-            logits = self.scores.dense()
-            self._dense = logits.unsqueeze(1) if self._has_middle() else logits
+            # kept, so also for who asks again where gradients are wanted
+            with torch.set_grad_enabled(self.requires_grad):
+                logits = self.scores.dense()
+                self._dense = logits.unsqueeze(1) if self._has_middle() else logits
         return self._dense
 
     def _has_middle(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
             return self.dim() == 3
 
-    def _changed(self) -> bool:
-        """Whether somebody wrote into the logits that were computed."""
-        return self._dense is not None and self._dense._version > 0
+    def _replaced(self) -> bool:
+        """Whether the computed logits count: somebody wrote into them, or watches their grad."""
+        return self._dense is not None and (self._dense._version > 0 or self._watched)
 
     def __repr__(self) -> str:
         with torch._C.DisableTorchFunctionSubclass():
             return (
                 f"StreamedLogits(shape={tuple(self.shape)}, dtype={self.dtype}, "
-                f"device={self.device}, requires_grad={self.scores.requires_grad})"
+                f"device={self.device}, requires_grad={self.requires_grad})"
             )
 
     def __reduce_ex__(self, protocol):
@@ -75,7 +95,7 @@ class StreamedLogits(Tensor):
                 return func(*args, **kwargs)
         handler = _HANDLERS.get(func)
         if handler is not None and args and isinstance(args[0], StreamedLogits):
-            if not args[0]._changed():
+            if not args[0]._replaced():
                 result = handler(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
@@ -84,6 +104,8 @@ class StreamedLogits(Tensor):
             args = (kwargs.pop("input"), *args)
             return cls.__torch_function__(func, types, args, kwargs)
         _warn(func)
+        if func in _WATCHING:
+            args[0]._watched = True
         args, kwargs = tree_map(_computed, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -96,7 +118,67 @@ class StreamedLogits(Tensor):
 
 def stream(scores: Scores) -> Tensor:
     """The scores as logits: streamed, but under ``torch.compile``, which follows no subclass."""
-    return scores.dense() if torch.compiler.is_compiling() else StreamedLogits(scores)
+    if torch.compiler.is_compiling():
+        return scores.dense()
+    return _Origin.apply(scores, *scores.inputs)
+
+
+class _Origin(torch.autograd.Function):
+    """The place of streamed logits in the graph.
+
+    What streams has gradients of its own, and comes here with None.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: Scores, *inputs: Tensor) -> StreamedLogits:
+        ctx.scores = scores
+        ctx.set_materialize_grads(False)
+        return StreamedLogits(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None):
+        wanted = ctx.needs_input_grad[1:]
+        if grad is None:
+            return None, *(None for _ in wanted)
+        inputs = [t for t, w in zip(ctx.scores.inputs, wanted, strict=True) if w]
+        with torch.enable_grad():
+            logits = ctx.scores.dense()
+        found = iter(torch.autograd.grad(logits, inputs, grad, allow_unused=True))
+        return None, *(next(found) if w else None for w in wanted)
+
+
+class _Reshaped(torch.autograd.Function):
+    """The same logits, as (B, C) or (B, 1, C)."""
+
+    @staticmethod
+    def forward(ctx, logits: StreamedLogits, scores: Scores, middle: bool) -> StreamedLogits:
+        ctx.size = logits.shape
+        ctx.set_materialize_grads(False)
+        return StreamedLogits(scores, middle, logits._versions)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None):
+        return None if grad is None else grad.reshape(ctx.size), None, None
+
+
+class _Tied(torch.autograd.Function):
+    """x as it is; its backward leads to that of ``logits``, too, without a gradient for them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, logits: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+_OURS = (_Origin._backward_cls, _Reshaped._backward_cls)
+
+
+def _versions(scores: Scores) -> list[int | None]:
+    return [None if each.is_inference() else each._version for each in scores.inputs]
 
 
 def _computed(value):
@@ -112,6 +194,18 @@ def _warn(func) -> None:
             f"{name} needs all (B, C) logits of a fastmargin head, so they are computed and held. "
             "cross_entropy, argmax, max and topk do without; logits.dense() says that you mean "
             "it. This is said once.",
+            stacklevel=_frames_to_caller(),
+        )
+
+
+def _warn_of_change() -> None:
+    global _warned_of_change
+    if not _warned_of_change:
+        _warned_of_change = True
+        warnings.warn(
+            "The class centres have changed since a fastmargin head made these logits, and what is "
+            "computed of them now is of the new centres: ask before optimizer.step(), or take "
+            "logits.dense() before it. This is said once.",
             stacklevel=_frames_to_caller(),
         )
 
@@ -208,11 +302,18 @@ def _argmax(logits, dim=None, keepdim=False):
 
 
 def _detach(logits):
-    return StreamedLogits(logits.scores.detached(), logits._has_middle())
+    return StreamedLogits(logits._scores.detached(), logits._has_middle(), logits._versions)
+
+
+def _reshaped(logits, middle):
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Reshaped.apply(logits, logits.scores, middle)
+    # within an autograd.Function: what it returns gets its place in the graph there
+    return StreamedLogits(logits._scores, middle, logits._versions)
 
 
 def _clone(logits, **kwargs):
-    return StreamedLogits(logits.scores, logits._has_middle())
+    return _reshaped(logits, logits._has_middle())
 
 
 def _same(logits, *args, **kwargs):
@@ -233,13 +334,13 @@ def _to_type(dtype):
 def _squeeze(logits, dim=None):
     if dim != 1 or not (logits._has_middle() or logits.scores.shape[1] > 1):
         return NotImplemented
-    return StreamedLogits(logits.scores) if logits._has_middle() else logits
+    return _reshaped(logits, False) if logits._has_middle() else logits
 
 
 def _unsqueeze(logits, dim):
     if logits._has_middle() or dim not in (1, -2):
         return NotImplemented
-    return StreamedLogits(logits.scores, middle=True)
+    return _reshaped(logits, True)
 
 
 _HANDLERS = {
@@ -264,8 +365,9 @@ _HANDLERS = {
     Tensor.contiguous: lambda logits: logits,
     Tensor.clone: _clone,
     torch.clone: _clone,
-    Tensor.requires_grad.__get__: lambda logits: logits.scores.requires_grad,
 }
+
+_WATCHING = (Tensor.register_hook, Tensor.retain_grad)
 
 _METADATA = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.__len__),
@@ -276,7 +378,7 @@ _METADATA = {
         for name in (
             *("shape", "ndim", "dtype", "device", "layout", "is_cuda", "is_cpu", "is_sparse"),
             *("is_quantized", "is_nested", "is_meta", "is_mkldnn", "is_xpu", "is_mps", "itemsize"),
-            *("nbytes", "names", "_is_view"),
+            *("nbytes", "names", "_is_view", "requires_grad", "grad_fn", "is_leaf", "output_nr"),
         )
         if hasattr(getattr(Tensor, name, None), "__get__")
     ),

@@ -144,7 +144,7 @@ class NPTLoss(nn.Module):
         """
         self._check(dot_p, target)
         scores = None
-        if isinstance(dot_p, StreamedLogits) and not dot_p._changed():
+        if isinstance(dot_p, StreamedLogits) and not dot_p._replaced():
             scores = dot_p.scores
         if isinstance(scores, CentreScores) and self.top_k <= MOST_STREAMED:
             return self._streamed(scores, target)

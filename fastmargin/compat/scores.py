@@ -20,12 +20,16 @@ MOST_STREAMED = 16
 
 
 class Scores(Protocol):
-    """What :class:`fastmargin.compat.logits.StreamedLogits` asks for; all of it differentiable."""
+    """What :class:`fastmargin.compat.logits.StreamedLogits` asks for; all of it differentiable.
 
+    x: (B, D) rows of unit length. inputs: the tensors, x among them, that gradients go to.
+    """
+
+    x: Tensor
+    inputs: tuple[Tensor, ...]
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    requires_grad: bool
 
     def rows(self, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """``-log softmax(logits)[target]`` and ``logits[target]``, (B,) each.
@@ -45,6 +49,9 @@ class Scores(Protocol):
 
     def detached(self) -> Scores:
         """The same without gradient."""
+
+    def with_rows(self, x: Tensor) -> Scores:
+        """The same of other rows."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,14 @@ class CentreScores:
         return self.x.device
 
     @property
-    def requires_grad(self) -> bool:
-        return self.x.requires_grad or self.weight.requires_grad
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.x, self.weight
 
     def detached(self) -> CentreScores:
         return replace(self, x=self.x.detach(), weight=self.weight.detach())
+
+    def with_rows(self, x: Tensor) -> CentreScores:
+        return replace(self, x=x)
 
     def _norm(self) -> Tensor:
         return self.x.new_ones(self.shape[0]) if self.norm is None else self.norm.to(self.dtype)

@@ -29,7 +29,12 @@ class StandIn:
 
 # the image transforms that NPT's training script puts into its checkpoints
 TRANSFORMS = ("Compose", "CenterCrop", "Normalize", "RandomHorizontalFlip", "Resize", "ToTensor")
-STAND_INS = [(StandIn, f"torchvision.transforms.transforms.{name}") for name in TRANSFORMS]
+# Lightning before 1.5 has classes of callbacks for keys
+CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+STAND_INS = [
+    *((StandIn, f"torchvision.transforms.transforms.{name}") for name in TRANSFORMS),
+    (StandIn, CALLBACK),
+]
 AGAIN = "copy it again from where it came"
 
 
