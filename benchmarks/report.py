@@ -17,7 +17,7 @@ def digits(value: float) -> str:
 def seconds(value: float) -> str:
     """Three digits and a unit."""
     for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if value >= unit or name == "us":
+        if value >= 0.9995 * unit or name == "us":  # what rounds to 1000 ms is 1 s
             return f"{digits(value / unit)} {name}"
     raise AssertionError
 
@@ -25,7 +25,7 @@ def seconds(value: float) -> str:
 def size(count: float) -> str:
     """Three digits and a unit of bytes."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
+        if count >= 0.9995 * unit:
             return f"{digits(count / unit)} {name}"
     return f"{count:.0f} B"
 
