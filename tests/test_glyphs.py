@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -340,10 +343,26 @@ class Hungry(heads.PlainHead):
         return super().forward(embeddings, labels) + torch.ones(12_000_000).sum()
 
 
-def test_peak_memory_sees_what_a_step_takes(monkeypatch):
-    monkeypatch.setattr(memory, "HEADS", {"plain": heads.PlainHead, "hungry": Hungry})
-    task = memory.Task(64, 8, [], "cpu", 1)
-    plain, hungry = (memory.peak_bytes(name, "ArcFace", 1.0, task) for name in memory.HEADS)
+PEAKS = """
+import json
+from benchmarks.glyphs import heads, memory
+from test_glyphs import Hungry
+
+memory.HEADS = {"plain": heads.PlainHead, "hungry": Hungry}
+task = memory.Task(64, 8, [], "cpu", 1)
+print(json.dumps([memory.peak_bytes(name, "ArcFace", 1.0, task) for name in memory.HEADS]))
+"""
+
+
+def test_peak_memory_sees_what_a_step_takes():
+    """In a process of its own: this one may have 48 MB left over from other tests."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    environment = os.environ | memory.ENVIRONMENT | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], env=environment, capture_output=True, text=True, check=True
+    )
+    plain, hungry = json.loads(done.stdout.splitlines()[-1])
     assert 47e6 < hungry < 60e6
     assert plain < 10e6
 
@@ -380,7 +399,7 @@ def test_the_whole_benchmark(letters, tmp_path):
             assert row[name]["head_ms"] > 0 and row[name]["peak_bytes"] > 0
             assert len(row[name]["loss"]) == 2 * row["first_epoch_steps"] == 4
             assert 0 <= row[name]["rank_1_centres"] <= 1
-    assert written["machine"]["torch"] == str(torch.__version__)
+    assert written["versions"]["torch"] and written["machine"]["threads"] > 0
     assert written["commit"] and written["date"]
 
     text = io.StringIO()
