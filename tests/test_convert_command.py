@@ -37,7 +37,7 @@ def test_eight_shards_become_a_checkpoint_and_three_shards(tmp_path):
         assert (tmp_path / "c" / name).stat().st_size == size
     three = tmp_path / "three"
     text = run(tmp_path / "c", three, "--to", "kappaface", "--world-size", 3).stdout
-    assert "6 files" in text and str(three) in text
+    assert "7 files" in text and str(three) in text
     found = convert.read(three)
     assert [shard.num_rows for shard in found.weight.shards] == [9, 9, 8]
     assert torch.equal(found.weight.tensor(0, 26), weight)

@@ -80,6 +80,55 @@ def test_swapped_shards_are_named(tmp_path, name):
     )
 
 
+def written(folder, name, classes=24):
+    """Shards of one size that were written here, for which sizes tell nothing."""
+    make.wespeaker(folder / "source.pt", make.centres(classes))
+    convert.write(convert.read(folder / "source.pt"), folder / "there", name, world_size=8)
+    return [folder / "there" / NAMES[name].format(rank) for rank in range(8)]
+
+
+@EVERY
+def test_swapped_shards_of_one_size_are_named(tmp_path, name):
+    paths = written(tmp_path, name)
+    convert.read(paths[0].parent, num_classes=24)
+    paths[2].rename(tmp_path / "aside")
+    paths[5].rename(paths[2])
+    (tmp_path / "aside").rename(paths[5])
+    words = re.escape(str(paths[2])), re.escape(paths[5].name), "swapped"
+    refused(paths[0].parent, *words, num_classes=24)
+
+
+@EVERY
+def test_a_missing_last_shard_is_named(tmp_path, name):
+    paths = written(tmp_path, name)
+    paths[7].unlink()
+    (tmp_path / "there" / "rank_7_softmax_weight_mom.pt").unlink(missing_ok=True)
+    refused(paths[0].parent, re.escape(paths[7].name), "missing", num_classes=21)
+
+
+@EVERY
+def test_shards_written_over_since_are_read(tmp_path, name):
+    """Training that goes on in the folder changes rows, and may be on fewer processes."""
+    paths = written(tmp_path, name)
+    folder = paths[0].parent
+    for path in paths:
+        path.unlink()
+    for path in folder.glob("*_mom.pt"):
+        path.unlink()
+    weight = make.centres(21) + 1
+    getattr(make, name)(tmp_path / "trained", weight, 7)
+    for path in (tmp_path / "trained").iterdir():
+        path.rename(folder / path.name)
+    found = convert.read(folder, num_classes=21)
+    assert torch.equal(found.weight.read(0, 21), weight)
+
+
+def test_a_damaged_note_of_the_order(tmp_path):
+    paths = written(tmp_path, "insightface")
+    (paths[0].parent / "fastmargin_shards.json").write_text("[")
+    refused(paths[0].parent, "fastmargin_shards.json is damaged", "remove it")
+
+
 @EVERY
 def test_rows_against_the_rule_are_named(tmp_path, name):
     paths = shards_of(tmp_path, name)

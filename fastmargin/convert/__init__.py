@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastmargin.convert import files
+from fastmargin.convert import files, shards
 from fastmargin.convert.centres import (
     Backbone,
     Centres,
@@ -165,7 +165,9 @@ def check_target(
             raise ConvertError(f"{target} is there already: see to --overwrite (overwrite)")
     if path.is_dir():
         foreign = sorted(
-            entry.name for entry in path.iterdir() if form.owns is None or not form.owns(entry.name)
+            entry.name
+            for entry in path.iterdir()
+            if entry.name != shards.ORDER and (form.owns is None or not form.owns(entry.name))
         )
         if foreign:
             raise ConvertError(

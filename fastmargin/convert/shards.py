@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastmargin.convert.centres import ConvertError, Rows, Shard
 
@@ -23,6 +26,65 @@ def even(num_classes: int, world_size: int) -> list[int]:
 def padded(num_classes: int, world_size: int) -> list[int]:
     """ceil(C / W) for all, with pad rows after the last class: CVLface."""
     return [-(-num_classes // world_size)] * world_size
+
+
+ORDER = "fastmargin_shards.json"
+"""Beside shards that were written here: which rows each of them has. Their own code ignores it."""
+
+
+def mark(rows: Tensor) -> str:
+    """What a shard (n, D) is recognised by: its size and both ends; "" without rows."""
+    if not len(rows):
+        return ""
+    return _digest(len(rows), rows[:1], rows[-1:])
+
+
+def _digest(count: int, first: Tensor, last: Tensor) -> str:
+    found = hashlib.sha256(str(count).encode())
+    for row in (first, last):
+        found.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_order(folder: Path, marks: dict[str, str]) -> None:
+    """Notes the :func:`mark` of every file, by its name: sizes alone do not show a swap."""
+    (folder / ORDER).write_text(json.dumps(marks, indent=1) + "\n")
+
+
+def check_order(shards: Sequence[Shard]) -> None:
+    """Compares shards with the note beside them, if there is one.
+
+    Files that were written over since, as by training that went on there, are none of its business.
+
+    Raises:
+        ConvertError: a file has the rows that another one had, or one that the others belong to is
+            missing.
+    """
+    folder = shards[0].path.parent
+    file = folder / ORDER
+    if not file.exists():
+        return
+    noted: dict[str, list[str]] = {}  # shards of pad rows are alike
+    try:
+        for name, found in json.loads(file.read_text()).items():
+            noted.setdefault(found, []).append(name)
+    except (ValueError, AttributeError, TypeError):
+        raise ConvertError(f"{file} is damaged: remove it to do without") from None
+    noted.pop("", None)
+    own = {}
+    for shard in shards:
+        if shard.num_rows:
+            ends = shard.read(0, 1), shard.read(shard.num_rows - 1, shard.num_rows)
+            own[shard.path.name] = _digest(shard.num_rows, *ends)
+    for name, found in own.items():
+        if name not in noted.get(found, [name]):
+            raise ConvertError(
+                f"{folder / name} has the rows that {noted[found][0]} was written with: the "
+                "shards are swapped or renamed"
+            )
+    missing = sorted({name for names in noted.values() for name in names} - own.keys())
+    if missing and all(found in noted for found in own.values()):
+        raise ConvertError(f"{folder}: {', '.join(missing)} missing of what was written there")
 
 
 def numbered(folder: Path, name: str) -> list[Path]:

@@ -60,6 +60,7 @@ def _read(path: Path, reading: Reading) -> Centres:
                 f"{file}: AdaFace's statistics are others than in {paths[0].name}: they were "
                 "saved at different times"
             )
+    shards.check_order(found)
     rows = shards.joined(found, shards.padded, reading.num_classes, pads=True)
     rest += [name for name in BESIDE if (path / name).exists()]
     model, backbone = path / "model.pt", None
@@ -70,14 +71,16 @@ def _read(path: Path, reading: Reading) -> Centres:
 
 def _write(centres: Centres, path: Path, writing: Writing) -> None:
     path.mkdir()
-    start, classes = 0, centres.num_classes
+    start, classes, marks = 0, centres.num_classes, {}
     for rank, count in enumerate(shards.padded(classes, writing.world_size)):
         rows = torch.zeros((count, centres.weight.dim), dtype=centres.weight.dtype)
         here = max(0, min(count, classes - start))
         centres.weight.into(rows[:here], start)
         state = {f"{PARTIAL_FC}{name}": value for name, value in centres.statistics.items()}
         files.save(path / NAME.format(rank), {f"{PARTIAL_FC}weight": rows, **state})
+        marks[NAME.format(rank)] = shards.mark(rows)
         start += count
+    shards.write_order(path, marks)
 
 
 FORMAT = Format(

@@ -53,6 +53,7 @@ def _read(path: Path, reading: Reading) -> Centres:
                     f"{file}: {key} is {content.get(key)}, in {paths[0].name} {first.get(key)}: "
                     "they were saved at different times"
                 )
+    shards.check_order(weights)
     rows = shards.joined(weights, shards.even, reading.num_classes)
     momentum = None
     if momenta:
@@ -73,11 +74,13 @@ def _read(path: Path, reading: Reading) -> Centres:
 
 def _write(centres: Centres, path: Path, writing: Writing) -> None:
     path.mkdir()
-    start = 0
+    start, marks = 0, {}
     for rank, count in enumerate(shards.even(centres.num_classes, writing.world_size)):
         rows = centres.weight.tensor(start, start + count)
         files.save(path / NAME.format(rank), {HEAD: {"weight": rows}})
+        marks[NAME.format(rank)] = shards.mark(rows)
         start += count
+    shards.write_order(path, marks)
 
 
 FORMAT = Format(

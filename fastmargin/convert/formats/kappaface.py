@@ -26,6 +26,7 @@ def _itself(content: Tensor) -> Tensor:
 
 def _rows(paths: list[Path], num_classes: int | None):
     found = [files.shard(path, files.load(path), _itself) for path in paths]
+    shards.check_order(found)
     return shards.joined(found, shards.even, num_classes)
 
 
@@ -54,15 +55,19 @@ def _read(path: Path, reading: Reading) -> Centres:
 
 def _write(centres: Centres, path: Path, writing: Writing) -> None:
     path.mkdir()
-    start = 0
+    start, marks = 0, {}
     for rank, count in enumerate(shards.even(centres.num_classes, writing.world_size)):
-        files.save(path / NAME.format(rank), centres.weight.tensor(start, start + count))
+        rows = centres.weight.tensor(start, start + count)
+        files.save(path / NAME.format(rank), rows)
+        marks[NAME.format(rank)] = shards.mark(rows)
+        del rows
         if centres.momentum is None:
             buffer = torch.zeros((count, centres.weight.dim), dtype=centres.weight.dtype)
         else:
             buffer = centres.momentum.tensor(start, start + count)
         files.save(path / MOMENTUM.format(rank), buffer)
         start += count
+    shards.write_order(path, marks)
 
 
 FORMAT = Format(
