@@ -1,167 +1,38 @@
-"""Checkpoints: nothing is lost between any numbers of processes, and one is always whole."""
+"""Checkpoints: nothing is lost between any numbers of processes, and misfits are refused."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
-import signal
-import threading
-import time
 from collections import OrderedDict
 
+import checkpoint_cases
 import pytest
 import torch
+from checkpoint_cases import (
+    BATCH,
+    DIM,
+    Training,
+    adamw,
+    assert_same,
+    fresh,
+    sgd,
+    small,
+    small_chunks,
+    snapshot,
+    stepped,
+)
 from fresh_processes import run_fresh
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
 
 import fastmargin as fm
 from fastmargin.checkpoint import folder
 from fastmargin.distributed import collectives
 
+# fixtures
+chunks = checkpoint_cases.chunks
+
 pytestmark = pytest.mark.dist
-
-DIM, BATCH = 8, 12
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=0.01)
-
-
-def row_sgd(parameters):
-    return fm.optim.RowSGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-
-def row_adamw(parameters):
-    return fm.optim.RowAdamW(parameters, lr=0.01)
-
-
-# name -> classes, margin, options of the head, optimiser
-CASES = {
-    "adaface": (507, lambda: fm.AdaFace(t_alpha=0.5), {}, sgd),
-    "kappaface": (5, lambda: fm.KappaFace(), {}, adamw),
-    "sampled": (507, lambda: fm.CosFace(), {"sample_rate": 0.3, "seed": 7}, adamw),
-    "row_sgd": (300, lambda: fm.ElasticFace(), {"sample_rate": 0.5, "sparse_grad": True}, row_sgd),
-    "row_adamw": (5, lambda: fm.ArcFace(), {"num_sampled": 1, "sparse_grad": True}, row_adamw),
-}
-
-
-class Training:
-    """A backbone, heads on it, and what trains them."""
-
-    def __init__(self, group=None, cases=CASES) -> None:
-        self.net = nn.Sequential(nn.Linear(6, DIM), nn.LayerNorm(DIM))
-        if group is not None:
-            self.net = DistributedDataParallel(self.net, process_group=group)
-        self.optimisers = [adamw(self.net.parameters())]
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimisers[0], 2)
-        self.objects = {
-            "net": self.net,
-            "net optimiser": self.optimisers[0],
-            "schedule": self.schedule,
-        }
-        self.heads = {}
-        for name, (classes, margin, options, optimiser) in cases.items():
-            self.heads[name] = fm.MarginHead(DIM, classes, margin(), group=group, **options)
-            self.optimisers.append(optimiser(self.heads[name].parameters()))
-            self.objects[name] = self.heads[name]
-            self.objects[f"{name} optimiser"] = self.optimisers[-1]
-
-    def loss(self, number: int, rows: slice = slice(None)) -> torch.Tensor:
-        """Of some rows of a batch."""
-        generator = torch.Generator().manual_seed(number)
-        x = torch.randn(BATCH, 6, generator=generator)
-        features, total = self.net(x[rows]), 0
-        for head in self.heads.values():
-            labels = torch.randint(head.num_classes, (BATCH,), generator=generator)
-            total = total + head(features, labels[rows])
-        return total
-
-    def step(self, number: int, rows: slice = slice(None)) -> None:
-        loss = self.loss(number, rows)
-        for optimiser in self.optimisers:
-            optimiser.zero_grad()
-        loss.backward()
-        for optimiser in self.optimisers:
-            optimiser.step()
-        self.schedule.step()
-
-    def trained(self, steps: int = 3, rows: slice = slice(None)) -> Training:
-        for number in range(steps):
-            self.step(number, rows)
-        return self
-
-    def rows(self) -> dict[str, tuple[int, int]]:
-        """Which classes of every head are here."""
-        return {name: (head.shard.start, head.shard.stop) for name, head in self.heads.items()}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything that counts, by name; of split tensors the rows that are here."""
-        found = {}
-
-        def add(name, value):
-            if isinstance(value, dict):
-                for key, part in value.items():
-                    add(f"{name}.{key}", part)
-            elif isinstance(value, (list, tuple)):
-                add(name, dict(enumerate(value)))
-            elif isinstance(value, torch.Tensor):
-                value = value.to_local() if hasattr(value, "placements") else value
-                found[name] = value.detach().clone()
-            elif isinstance(value, (int, float)):
-                found[name] = torch.tensor(value, dtype=torch.float64)
-
-        # optimisers first: taking their state settles rows
-        for name in sorted(self.objects, key=lambda name: "optimiser" not in name):
-            thing = self.objects[name]
-            thing = thing.module if isinstance(thing, DistributedDataParallel) else thing
-            add(name, thing.state_dict())
-        # where a lazy optimiser stands; it starts anew when nothing is owed
-        return {name: value for name, value in found.items() if not name.endswith("last_step")}
-
-
-def per_class(name: str, value: torch.Tensor) -> bool:
-    """Whether this part of a state has a row for every class that is here."""
-    owner, *_, last = name.split(".")
-    case, _, optimiser = owner.partition(" ")
-    if case not in CASES:
-        return False
-    return value.dim() > 0 if optimiser else last in ("weight", "class_sums", "class_seen")
-
-
-def assert_same(found: dict, expected: dict, rows=None) -> None:
-    """To the bit. rows: name of a case -> which of its rows ``found`` has; None: all."""
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
-        whole = expected[name]
-        if rows is not None and per_class(name, value):
-            whole = whole[slice(*rows[name.split(".")[0].split()[0]])]
-        assert value.dtype == whole.dtype and value.equal(whole), name
-
-
-def small_chunks() -> None:
-    """Tensors of tests have several chunks."""
-    from fastmargin.checkpoint import storage
-
-    storage.CHUNK_BYTES = 1000
-
-
-@pytest.fixture(autouse=True)
-def chunks():
-    small_chunks()
-
-
-def fresh(n: int, function, *args, **options) -> list:
-    """What a function returns on n processes, none of which fails."""
-    outcomes = run_fresh(n, function, *args, **options)
-    assert [outcome[1:] for outcome in outcomes] == [(None, None)] * n
-    return [outcome.value for outcome in outcomes]
 
 
 # ---- any number of processes ----
@@ -305,27 +176,6 @@ def test_a_fully_sharded_backbone(tmp_path):
 
 
 # ---- what does not fit ----
-
-
-def small(classes=20, dim=DIM, margin=fm.AdaFace, optimiser=adamw, **options):
-    head = fm.MarginHead(dim, classes, margin(), **options)
-    return {"head": head, "optimiser": optimiser(head.parameters())}
-
-
-def stepped(objects, number=0):
-    head, optimiser = objects["head"], objects["optimiser"]
-    generator = torch.Generator().manual_seed(number)
-    x = torch.randn(6, head.embedding_size, generator=generator)
-    head(x, torch.arange(6)).backward()
-    optimiser.step()
-    optimiser.zero_grad()
-    return objects
-
-
-def snapshot(objects) -> dict:
-    training = Training(cases={})
-    training.objects = {name: thing for name, thing in objects.items() if name != "value"}
-    return training.state()
 
 
 class Refuses:
@@ -476,162 +326,3 @@ class StateOf:
 
     def state_dict(self):
         return self.state
-
-
-# ---- interrupted ----
-
-
-@pytest.mark.parametrize(
-    "where", ["storage.write", "storage.plan", "folder.make_current", "os.replace"]
-)
-def test_a_save_that_fails_leaves_the_checkpoint_before(where, tmp_path, monkeypatch):
-    from fastmargin.checkpoint import storage
-
-    saved = stepped(small())
-    fm.checkpoint.save(tmp_path, saved)
-    before = snapshot(saved)
-    stepped(saved, 1)
-
-    def fail(*_):
-        raise OSError("no space left")
-
-    module, name = where.split(".")
-    with monkeypatch.context() as patch:
-        patch.setattr({"storage": storage, "folder": folder, "os": os}[module], name, fail)
-        with pytest.raises(OSError, match="no space left"):
-            fm.checkpoint.save(tmp_path, saved)
-    loaded = small()
-    fm.checkpoint.load(tmp_path, loaded)
-    assert_same(snapshot(loaded), before)
-    # the next one clears up
-    fm.checkpoint.save(tmp_path, saved)
-    fm.checkpoint.load(tmp_path, loaded)
-    assert_same(snapshot(loaded), snapshot(saved))
-    assert len(list(tmp_path.glob("version-*"))) == 1
-
-
-def test_a_damaged_file_changes_nothing(tmp_path):
-    saved = stepped(small())
-    fm.checkpoint.save(tmp_path, saved)
-    (file,) = tmp_path.glob("*/*.distcp")
-    with open(file, "r+b") as stream:
-        stream.truncate(file.stat().st_size - 100)
-    objects = stepped(small(), 1)
-    before = snapshot(objects)
-    with pytest.raises((RuntimeError, EOFError)):
-        fm.checkpoint.load(tmp_path, objects)
-    assert_same(snapshot(objects), before)
-
-
-def test_training_goes_on_while_it_writes(tmp_path, monkeypatch):
-    from fastmargin.checkpoint import storage
-
-    go, write = threading.Event(), storage.write
-    monkeypatch.setattr(storage, "write", lambda *a: (go.wait(30), write(*a))[1])
-    saved = {**stepped(small()), "value": [1]}
-    before = snapshot(saved)
-    saving = fm.checkpoint.async_save(tmp_path, saved)
-    stepped(saved, 1)["value"].append(2)
-    assert not saving.done()
-    go.set()
-    loaded = small()
-    assert fm.checkpoint.load(tmp_path, loaded) == {"value": [1]}  # it waits
-    assert saving.done()
-    assert_same(snapshot(loaded), before)
-
-
-def test_an_error_nobody_asked_for_is_told_once(tmp_path, monkeypatch):
-    from fastmargin.checkpoint import storage
-
-    saved, unwritten = stepped(small()), storage.write
-    monkeypatch.setattr(storage, "write", lambda *_: 1 / 0)
-    fm.checkpoint.async_save(tmp_path, saved)
-    with pytest.raises(ZeroDivisionError):
-        fm.checkpoint.save(tmp_path, saved)
-    monkeypatch.setattr(storage, "write", unwritten)
-    fm.checkpoint.save(tmp_path, saved)
-    fm.checkpoint.load(tmp_path, saved)
-
-
-# ---- a process dies ----
-
-
-def dies(group, path, how):
-    """Saves, trains on, and process 1 or 0 dies on the way, or does not come."""
-    from fastmargin.checkpoint import storage
-
-    small_chunks()
-    rank, write = group.rank(), storage.write
-    training = Training(group).trained(2)
-    torch.save((training.state(), training.rows()), path / f"state-{rank}")
-    path = path / "checkpoint"
-    fm.checkpoint.save(path, training.objects)
-
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def write_half(writer, plan, pieces):
-        if rank == 1:
-            half = [*plan.items][: len(plan.items) // 2]
-            write(writer, dataclasses.replace(plan, items=half), pieces)
-            die()
-        return write(writer, plan, pieces)
-
-    if how == "step":
-        loss = training.loss(2)
-        if rank == 1:
-            os._exit(7)
-        loss.backward()
-    elif how == "load":
-        training.step(2)
-        before = training.state()
-        if rank == 1:
-            storage.read = die
-        try:
-            fm.checkpoint.load(path, training.objects)
-        finally:
-            assert_same(training.state(), before)
-    elif how == "absent":
-        if rank == 1:
-            time.sleep(9)
-            return
-        fm.checkpoint.save(path, training.objects)
-    else:
-        training.step(2)
-        if how == "end" and rank == 0:
-            os.replace = die
-        elif how != "end":
-            storage.write = write_half
-        if how == "async":
-            saving = fm.checkpoint.async_save(path, training.objects)
-            time.sleep(0.2)
-            saving.result()
-        else:
-            fm.checkpoint.save(path, training.objects)
-
-
-@pytest.mark.parametrize(
-    "how, dead, code, named",
-    [
-        ("step", 1, 7, "gradients|sum|gathering"),
-        ("write", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
-        ("async", 1, -signal.SIGKILL, r"saving the checkpoint .*\(its files\)"),
-        ("end", 0, -signal.SIGKILL, r"saving the checkpoint .*\(its end\)"),
-        ("load", 1, -signal.SIGKILL, r"loading the checkpoint .*\(reading it\)"),
-        ("absent", 1, None, "preparing the checkpoint"),
-    ],
-)
-def test_a_process_that_dies_is_an_error_and_no_loss(how, dead, code, named, tmp_path):
-    outcomes = run_fresh(3, dies, tmp_path, how, seconds=6 if how == "absent" else 20)
-    for rank, outcome in enumerate(outcomes):
-        if rank == dead:
-            assert outcome.code == code
-        else:
-            assert re.match(
-                f"ProcessError: .*({named}).* between 3 processes failed", outcome.error
-            )
-    loaded = Training()
-    fm.checkpoint.load(tmp_path / "checkpoint", loaded.objects)
-    for rank in range(3):
-        state, rows = torch.load(tmp_path / f"state-{rank}")
-        assert_same(state, loaded.state(), rows)

@@ -1,0 +1,42 @@
+"""The operators: schema, fake and autograd of each, in ``torch.ops.fastmargin``.
+
+This is the only place that registers operators for users. Records of :mod:`fastmargin.spec` are
+taken apart here, since a schema holds only tensors and numbers, and put together again for the
+backend. Shapes and meanings stand in :mod:`fastmargin.backends.interface`.
+
+Every backward is an operator without a derivative of its own, so that a second-order gradient is
+an error and not a wrong number.
+"""
+
+from fastmargin.ops.margin_rows import margin_rows
+from fastmargin.ops.marked import marked
+from fastmargin.ops.permutation import permutation
+from fastmargin.ops.registration import check_backend
+from fastmargin.ops.row_prologue import row_prologue, row_prologue_backward
+from fastmargin.ops.row_stats import (
+    row_stats,
+    row_stats_backward,
+    row_stats_backward_x,
+    target_cosine,
+)
+from fastmargin.ops.row_topk import row_topk, row_topk_backward
+from fastmargin.ops.softmax_loss import softmax_loss, softmax_loss_backward
+from fastmargin.ops.spread_rows import spread_rows
+
+__all__ = [
+    "check_backend",
+    "margin_rows",
+    "marked",
+    "permutation",
+    "row_prologue",
+    "row_prologue_backward",
+    "row_stats",
+    "row_stats_backward",
+    "row_stats_backward_x",
+    "row_topk",
+    "row_topk_backward",
+    "softmax_loss",
+    "softmax_loss_backward",
+    "spread_rows",
+    "target_cosine",
+]

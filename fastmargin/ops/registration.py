@@ -1,0 +1,50 @@
+"""What every operator needs: its registration, its backend, and checks."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastmargin import backends
+from fastmargin.backends.interface import Backend
+from fastmargin.norms import compute_dtype
+
+
+def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
+    """Registers the decorated function, and keeps autocast out of the products inside it."""
+
+    def register(function):
+        @functools.wraps(function)
+        def without_autocast(first, *rest):
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *rest)
+
+        define = torch.library.custom_op(f"fastmargin::{name}", mutates_args=mutates, schema=schema)
+        return define(without_autocast)
+
+    return register
+
+
+def backend_for(requested: str, x: Tensor, precision: str = "auto", k: int = 1) -> Backend:
+    """The backend of the operators for (B, D) x."""
+    return backends.select(requested, x.device, x.dtype, precision, x.shape[1], k)
+
+
+def check_backend(x: Tensor, precision: str, backend: str, k: int = 1) -> None:
+    """Raises :class:`fastmargin.backends.BackendError` where the operators would, for (B, D) x."""
+    dtype = compute_dtype(x.dtype)
+    backends.select(backend, x.device, dtype, precision, x.shape[1], k)
+
+
+def check_index(index: Tensor | None, weight: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``index`` is None or (K,) int64 beside ``weight``."""
+    if index is None:
+        return
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}: use index.long()")
+    if index.dim() != 1:
+        raise ValueError(f"index must have shape (K,), got {tuple(index.shape)}")
+    if index.device != weight.device:
+        raise ValueError(f"index is on {index.device}, weight on {weight.device}: move one of them")

@@ -1,0 +1,76 @@
+"""Unit embeddings, their norms and running statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.backends import row_gradients
+from fastmargin.norms import compute_dtype
+from fastmargin.ops.registration import backend_for, op
+from fastmargin.spec import NormEma
+
+
+@op(
+    "row_prologue",
+    "(Tensor x, Tensor? labels, Tensor? ema_mean, Tensor? ema_std, float[] ema_params, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _row_prologue(x, labels, ema_mean, ema_std, ema_params, backend):
+    ema = None if ema_mean is None else NormEma(ema_mean, ema_std, *ema_params)
+    outputs = backend_for(backend, x).row_prologue(x, labels, ema)
+    return outputs if ema else (*outputs[:2], outputs[0].new_empty(0), outputs[0].new_empty(0))
+
+
+@_row_prologue.register_fake
+def _(x, labels, ema_mean, ema_std, ema_params, backend):
+    statistic = (0 if ema_mean is None else 1,)
+    shapes = x.shape, x.shape[:1], statistic, statistic
+    return tuple(x.new_empty(shape, dtype=compute_dtype(x.dtype)) for shape in shapes)
+
+
+def _row_prologue_setup(ctx, inputs, output):
+    ctx.x_dtype = inputs[0].dtype
+    ctx.save_for_backward(output[0], output[1])
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+@op(
+    "row_prologue_backward", "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm) -> Tensor"
+)
+def row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
+    return row_gradients.through_norm(d_x_hat, d_norm, x_hat, norm)
+
+
+@row_prologue_backward.register_fake
+def _(d_x_hat, d_norm, x_hat, norm):
+    return x_hat.new_empty(x_hat.shape)
+
+
+def _row_prologue_autograd(ctx, d_x_hat, d_norm, _mean, _std):
+    x_hat, norm = ctx.saved_tensors
+    if d_x_hat is None:
+        d_x_hat = torch.zeros_like(x_hat)
+    d_x = row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm)
+    return d_x.to(ctx.x_dtype), None, None, None, None, None
+
+
+_row_prologue.register_autograd(_row_prologue_autograd, setup_context=_row_prologue_setup)
+
+
+def row_prologue(
+    x: Tensor, labels: Tensor | None, ema: NormEma | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit rows (B, D), norms (B,), and the norm statistics (1,), (1,) after this batch.
+
+    The statistics are empty, (0,), without ``ema``. A row with label < 0 may hold anything: it is
+    a zero row of norm 0 without a gradient. With labels None, and no ``ema``, none is.
+
+    Differentiable in ``x`` through the first two. A row of norm below 1e-12 gives a zero row and
+    a zero gradient (``F.normalize`` would give 1e12 times the upstream one).
+    """
+    if ema is None:
+        return _row_prologue(x, labels, None, None, [], backend)
+    params = [ema.alpha, ema.low, ema.high]
+    return _row_prologue(x, labels, ema.mean, ema.std, params, backend)

@@ -1,0 +1,258 @@
+"""The heavy pass over the centres, and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmargin.backends import row_gradients
+from fastmargin.ops.registration import backend_for, check_index, op
+from fastmargin.ops.spread_rows import spread_rows
+from fastmargin.spec import HardRule, RowStats
+
+
+@torch.no_grad()
+def target_cosine(
+    x_hat: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    class_start: int = 0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """(B,) cosine with the own centre, 0 where it is not in the pass; no gradient.
+
+    For the rules on negatives that need it before the pass over the centres. ``index`` as in
+    :func:`row_stats`.
+    """
+    check_index(index, weight)
+    own, _ = row_gradients.own_rows(weight, row_gradients.row_numbers(labels - class_start, index))
+    return (x_hat * own.to(x_hat.dtype)).sum(1)
+
+
+_STATS_ARGS = (
+    "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
+    " Tensor? hard_threshold, Tensor? hard_coefficients, float hard_bound, int class_start"
+)
+
+
+def _hard(threshold, coefficients, bound: float) -> HardRule | None:
+    return None if threshold is None else HardRule(threshold, coefficients, bound)
+
+
+@op(
+    "row_stats",
+    f"({_STATS_ARGS}, bool want_pull, bool sparse_grad, float row_tolerance, str precision,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _row_stats(
+    x_hat,
+    weight,
+    index,
+    labels,
+    scale,
+    hard_threshold,
+    hard_coefficients,
+    hard_bound,
+    class_start,
+    want_pull,
+    sparse_grad,
+    row_tolerance,
+    precision,
+    backend,
+):
+    stats = backend_for(backend, x_hat, precision).row_stats(
+        x_hat,
+        weight,
+        index,
+        labels,
+        scale,
+        _hard(hard_threshold, hard_coefficients, hard_bound),
+        class_start,
+        want_pull,
+        precision,
+    )
+    mark = x_hat.new_zeros(x_hat.shape[0] if row_tolerance > 0 else 0)
+    return stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull, mark
+
+
+@_row_stats.register_fake
+def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start, want_pull, *rest):
+    rows = x_hat.shape[:1]
+    pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
+    mark = x_hat.new_empty(rows if rest[1] > 0 else (0,))
+    return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull, mark
+
+
+@op(
+    "row_stats_backward",
+    f"(Tensor d_lse, Tensor d_cos, Tensor? miss, {_STATS_ARGS}, Tensor lse_neg,"
+    " float row_tolerance, str precision, str backend) -> Tensor",
+)
+def row_stats_backward(
+    d_lse,
+    d_cos,
+    miss,
+    x_hat,
+    weight,
+    index,
+    labels,
+    scale,
+    hard_threshold,
+    hard_coefficients,
+    hard_bound,
+    class_start,
+    lse_neg,
+    row_tolerance,
+    precision,
+    backend,
+):
+    d_lse, d_cos = row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance)
+    return backend_for(backend, x_hat, precision).row_stats_backward(
+        d_lse.contiguous(),
+        d_cos.contiguous(),
+        x_hat,
+        weight,
+        index,
+        labels,
+        lse_neg,
+        scale,
+        _hard(hard_threshold, hard_coefficients, hard_bound),
+        class_start,
+        precision,
+        miss is not None and row_tolerance > 0,
+    )
+
+
+@row_stats_backward.register_fake
+def _(d_lse, d_cos, miss, x_hat, weight, index, *_):
+    rows = weight.shape[0] if index is None else index.shape[0]
+    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+
+
+@op(
+    "row_stats_backward_x",
+    "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor? index, Tensor labels,"
+    " float scale, int class_start) -> Tensor",
+)
+def row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
+    return row_gradients.through_stats(
+        d_lse, d_cos, pull, weight, index, labels, scale, class_start
+    )
+
+
+@row_stats_backward_x.register_fake
+def _(d_lse, d_cos, pull, *_):
+    return pull.new_empty(pull.shape)
+
+
+def _row_stats_setup(ctx, inputs, output):
+    x_hat, weight, index, labels, scale, threshold, coefficients, bound, class_start = inputs[:9]
+    lse_neg, _, max_neg, pull, _ = output
+    ctx.save_for_backward(x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull)
+    ctx.mark_non_differentiable(max_neg, pull)
+    ctx.set_materialize_grads(False)
+    ctx.has_pull, ctx.sparse_grad, *rest = inputs[9:]
+    ctx.rest = scale, bound, class_start, *rest
+
+
+def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
+    x_hat, weight, index, labels, threshold, coefficients, lse_neg, pull = ctx.saved_tensors
+    scale, bound, class_start, *settings = ctx.rest
+    rest = (None,) * 12
+    if d_lse is None and d_cos is None:
+        return None, None, *rest
+    zero = torch.zeros_like(lse_neg)
+    d_lse = zero if d_lse is None else d_lse
+    d_cos = zero if d_cos is None else d_cos
+    d_x_hat = d_weight = None
+    if ctx.needs_input_grad[0]:
+        if not ctx.has_pull:
+            raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
+        d_x_hat = row_stats_backward_x(
+            d_lse, d_cos, pull, weight, index, labels, scale, class_start
+        )
+    if ctx.needs_input_grad[1]:
+        rows = row_stats_backward(
+            d_lse,
+            d_cos,
+            miss,
+            x_hat,
+            weight,
+            index,
+            labels,
+            scale,
+            threshold,
+            coefficients,
+            bound,
+            class_start,
+            lse_neg,
+            *settings,
+        )
+        d_weight = spread_rows(rows, index, weight, ctx.sparse_grad)
+    return d_x_hat, d_weight, *rest
+
+
+_row_stats.register_autograd(_row_stats_autograd, setup_context=_row_stats_setup)
+
+
+def row_stats(
+    x_hat: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    hard: HardRule | None = None,
+    class_start: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+    index: Tensor | None = None,
+    sparse_grad: bool = False,
+    want_pull: bool | None = None,
+    row_tolerance: float = 0.0,
+) -> RowStats:
+    """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
+
+    Args:
+        x_hat: (B, D) unit rows from :func:`row_prologue`, float32 or float64.
+        weight: (C, D) raw centres, any strides, any float dtype.
+        labels: (B,) int64 global class ids; -1 for a row without a class. With an index,
+            ``labels - class_start`` counts its places.
+        scale: s.
+        hard: rule for hard negatives.
+        class_start: global id of ``weight[0]``.
+        precision: operand type of the products, one of ``spec.PRECISIONS``.
+        backend: "auto" or a backend's name.
+        index: (K,) int64 rows of ``weight`` that take part, distinct, in any order, -1 at an empty
+            place; None for all rows.
+        sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), so that nothing of
+            size (C, D) is made; not under ``torch.compile``.
+        want_pull: form ``pull``, which a gradient of ``x_hat`` needs; default: where it is wanted.
+        row_tolerance: leave rows with 1 - p_y up to it out of the gradient of ``weight``; they are
+            known where the loss went through :func:`marked`.
+
+    Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
+
+    Raises:
+        TypeError, ValueError: index is not as above.
+    """
+    check_index(index, weight)
+    rule = (None, None, 1.0)
+    if hard is not None:
+        rule = hard.threshold, hard.coefficients, float(hard.bound)
+    if want_pull is None:
+        want_pull = torch.is_grad_enabled() and x_hat.requires_grad
+    return RowStats(
+        *_row_stats(
+            x_hat,
+            weight,
+            index,
+            labels,
+            float(scale),
+            *rule,
+            class_start,
+            want_pull,
+            sparse_grad,
+            float(row_tolerance),
+            precision,
+            backend,
+        )
+    )

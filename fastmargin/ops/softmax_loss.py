@@ -1,0 +1,179 @@
+"""A whole step as two operators, for fewer launches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fastmargin.norms import compute_dtype
+from fastmargin.ops.registration import backend_for, check_index, op
+from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
+
+_LOSS_PARTS = tuple(field.name for field in dataclasses.fields(SoftmaxLoss))
+
+
+@op(
+    "softmax_loss",
+    "(Tensor x, Tensor weight, Tensor? index, Tensor labels, Tensor columns, int class_start,"
+    " int num_classes, float[] params, int[] codes, Tensor(a!)? mean, Tensor(b!)? std,"
+    " Tensor? table, float[] ema_params, str reduction, bool want_pull, str precision, str backend)"
+    f" -> ({', '.join(['Tensor'] * len(_LOSS_PARTS))})",
+    mutates=("mean", "std"),
+)
+def _softmax_loss(
+    x,
+    weight,
+    index,
+    labels,
+    columns,
+    class_start,
+    num_classes,
+    params,
+    codes,
+    mean,
+    std,
+    table,
+    ema_params,
+    reduction,
+    want_pull,
+    precision,
+    backend,
+):
+    form = MarginForm.build(params, codes, mean, std, table)
+    ema = NormEma(mean, std, *ema_params) if ema_params else None
+    return (
+        backend_for(backend, x, precision)
+        .softmax_loss(
+            x,
+            weight,
+            index,
+            labels,
+            columns,
+            class_start,
+            num_classes,
+            form,
+            ema,
+            reduction,
+            want_pull,
+            precision,
+        )
+        .tensors()
+    )
+
+
+def softmax_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    columns: Tensor,
+    num_classes: int,
+    form: MarginForm,
+    ema: NormEma | None,
+    reduction: str,
+    want_pull: bool,
+    class_start: int = 0,
+    precision: str = "auto",
+    backend: str = "auto",
+    index: Tensor | None = None,
+) -> SoftmaxLoss:
+    """All of a forward pass in one operator, without a derivative: :mod:`fastmargin.fused` has it.
+
+    The arguments are those of :meth:`fastmargin.backends.interface.Backend.softmax_loss`. In eager
+    mode it spares the launches between the operators above; compiled, they are fused anyway.
+    """
+    check_index(index, weight)
+    return SoftmaxLoss(
+        *_softmax_loss(
+            x,
+            weight,
+            index,
+            labels,
+            columns,
+            class_start,
+            num_classes,
+            form.params(),
+            form.codes(),
+            form.mean,
+            form.std,
+            form.table,
+            [] if ema is None else [ema.alpha, ema.low, ema.high],
+            reduction,
+            want_pull,
+            precision,
+            backend,
+        )
+    )
+
+
+@_softmax_loss.register_fake
+def _(x, weight, index, labels, *rest):
+    reduction, want_pull = rest[-4:-2]
+    dtype, (b, d) = compute_dtype(x.dtype), x.shape
+    shapes = dict.fromkeys(_LOSS_PARTS, (b,)) | {
+        "loss": (0,) if reduction == "none" else (),
+        "share": (1,),
+        "x_hat": (b, d),
+        "operand": (0,),
+        "pull": (b if want_pull else 0, d),
+    }
+    made = {name: x.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    return tuple((made | {"valid": x.new_empty((b,), dtype=torch.bool)}).values())
+
+
+@op(
+    "softmax_loss_backward",
+    "(Tensor d_loss, Tensor[] made, Tensor weight, Tensor? index, Tensor columns, int class_start,"
+    " float scale, ScalarType x_dtype, bool want_x, bool want_weight, float row_tolerance,"
+    " str precision, str backend) -> (Tensor, Tensor)",
+)
+def _softmax_loss_backward(d_loss, made, weight, *rest):
+    made = SoftmaxLoss(*made)
+    *rest, precision, backend = rest
+    chosen = backend_for(backend, made.x_hat, precision)
+    found = chosen.softmax_loss_backward(d_loss, made, weight, *rest, precision)
+    return tuple(weight.new_empty(0) if part is None else part for part in found)
+
+
+@_softmax_loss_backward.register_fake
+def _(d_loss, made, weight, index, columns, start, scale, x_dtype, want_x, want_weight, *_):
+    rows = weight.shape[0] if index is None else index.shape[0]
+    of_weight = (rows, weight.shape[1]) if want_weight else (0,)
+    d_x = weight.new_empty(0)
+    if want_x:
+        d_x = weight.new_empty((columns.shape[0], weight.shape[1]), dtype=x_dtype)
+    return d_x, weight.new_empty(of_weight)
+
+
+def softmax_loss_backward(
+    d_loss: Tensor,
+    made: SoftmaxLoss,
+    weight: Tensor,
+    index: Tensor | None,
+    columns: Tensor,
+    class_start: int,
+    scale: float,
+    x_dtype: torch.dtype,
+    want_x: bool,
+    want_weight: bool,
+    row_tolerance: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """See :meth:`fastmargin.backends.interface.Backend.softmax_loss_backward`; (0,) for None."""
+    return _softmax_loss_backward(
+        d_loss,
+        made.tensors(),
+        weight,
+        index,
+        columns,
+        class_start,
+        scale,
+        x_dtype,
+        want_x,
+        want_weight,
+        row_tolerance,
+        precision,
+        backend,
+    )
