@@ -209,6 +209,23 @@ def test_a_target_out_of_range():
         F.cross_entropy(out, target)
 
 
+def test_labels_out_of_range_that_nobody_looked_at():
+    """As on a GPU: the row's loss is NaN, the others are right, and nothing is read out of bounds."""
+    x, weight, labels = parts()
+    wrong = labels.clone()
+    wrong[3] = 50 + 10**6
+    scores = CentreScores.of(x, weight, ARC, wrong)
+    loss, logit = scores.rows(wrong, torch.ones(12, dtype=torch.bool))
+    total = scores.total(torch.rand(50, dtype=torch.float64)), scores.total(None)
+    right = CentreScores.of(x, weight, ARC, labels)
+    expected, _ = right.rows(labels, torch.ones(12, dtype=torch.bool))
+    others = torch.arange(12) != 3
+    torch.testing.assert_close(loss[others], expected[others])
+    assert float(loss[3].detach()) == float(logit[3].detach()) == 0  # cross_entropy makes it NaN
+    torch.testing.assert_close(total[1][others], right.total(None)[others])
+    assert torch.isfinite(total[0]).all()
+
+
 @pytest.mark.parametrize(
     "use",
     [

@@ -183,10 +183,13 @@ class CentreScores:
             factor = factor * class_weight.to(self.dtype)
         total = self.x @ (self.weight.to(self.dtype).t() @ factor)
         if self.labels is not None:
-            cos_y = (self.x * self._unit(self.weight[self.labels])).sum(1)
-            moved = self._psi(cos_y, self.labels) - cos_y
+            # a label out of range, which nobody looked at on a GPU, must not end the process
+            known = inside(self.labels, self.shape[1])
+            labels = torch.where(known, self.labels, 0)
+            cos_y = (self.x * self._unit(self.weight[labels])).sum(1)
+            moved = torch.where(known, self._psi(cos_y, labels) - cos_y, 0)
             if class_weight is not None:
-                moved = moved * class_weight.to(self.dtype)[self.labels]
+                moved = moved * class_weight.to(self.dtype)[labels]
             total = total + moved
         return self.form.scale * total
 
