@@ -23,6 +23,8 @@ from fastmargin.margins import (
     KappaFace,
     SoftmaxMargin,
 )
+from fastmargin.margins.guards import add_angle
+from fastmargin.spec import MarginForm
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,27 @@ class NoForm(SoftmaxMargin):
         return 0.2 / norm
 
 
+class FromNorm(SoftmaxMargin):
+    """MagFace's angle: it grows with the norm, whose gradient reaches the kernels' form."""
+
+    LOW, HIGH, START, SLOPE = 10.0, 20.0, 0.2, 0.02
+
+    def forward(self, cos_y, norm, labels):
+        angle = self.START + self.SLOPE * norm.clamp(self.LOW, self.HIGH)
+        return add_angle(cos_y, angle, "mm", "exact")
+
+    def form(self):
+        return MarginForm(
+            self.s,
+            m2=self.START,
+            m2_u=self.SLOPE,
+            source="norm",
+            guard="mm",
+            low=self.LOW,
+            high=self.HIGH,
+        )
+
+
 # name -> margin; made anew for every test, since margins carry state
 MARGINS = {
     "softmax": lambda: CosFace(m=0.0, s=32),
@@ -75,6 +98,7 @@ MARGINS = {
     "adaface_cvlface": lambda: AdaFace(
         t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
     ),
+    "from_norm": lambda: FromNorm(s=32.0),
     "elasticface": lambda: ElasticFace(std=0.1),
     "kappaface": lambda: KappaFace(m=0.8),
     "filtered": lambda: Filtered(CosFace(m=0.2, s=20), 0.3),

@@ -21,7 +21,7 @@ BACKENDS = [
     pytest.param("triton", torch.float32, id="triton-fp32"),
     pytest.param("cuda", torch.float32, id="cuda-fp32"),
 ]
-WITH_FORM = [name for name in MARGINS if name.startswith(("softmax", "cos", "arc", "ada"))]
+WITH_FORM = [name for name in MARGINS if name.startswith(("softmax", "cos", "arc", "ada", "from"))]
 
 
 class Asked:
