@@ -154,8 +154,9 @@ class SoftmaxLoss:
         :class:`fastmargin.functional.LossRows`.
     lse_neg, by_cos, by_lse, by_norm: (B,), the slopes those of the loss of a row; ``by_lse`` is
         ``1 - p_y``.
-    x_hat: (B, D) unit rows. operand: the same in the operand type, or empty. pull: as in
-        :class:`RowStats`.
+    x_hat: (B, D) unit rows. pull: as in :class:`RowStats`.
+    operand, centres, inverse: what the backend made on the way and can use again in its centre
+        pass, or empty: unit rows and centres as operands, inverse norms of the centres.
     """
 
     loss: Tensor
@@ -171,8 +172,15 @@ class SoftmaxLoss:
     by_lse: Tensor
     by_norm: Tensor
     x_hat: Tensor
-    operand: Tensor
     pull: Tensor
+    operand: Tensor
+    centres: Tensor
+    inverse: Tensor
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is of use to the centre pass of the backend that made it."""
+        return self.operand, self.centres, self.inverse
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order above."""

@@ -57,8 +57,8 @@ class ComposedLoss:
             by_lse,
             by_norm,
             x_hat,
-            x_hat.new_empty(0),
             stats.pull,
+            *(x_hat.new_empty(0) for _ in range(3)),
         )
 
     def softmax_loss_backward(
@@ -100,5 +100,6 @@ class ComposedLoss:
                 class_start,
                 precision,
                 row_tolerance > 0,
+                made.kept,
             )
         return d_x, d_weight

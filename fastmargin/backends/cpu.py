@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -107,6 +108,7 @@ class CpuBackend(ComposedLoss):
         class_start: int,
         precision: str,
         skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
     ) -> Tensor:
         columns = weight.shape[0] if index is None else index.shape[0]
         d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)

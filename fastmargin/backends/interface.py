@@ -14,6 +14,7 @@ rows of ``weight``, and so do the indices that ``row_topk`` returns; ``C`` below
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -85,6 +86,7 @@ class Backend(Protocol):
         class_start: int,
         precision: str,
         skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
     ) -> Tensor:
         """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
 
@@ -92,7 +94,8 @@ class Backend(Protocol):
         ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
         zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
         ``skip_zero_rows`` is a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may
-        gain by leaving them out.
+        gain by leaving them out. ``kept`` is that of :class:`fastmargin.spec.SoftmaxLoss`, where
+        the same backend has made it from the same embeddings and centres at this precision.
         """
 
     def row_topk(

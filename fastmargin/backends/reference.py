@@ -147,6 +147,7 @@ class ReferenceBackend(ComposedLoss):
         class_start,
         precision,
         skip_zero_rows=False,
+        kept=(),
     ) -> Tensor:
         w, w_hat, _, negative, target, f, slope = self._columns(
             x_hat, weight, index, labels, hard, class_start

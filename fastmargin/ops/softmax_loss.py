@@ -115,8 +115,8 @@ def _(x, weight, index, labels, *rest):
         "loss": (0,) if reduction == "none" else (),
         "share": (1,),
         "x_hat": (b, d),
-        "operand": (0,),
         "pull": (b if want_pull else 0, d),
+        **dict.fromkeys(("operand", "centres", "inverse"), (0,)),
     }
     made = {name: x.new_empty(shape, dtype=dtype) for name, shape in shapes.items()}
     return tuple((made | {"valid": x.new_empty((b,), dtype=torch.bool)}).values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -86,8 +87,9 @@ class TritonBackend(ComposedLoss):
             pull = x_hat.new_zeros(x_hat.shape if want_pull else (0, x_hat.shape[1]))
             return RowStats(none, x_hat.new_zeros(b), none.clone(), pull)
         precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
+        x = _as_operand(x_hat, precision)
         rest = labels, scale, hard, class_start, want_pull, precision
-        return _row_stats(x_hat, _cast(x_hat, precision), weight, _contiguous(index), *rest)
+        return _row_stats(x_hat, x, weight, _contiguous(index), *rest)[0]
 
     def row_stats_backward(
         self,
@@ -103,8 +105,11 @@ class TritonBackend(ComposedLoss):
         class_start: int,
         precision: str,
         skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
     ) -> Tensor:
         from fastmargin.backends.triton.centre_pass import centre_pass
+        from fastmargin.backends.triton.centres import centres_again
+        from fastmargin.backends.triton.own_rows import OwnRows, own_rows
 
         if x_hat.shape[0] == 0 or _columns(weight, index) == 0:
             columns = weight if index is None else index
@@ -112,17 +117,20 @@ class TritonBackend(ComposedLoss):
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
         index = _contiguous(index)
+        operand, *centres, own, level, code = kept or (x_hat.new_empty(0),) * 6
+        d_lse, d_cos, lse_neg = (t.contiguous() for t in (d_lse, d_cos, lse_neg))
+        rows = OwnRows(own, level, code)
+        if not own.numel():
+            rows = own_rows(d_lse, d_cos, lse_neg, x_hat, weight, index, labels, scale, class_start)
         return centre_pass(
-            d_lse.contiguous(),
-            d_cos.contiguous(),
-            _cast(x_hat, precision),
+            d_lse,
+            rows,
+            operand if operand.numel() else _as_operand(x_hat, precision),
+            centres_again(weight, index, precision, *centres),
             weight,
             index,
-            labels,
-            lse_neg.contiguous(),
             scale,
             hard,
-            class_start,
             precision,
             skip_zero_rows,
         )
@@ -137,7 +145,7 @@ class TritonBackend(ComposedLoss):
         class_start: int,
         precision: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from fastmargin.backends.triton.centre_norms import centre_norms
+        from fastmargin.backends.triton.centres import centres_of
         from fastmargin.backends.triton.topk import topk
 
         b = x_hat.shape[0]
@@ -148,10 +156,10 @@ class TritonBackend(ComposedLoss):
         index = _contiguous(index)
         return topk(
             x_hat,
-            _cast(x_hat, precision),
+            _as_operand(x_hat, precision),
+            centres_of(weight, index, precision),
             weight,
             index,
-            centre_norms(weight, index),
             labels,
             k,
             class_start,
@@ -192,7 +200,7 @@ class TritonBackend(ComposedLoss):
             return super().softmax_loss(x, weight, index, labels, columns, *rest)
         precision = resolve_precision(precision, _interpreted())
         x_hat, operand, norm = unit_rows(x, labels, OPERAND_DTYPES[precision])
-        stats = _row_stats(
+        stats, centres, inverse = _row_stats(
             x_hat,
             operand,
             weight,
@@ -221,8 +229,10 @@ class TritonBackend(ComposedLoss):
             by_lse,
             by_norm,
             x_hat,
-            x_hat.new_empty(0) if operand is x_hat else operand,
             stats.pull,
+            x_hat.new_empty(0) if operand is x_hat else operand,
+            centres,
+            inverse,
         )
 
     def softmax_loss_backward(
@@ -243,7 +253,7 @@ class TritonBackend(ComposedLoss):
         from fastmargin.backends.triton.rows_backward import rows_backward
 
         columns, index = _contiguous(columns), _contiguous(index)
-        d_x, d_lse, d_cos = rows_backward(
+        d_x, d_lse, d_cos, *own = rows_backward(
             d_loss,
             made,
             weight,
@@ -261,7 +271,7 @@ class TritonBackend(ComposedLoss):
             d_weight = self.row_stats_backward(
                 d_lse,
                 d_cos,
-                made.operand if made.operand.numel() else made.x_hat,
+                made.x_hat,
                 weight,
                 index,
                 columns,
@@ -271,6 +281,7 @@ class TritonBackend(ComposedLoss):
                 class_start,
                 precision,
                 row_tolerance > 0,
+                (*made.kept, *own),
             )
         return d_x, d_weight
 
@@ -300,30 +311,34 @@ def _row_stats(
     class_start: int,
     want_pull: bool,
     precision: str,
-) -> RowStats:
-    """``row_stats`` of what :func:`_operands` returns and of unit rows in the operand type."""
-    from fastmargin.backends.triton.centre_norms import centre_norms
+) -> tuple[RowStats, Tensor, Tensor]:
+    """``row_stats`` of what :func:`_operands` returns and of unit rows in the operand type.
+
+    Then the centres and their inverse norms, where the backward pass may use them again.
+    """
+    from fastmargin.backends.triton.centres import centres_of, kept, lies_ready
     from fastmargin.backends.triton.configs import needs_shift
     from fastmargin.backends.triton.stats_finish import stats_finish
     from fastmargin.backends.triton.stats_forward import stats_forward
 
-    bound = scale * (1.0 if hard is None else hard.bound)
     columns = _columns(weight, index)
-    online = needs_shift(bound, columns, weight.dtype, precision, want_pull)
-    partials = stats_forward(
+    unit = not lies_ready(weight, index, precision)
+    bound = scale * (1.0 if hard is None else hard.bound)
+    partials, last = stats_forward(
         operand,
-        weight,
-        index,
-        centre_norms(weight, index),
+        x_hat.shape[1],
+        centres_of(weight, index, precision),
+        columns,
         labels,
         scale,
         hard,
         class_start,
         precision,
         want_pull,
-        online,
+        needs_shift(bound, columns, unit, precision, want_pull),
     )
-    return RowStats(*stats_finish(x_hat, weight, index, labels, class_start, partials, hard))
+    finished = stats_finish(x_hat, weight, index, labels, class_start, partials, hard)
+    return RowStats(*finished), *kept(last, columns)
 
 
 def _operands(
@@ -339,11 +354,11 @@ def _operands(
     return precision, x_hat.contiguous(), labels.contiguous(), hard
 
 
-def _cast(x_hat: Tensor, precision: str) -> Tensor:
+def _as_operand(x_hat: Tensor, precision: str) -> Tensor:
     """Unit rows in the operand type, once: cast in the kernels they would take its registers."""
-    from fastmargin.backends.triton.configs import OPERAND_DTYPES
+    from fastmargin.backends.triton.centres import as_operand
 
-    return x_hat.to(OPERAND_DTYPES[precision])
+    return as_operand(x_hat, precision)
 
 
 BACKEND = TritonBackend()

@@ -4,7 +4,7 @@
 
 lists registers, stack (which must be 0: nothing spilled) and shared memory of every configuration
 per architecture, and exits with 1 if one does not fit. Without ``--full`` a representative part:
-two widths, weights in fp32 and in the operand type. TRITON_INTERPRET must not be set.
+every width, the variants that need most registers. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastmargin.backends.triton import (
-    centre_norms,
     centre_pass,
+    centres,
     compact,
+    epilogues,
     margin_loss,
     margin_rows,
+    own_rows,
     permutation,
     row_prologue,
     rows_backward,
     stats_finish,
     stats_forward,
+    stats_merge,
     topk,
 )
 from fastmargin.backends.triton.configs import (
     OPERAND_DTYPES,
     SHARED_LIMIT,
-    TileConfig,
     choose,
-    is_raw,
     needs_shift,
+    operand_width,
 )
 from fastmargin.backends.triton.tile import INTERPRETED
 from fastmargin.spec import GRAD_MODES, GUARDS, SOURCES, MarginForm
@@ -50,15 +52,29 @@ from fastmargin.spec import GRAD_MODES, GUARDS, SOURCES, MarginForm
 ARCHS = (80, 90, 100)
 WIDTHS = (128, 192, 256, 512, 1024)
 
+EPILOGUES = ("store_gradient", "sgd", "sgd_momentum", "sgd_nesterov")
+
+_OPERANDS = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _POINTERS = {
     **dict.fromkeys(("p_label", "p_key", "p_index", "p_column"), "*i64"),
-    "p_count": "*i32",
+    **dict.fromkeys(("p_count", "p_code", "p_own_code", "p_code_out"), "*i32"),
     "p_valid": "*i1",
-    **dict.fromkeys(("p_label_out",), "*i64"),
     **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
 }
 _FLOATS = (
-    *("scale", "slope_unit", "slope_limit", "alpha", "low", "high", "norm_low", "norm_high"),
+    *(
+        "scale",
+        "slope_unit",
+        "slope_limit",
+        "rate",
+        "momentum",
+        "decay",
+        "alpha",
+        "low",
+        "high",
+        "norm_low",
+        "norm_high",
+    ),
     "tolerance",
     *("m2", "m3", "m2_u", "m3_u", "cos_limit", "angle_eps", "angle_top", "cos_angle_eps", "h"),
     "eps",
@@ -143,63 +159,95 @@ def _weights(weight: str, packed: bool, indexed: bool) -> dict:
         {"stride_wc": "i32", "stride_wd": 1} if packed else {"stride_wc": 1, "stride_wd": "i32"}
     )
     index = {} if indexed else {"p_index": None}
-    return {"p_w": f"*{weight}", "p_dw": f"*{weight}", **strides, **index}
+    return {"p_w": f"*{weight}", "p_out": f"*{weight}", **strides, **index}
 
 
-def _passes(
+def _blocks(operand: str, rows: int, columns: int) -> str:
+    """Type of a tensor descriptor."""
+    return f"tensordesc<{operand}[{rows}, {columns}]>"
+
+
+def _forward(arch: int, d: int, precision: str, unit: bool, gaps: bool, every: bool):
+    """The passes that stream the centres, for one width and operand."""
+    operand = _OPERANDS[precision]
+    label = f"D={d} {precision}{'' if unit else ' raw'}{' gaps' if gaps else ''}"
+    inverse = {} if gaps or not unit else {"p_inverse": None}
+    for pull, online, hard in itertools.product((True, False), repeat=3):
+        if not online and needs_shift(64.0, 1000, unit, precision, pull):
+            continue
+        if not every and not hard:
+            continue
+        tile = choose("stats_pull" if pull else "stats_sum", d, precision, arch)
+        types = {
+            "d_x": _blocks(operand, tile.block_b, tile.block_k),
+            "d_w": _blocks(operand, tile.block_c, tile.block_k),
+            "d_w_pull": _blocks(operand, tile.block_c, tile.block_d) if pull else None,
+            **inverse,
+        }
+        types |= {} if hard else {"p_threshold": None, "p_rule": None}
+        types |= {} if pull else {"p_pull": None}
+        types |= {} if online else {"p_shift": None}
+        words = ("pull", pull), ("online", online), ("hard", hard)
+        yield Build(
+            " ".join(["stats_forward", label, *(word for word, said in words if said)]),
+            stats_forward.stats_forward_kernel,
+            stats_forward.constants(d, precision, unit, gaps, continued, tile, pull, online, hard),
+            types,
+        )
+    tile = choose("topk", d, precision, arch)
+    for k, continued in itertools.product((1, 16), (True, False)) if every else ((16, True),):
+        yield Build(
+            f"topk_scan {label} k={k}{' continued' if continued else ''}",
+            topk.topk_scan_kernel,
+            topk.scan_constants(d, k, precision, unit, gaps, continued, tile),
+            {
+                "d_x": _blocks(operand, tile.block_b, tile.block_k),
+                "d_w": _blocks(operand, tile.block_c, tile.block_k),
+                **inverse,
+            },
+        )
+
+
+def _centre_pass(
     arch: int, d: int, precision: str, weight: str, packed: bool, indexed: bool, every: bool
 ) -> Iterator[Build]:
-    """The passes over the centres for one width, operand and weight type and layout."""
-    dtype = OPERAND_DTYPES[weight]
-    raw = is_raw(dtype, precision)
-    operand = {"fp32": "*fp32", "tf32": "*fp32", "fp16": "*fp16", "bf16": "*bf16"}[precision]
-    base = {"p_x": operand, **_weights(weight, packed, indexed)}
+    """The pass over the batch for one width, operand, and type and layout of the centres."""
+    operand = _OPERANDS[precision]
+    raw = packed and not indexed and operand == weight != "fp32"
+    tile = choose("centre_pass", d, precision, arch)
+    base = {
+        "d_x": _blocks(operand, tile.block_b, tile.block_k),
+        "d_x_grad": _blocks(operand, tile.block_b, tile.block_d),
+        "d_w": _blocks(operand, tile.block_c, tile.block_k),
+        **_weights(weight, packed, indexed),
+    }
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
-
-    def tile(kernel: str, counted: bool = False) -> TileConfig:
-        return choose(kernel, d, precision, raw, packed, indexed or counted, arch)
-
-    for hard in (True, False) if every else (True,):
-        rule = {} if hard else {"p_threshold": None, "p_rule": None}
-        suffix = " hard" if hard else ""
-        for pull, online in itertools.product((True, False), (True, False)):
-            if not online and needs_shift(64.0, 1000, dtype, precision, pull):
-                continue
-            outputs = {} if pull else {"p_pull": None}
-            if not online:
-                outputs["p_shift"] = None
-            yield Build(
-                f"stats_forward {label}{' pull' if pull else ''}{' online' if online else ''}"
-                f"{suffix}",
-                stats_forward.stats_forward_kernel,
-                stats_forward.constants(
-                    d,
-                    precision,
-                    packed,
-                    indexed,
-                    raw,
-                    tile("stats_pull" if pull else "stats_sum"),
-                    pull,
-                    online,
-                    hard,
-                ),
-                base | rule | outputs,
-            )
-        for counted in (False, True):
-            yield Build(
-                f"centre_pass {label}{suffix}{' counted' if counted else ''}",
-                centre_pass.centre_pass_kernel,
-                centre_pass.constants(
-                    d, precision, packed, indexed, raw, tile("centre_pass", counted), hard, counted
-                ),
-                base | rule | ({} if counted else {"p_count": None}),
-            )
-    for k in (1, 16) if every else (16,):
+    for hard, counted, epilogue in itertools.product((True, False), (False, True), EPILOGUES):
+        if not every and not (hard and (epilogue == "store_gradient") == (not counted)):
+            continue
+        updates = epilogue != "store_gradient"
+        if updates and tile.block_d < d:
+            continue  # columns of one centre in several programs are not updated in place
+        types = {} if hard else {"p_threshold": None, "p_rule": None}
+        types |= {} if counted else {"p_count": None}
+        state = {"sgd_momentum": "fp32", "sgd_nesterov": "fp32", "sgd": weight}.get(epilogue)
+        types["p_state"] = state and f"*{state}"
         yield Build(
-            f"topk_scan {label} k={k}",
-            topk.topk_scan_kernel,
-            topk.scan_constants(d, k, precision, packed, indexed, raw, tile("topk")),
-            base,
+            f"centre_pass {label}{' hard' if hard else ''}{' counted' if counted else ''}"
+            f"{' ' + epilogue if updates else ''}",
+            centre_pass.centre_pass_kernel,
+            centre_pass.constants(
+                d,
+                precision,
+                packed,
+                indexed,
+                not raw,
+                tile,
+                hard,
+                counted,
+                getattr(epilogues, epilogue),
+            ),
+            base | types,
         )
 
 
@@ -210,12 +258,14 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
         for weight, packed, indexed in layouts:
             base = _weights(weight, packed, indexed)
             label = f"D={d} W={weight}{_layout(packed, indexed)}"
-            yield Build(
-                f"centre_norms {label}",
-                centre_norms.centre_norms_kernel,
-                centre_norms.constants(d, packed, indexed),
-                base,
-            )
+            for operand in (None, "fp16", "fp32") if every else (None, "fp16"):
+                width = operand and operand_width(d, OPERAND_DTYPES[operand])
+                yield Build(
+                    f"stage {label} operand={operand}",
+                    centres.stage_kernel,
+                    centres.constants(d, packed, indexed, width),
+                    base | {"p_operand": operand and f"*{operand}"},
+                )
             if not every and weight == "bf16":
                 continue
             yield Build(
@@ -231,16 +281,30 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
                 base,
             )
             yield Build(
+                f"own_rows {label}",
+                own_rows.own_rows_kernel,
+                own_rows.constants(d, indexed),
+                base,
+            )
+            yield Build(
                 f"rows_backward {label}",
                 rows_backward.rows_backward_kernel,
                 rows_backward.constants(d, indexed, True, True),
                 base | {"p_d_x": "*bf16"},
             )
+        yield Build(
+            f"stats_merge D={d}",
+            stats_merge.stats_merge_kernel,
+            stats_merge.constants(d, 132, True, True),
+            {},
+        )
         for kind, operand in (("fp32", "fp16"), ("bf16", "bf16"), ("fp32", None)):
             yield Build(
                 f"row_prologue D={d} x={kind} operand={operand}",
                 row_prologue.row_prologue_kernel,
-                row_prologue.constants(d, True, operand is not None),
+                row_prologue.constants(
+                    d, True, operand and operand_width(d, OPERAND_DTYPES[operand])
+                ),
                 {"p_x": f"*{kind}", "stride_xd": 1, "p_operand": operand and f"*{operand}"},
             )
         for operand in ("fp16", "fp32"):
@@ -293,20 +357,24 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
 def builds(arch: int, full: bool = False) -> Iterator[Build]:
     """Everything that ships for an architecture, or a representative part of it."""
     if full:
-        pairs = list(itertools.product(OPERAND_DTYPES, ("fp32", "fp16", "bf16")))
-        layouts = itertools.product(WIDTHS, pairs, (True, False), (False, True))
-        for d, (precision, weight), packed, indexed in layouts:
-            yield from _passes(arch, d, precision, weight, packed, indexed, every=True)
+        for d, precision in itertools.product(WIDTHS, OPERAND_DTYPES):
+            for unit, gaps in ((True, False), (True, True), (False, False)):
+                if unit or precision in ("fp16", "bf16"):
+                    yield from _forward(arch, d, precision, unit, gaps, every=True)
+            layouts = itertools.product(("fp32", "fp16", "bf16"), (True, False), (False, True))
+            for weight, packed, indexed in layouts:
+                yield from _centre_pass(arch, d, precision, weight, packed, indexed, every=True)
         yield from _row_kernels(WIDTHS, every=True)
         return
-    for d, precision in itertools.product((192, 512), ("fp16", "tf32")):
-        yield from _passes(arch, d, precision, "fp32", True, False, every=False)
-    yield from _passes(arch, 512, "fp16", "fp16", True, False, every=False)
-    yield from _passes(arch, 512, "fp32", "fp32", True, False, every=False)
-    yield from _passes(arch, 1024, "bf16", "bf16", False, False, every=False)
-    for precision, weight in (("fp16", "fp32"), ("fp16", "fp16"), ("tf32", "fp32")):
-        yield from _passes(arch, 512, precision, weight, True, True, every=False)
-    yield from _passes(arch, 1024, "bf16", "bf16", False, True, every=False)
+    for d, precision in itertools.product((128, 192, 256, 512, 1024), ("fp16", "tf32")):
+        yield from _forward(arch, d, precision, True, True, every=False)
+        yield from _centre_pass(arch, d, precision, "fp32", True, True, every=False)
+    yield from _forward(arch, 512, "fp16", False, False, every=False)
+    yield from _centre_pass(arch, 512, "fp16", "fp16", True, False, every=False)
+    yield from _forward(arch, 512, "bf16", True, False, every=False)
+    yield from _centre_pass(arch, 512, "bf16", "fp32", False, False, every=False)
+    yield from _forward(arch, 512, "fp32", True, False, every=False)
+    yield from _centre_pass(arch, 512, "fp32", "fp32", True, False, every=False)
     yield from _row_kernels((512,), every=False)
 
 

@@ -1,203 +1,328 @@
-"""The backward pass over the centres: their gradient, through the normalisation.
+"""The backward pass over the centres: their gradient, through the normalisation, and its use.
 
 A program owns BLOCK_C centres and BLOCK_D columns of their gradient, loops over the batch,
 recomputes ``p = exp(s * f - lse)`` (at most 1, since lse is known) and adds ``g @ x_hat`` to an
-accumulator in registers. The projection of the normalisation needs the radial part
-``sum_i g_ij c_ij`` only, a sum over the tiles of cosines, so no program needs whole rows of dW.
+accumulator in registers. The projection of the normalisation needs the part of that sum along the
+centre: a product with the centre where a program has whole rows, else ``sum_i g_ij c_ij`` on the way.
+
+What a row does to its own centre is not part of that product: late in training it is most of the
+gradient, and should not be rounded to an operand. It comes in fp32 from ``own_rows.py`` and is
+added to the finished tile; what becomes of that is up to an epilogue (``epilogues.py``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.backends.triton import epilogues
+from fastmargin.backends.triton.centres import Centres, blocks_of
 from fastmargin.backends.triton.compact import compact
 from fastmargin.backends.triton.configs import (
     DOT_PRECISION,
-    STREAM_TYPES,
     TileConfig,
-    block_of,
     choose,
     is_packed,
-    is_raw,
     slope_power,
 )
 from fastmargin.backends.triton.launch import chip, on_device
+from fastmargin.backends.triton.own_rows import NO_ROW, OwnRows
 from fastmargin.backends.triton.tile import (
     LOG2E,
     cast,
-    centre_rows,
+    cosines,
+    halves,
     hard_rule,
     indexed_rows,
-    inverse_norms,
     load_rows,
-    local_column,
     matmul,
     row_pointer,
-    streamed_cosines,
+    row_tile,
 )
 from fastmargin.spec import HardRule
 
+SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
+
 
 @triton.jit
-def _largest_gradient(p_d_lse, p_d_cos, B, lse_factor, BLOCK: tl.constexpr):
-    """Largest |upstream gradient| of a cosine that any row can bring."""
+def _largest(p_values, count, BLOCK: tl.constexpr):
+    """Largest magnitude of ``count`` numbers."""
     b_top = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, B, BLOCK):
+    for start in range(0, count, BLOCK):
         o_b = start + tl.arange(0, BLOCK)
-        b_lse = tl.load(p_d_lse + o_b, mask=o_b < B, other=0.0)
-        b_cos = tl.load(p_d_cos + o_b, mask=o_b < B, other=0.0)
-        b_top = tl.maximum(b_top, tl.maximum(tl.abs(b_lse) * lse_factor, tl.abs(b_cos)))
+        b_top = tl.maximum(b_top, tl.abs(tl.load(p_values + o_b, mask=o_b < count, other=0.0)))
     return tl.max(b_top, 0)
 
 
-@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start"])
+@triton.jit
+def _own_slots(p_code, count, o_column, BLOCK: tl.constexpr):
+    """For columns the first row that has each as its own; NO_ROW without one."""
+    b_slot = tl.zeros_like(o_column) + NO_ROW
+    for start in range(0, count, BLOCK):
+        o_b = start + tl.arange(0, BLOCK)
+        b_code = tl.load(p_code + o_b, mask=o_b < count, other=-2)
+        m_own = o_column[:, None] == (b_code >> 1)[None, :]
+        b_slot = tl.minimum(b_slot, tl.min(tl.where(m_own, o_b[None, :], NO_ROW), 1))
+    return b_slot
+
+
+@triton.jit
+def _along_centres(
+    b_grad,
+    centre,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOST: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
+    """(ROWS,) products of the gradient and the centres as they are, MOST columns at a time."""
+    if WIDTH > MOST:
+        HALF: tl.constexpr = WIDTH // 2
+        b_left, b_right = halves(b_grad, ROWS, HALF)
+        b_sum = _along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED)
+        b_sum += _along_centres(b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED)
+        return b_sum
+    else:
+        p_wc, m_c, stride_wc, stride_wd = centre
+        b_w = load_rows(p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED)
+        return tl.sum(b_grad * b_w.to(tl.float32), 1)
+
+
+@triton.jit
+def _finish(
+    b_grad,
+    b_radial,
+    b_factor,
+    centre,
+    out,
+    own,
+    numbers,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOST: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """``(b_grad - b_radial w) b_factor`` and own rows to the epilogue, MOST columns at a time.
+
+    The tiles of the centres and of the state beside all of the gradient would not fit.
+    """
+    if WIDTH > MOST:
+        HALF: tl.constexpr = WIDTH // 2
+        b_left, b_right = halves(b_grad, ROWS, HALF)
+        _finish(
+            b_left,
+            b_radial,
+            b_factor,
+            centre,
+            out,
+            own,
+            numbers,
+            start,
+            D,
+            ROWS,
+            HALF,
+            MOST,
+            PACKED,
+            INDEXED,
+            IN_PLACE,
+            EPILOGUE,
+        )
+        _finish(
+            b_right,
+            b_radial,
+            b_factor,
+            centre,
+            out,
+            own,
+            numbers,
+            start + HALF,
+            D,
+            ROWS,
+            HALF,
+            MOST,
+            PACKED,
+            INDEXED,
+            IN_PLACE,
+            EPILOGUE,
+        )
+    else:
+        p_wc, m_c, stride_wc, stride_wd = centre
+        p_out, p_state, m_out = out
+        p_own, b_slot = own
+        rate, momentum, decay = numbers
+        o_d = start + tl.arange(0, WIDTH)
+        m_d = o_d < D
+        m_own = b_slot < NO_ROW
+        p_own_tile = p_own + tl.where(m_own, b_slot, 0).to(tl.int64)[:, None] * D + o_d[None, :]
+        b_own = tl.load(p_own_tile, mask=m_own[:, None] & m_d[None, :], other=0.0)
+        b_w = load_rows(p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED)
+        b_w = b_w.to(tl.float32)
+        b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
+        if IN_PLACE:
+            p_out_tile = row_tile(
+                p_out, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
+            )
+            p_state_tile = row_tile(
+                p_state, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
+            )
+        else:
+            p_out_tile = row_tile(p_out, D, 1, start, D, ROWS, WIDTH, True, False)
+            p_state_tile = p_out_tile
+        m_tile = m_out[:, None] & m_d[None, :]
+        EPILOGUE(b_w, b_grad, p_out_tile, p_state_tile, m_tile, rate, momentum, decay)
+
+
+@triton.jit(do_not_specialize=["B", "B_own", "C", "rows_w", "column_start"])
 def centre_pass_kernel(
-    p_d_lse,  # (B,) upstream gradient of lse_neg
-    p_d_cos,  # (B,) upstream gradient of cos_y
-    p_x,  # (B, D) contiguous unit rows
-    p_w,  # (rows_w, D) strided centres
-    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
-    p_label,  # (B,) int64
-    p_lse,  # (B,) lse_neg
+    d_x,  # (B, D') unit rows in the operand type, in blocks of (BLOCK_B, BLOCK_K)
+    d_x_grad,  # the same in blocks of (BLOCK_B, BLOCK_D)
+    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
+    p_inverse,  # (C,) 1 / ||w||; below 0 at an empty place
+    p_level,  # (B,) of own_rows.py
+    p_code,  # (B,) int32, of own_rows.py
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
-    p_count,  # (1,) int32 number of rows that take part, the first ones, if COUNTED
-    p_dw,  # (C, D) contiguous, out, in the order of the columns
+    p_count,  # (1,) int32 number of rows above that take part, the first ones, if COUNTED
+    p_d_lse,  # (B_own,) upstream gradient of lse_neg, of all rows
+    p_own_code,  # (B_own,) int32, of all rows
+    p_own,  # (B_own, D) of own_rows.py
+    p_w,  # (rows_w, D) strided centres as they are
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
+    p_out,  # (C, D) contiguous, in the order of the columns; or p_w, if IN_PLACE
+    p_state,  # strided as p_w, if IN_PLACE; p_w again, if the epilogue has no state
     B,
+    B_own,
     C,
     rows_w,
-    class_start,
+    column_start,
     stride_wc,
     stride_wd,
     scale,
     slope_limit,
+    rate,
+    momentum,
+    decay,
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    OPERAND: tl.constexpr,
+    FINISHED: tl.constexpr,
     PRECISION: tl.constexpr,
-    RAW: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_HARD: tl.constexpr,
     COUNTED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):
     if COUNTED:
         B = tl.load(p_count)
     WHOLE: tl.constexpr = BLOCK_K >= D
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    i_c = tl.program_id(0).to(tl.int64) // COLUMNS
+    start = tl.program_id(0) // COLUMNS * BLOCK_C
     i_d = tl.program_id(0) % COLUMNS
-    start = i_c * BLOCK_C
     o_c = start + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    if INDEXED:
-        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
-    else:
-        p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-    b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_N, PACKED, INDEXED)
+    if not UNIT:
+        b_inverse = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0)
     if WHOLE:
-        b_w = centre_rows(
-            p_wc,
-            m_c,
-            b_inverse,
-            stride_wc,
-            stride_wd,
-            0,
-            D,
-            BLOCK_C,
-            BLOCK_K,
-            PACKED,
-            INDEXED,
-            OPERAND,
-            RAW,
-        )
+        b_w = d_w.load([start, 0])
 
     # fp16 holds gradients of one power of two of the largest; 2**-39 of it still counts
-    unit = 1.0
+    power = 0.0
     if SCALED:
-        b_top = _largest_gradient(p_d_lse, p_d_cos, B, scale * slope_limit, 1024)
-        b_power = tl.floor(14.0 - tl.log2(tl.where(b_top > 0, b_top, 1.0)))
-        unit = tl.exp2(tl.minimum(tl.maximum(b_power, -100.0), 100.0))
+        top = _largest(p_d_lse, B_own, SCANNED_AT_ONCE) * scale * slope_limit
+        power = tl.floor(14.0 - tl.log2(tl.where(top > 0, top, 1.0)))
+        power = tl.minimum(tl.maximum(power, -100.0), 100.0)
 
+    b_slot = _own_slots(p_own_code, B_own, column_start + o_c, 128)
     b_grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    b_radial = tl.zeros([BLOCK_C], tl.float32)
+    if COLUMNS > 1:
+        b_radial = tl.zeros([BLOCK_C], tl.float32)
     scale2 = scale * LOG2E
-    for i_b in range(0, tl.cdiv(B, BLOCK_B)):
-        first = i_c - i_c + i_b * BLOCK_B  # int64
+    for first in range(0, B, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
         m_b = o_b < B
-        p_xb = p_x + first * D
         if WHOLE:
-            b_x = load_rows(p_xb, m_b, D, 1, 0, D, BLOCK_B, BLOCK_K, True)
+            b_x = d_x.load([first, 0])
             b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
             b_cos = matmul(b_w, tl.trans(b_x), b_cos, PRECISION)
         else:
-            b_cos = streamed_cosines(
-                p_xb,
-                m_b,
-                p_wc,
-                m_c,
-                b_inverse,
-                stride_wc,
-                stride_wd,
-                D,
-                BLOCK_B,
-                BLOCK_C,
-                BLOCK_K,
-                PACKED,
-                INDEXED,
-                OPERAND,
-                RAW,
-                PRECISION,
-                True,
-            )
-        if RAW:
+            b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
+        if not UNIT:
             b_cos *= b_inverse[:, None]
 
-        b_lse = tl.load(p_lse + o_b, mask=m_b, other=float("-inf"))
-        b_d_lse = tl.load(p_d_lse + o_b, mask=m_b, other=0.0) * (scale * unit)
-        b_d_cos = tl.load(p_d_cos + o_b, mask=m_b, other=0.0) * unit
-        b_label = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
-        b_target = local_column(b_label, start, BLOCK_C)
-        # a row without a negative (lse = -inf), or past B, has p = 0
-        b_lse2 = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+        b_level = tl.load(p_level + o_b, mask=m_b, other=float("inf")) - power
+        b_code = tl.load(p_code + o_b, mask=m_b, other=-2)
         b_f = b_cos
         if HAS_HARD:
             b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
             b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
-        b_z = scale2 * b_f - b_lse2[None, :]
-        # rounding may put a cosine on the other side of a hard threshold than the forward pass did
-        b_z = tl.minimum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_g = tl.exp2(b_z) * b_d_lse[None, :]
+        b_z = scale2 * b_f - b_level[None, :]
+        b_z = tl.where((column_start + o_c)[:, None] == (b_code >> 1)[None, :], float("-inf"), b_z)
+        b_g = tl.exp2(b_z)
+        b_g = tl.where((b_code & 1)[None, :] == 1, -b_g, b_g)
         if HAS_HARD:
             b_g *= b_slope
-        m_target = tl.arange(0, BLOCK_C)[:, None] == b_target[None, :]
-        b_g = tl.where(m_target, b_d_cos[None, :], b_g)
-        b_half = cast(b_g, OPERAND)
-        # of the rounded gradients, so that it matches what the product below sums up
-        b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
+        b_half = cast(b_g, d_x.dtype)
+        if COLUMNS > 1:  # of the rounded gradients, so that it matches what the product sums up
+            b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
         if not (WHOLE and COLUMNS == 1):
-            b_x = load_rows(p_xb, m_b, D, 1, i_d * BLOCK_D, D, BLOCK_B, BLOCK_D, True)
+            b_x = d_x_grad.load([first, i_d * BLOCK_D])
         b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
-    b_out = load_rows(
-        p_wc, m_c, stride_wc, stride_wd, i_d * BLOCK_D, D, BLOCK_C, BLOCK_D, PACKED, INDEXED
+    b_inverse = tl.maximum(tl.load(p_inverse + o_c, mask=o_c < C, other=0.0), 0.0)
+    m_out = o_c < C
+    if INDEXED:
+        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+    else:
+        p_wc, m_c = row_pointer(p_w, start.to(tl.int64), stride_wc, D, PACKED), m_out
+    if IN_PLACE:
+        m_out = m_c
+        p_first = p_wc
+        if INDEXED:
+            p_state, _ = indexed_rows(p_state, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+        else:
+            p_state = row_pointer(p_state, start.to(tl.int64), stride_wc, D, PACKED)
+    else:
+        p_first = p_out + start.to(tl.int64) * D
+    centre = (p_wc, m_c, stride_wc, stride_wd)
+    if COLUMNS == 1:
+        b_radial = b_inverse * _along_centres(
+            b_grad, centre, 0, D, BLOCK_C, BLOCK_D, FINISHED, PACKED, INDEXED
+        )
+    _finish(
+        b_grad,
+        b_radial * b_inverse,
+        b_inverse * tl.exp2(-power),
+        centre,
+        (p_first, p_state, m_out),
+        (p_own, b_slot),
+        (rate, momentum, decay),
+        i_d * BLOCK_D,
+        D,
+        BLOCK_C,
+        BLOCK_D,
+        FINISHED,
+        PACKED,
+        INDEXED,
+        IN_PLACE,
+        EPILOGUE,
     )
-    # the inverse norm of an empty place is 0, and so is its gradient
-    b_out = b_out.to(tl.float32) * b_inverse[:, None]
-    b_out = (b_grad - b_radial[:, None] * b_out) * (b_inverse / unit)[:, None]
-    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    p_tile = p_dw + start * D + (tl.arange(0, BLOCK_C)[:, None] * D + o_d[None, :])
-    m_tile = (o_c < C)[:, None] & (o_d < D)[None, :]
-    tl.store(p_tile, cast(b_out, p_dw.dtype.element_ty), mask=m_tile)
 
 
 def constants(
@@ -205,38 +330,38 @@ def constants(
     precision: str,
     packed: bool,
     indexed: bool,
-    raw: bool,
+    unit: bool,
     tile: TileConfig,
     has_hard: bool,
     counted: bool,
+    epilogue: triton.JITFunction = epilogues.store_gradient,
 ) -> dict:
     """Compile-time arguments."""
     return {
         "PACKED": packed,
         "INDEXED": indexed,
+        "UNIT": unit,
         "D": d,
-        "BLOCK_N": min(block_of(d), 128),
-        "OPERAND": STREAM_TYPES[precision],
+        "FINISHED": min(tile.block_d, 64),
         "PRECISION": DOT_PRECISION[precision],
-        "RAW": raw,
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
         "COUNTED": counted,
+        "IN_PLACE": epilogue is not epilogues.store_gradient,
+        "EPILOGUE": epilogue,
         **tile.arguments(),
     }
 
 
 def centre_pass(
     d_lse: Tensor,
-    d_cos: Tensor,
+    rows: OwnRows,
     x: Tensor,
+    centres: Iterable[Centres],
     weight: Tensor,
     index: Tensor | None,
-    labels: Tensor,
-    lse_neg: Tensor,
     scale: float,
     hard: HardRule | None,
-    class_start: int,
     precision: str,
     skip_zero_rows: bool,
 ) -> Tensor:
@@ -244,53 +369,66 @@ def centre_pass(
 
     Args:
         d_lse: (B,) contiguous, fp32.
-        d_cos: (B,) contiguous, fp32.
-        x: (B, D) contiguous unit rows in the operand type.
+        rows: what else is to be known of them.
+        x: (B, D') unit rows in the operand type.
+        centres: the columns of the pass, some at a time.
         weight: (C, D).
         index: (K,) contiguous, or None.
-        labels: (B,) contiguous, int64.
-        lse_neg: (B,) contiguous, fp32.
         scale: s.
         hard: rule for hard negatives, its threshold contiguous and fp32.
-        class_start: global id of ``weight[0]``.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         skip_zero_rows: rows without a gradient are many, so they are sorted out first.
     """
-    count, threshold = None, None if hard is None else hard.threshold
+    columns, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
+    out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
+    count, level, code = None, rows.level, rows.code
+    threshold = None if hard is None else hard.threshold
     if skip_zero_rows:
-        count, d_lse, d_cos, lse_neg, threshold, labels, x = compact(
-            d_lse, d_cos, lse_neg, threshold, labels, x
+        count, level, code, threshold, x = compact(level, code, threshold, x)
+    tile = choose("centre_pass", d, precision, chip(weight.device).arch)
+    for part in centres:
+        n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
+        fixed = constants(
+            d,
+            precision,
+            is_packed(weight),
+            index is not None,
+            part.unit,
+            tile,
+            hard is not None,
+            skip_zero_rows,
         )
-    c, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
-    d_weight = torch.empty((c, d), dtype=weight.dtype, device=weight.device)
-    packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    indexed = index is not None
-    # a number of rows that is read takes a register, as an index does
-    short = indexed or skip_zero_rows
-    tile = choose("centre_pass", d, precision, raw, packed, short, chip(weight.device).arch)
-    fixed = constants(d, precision, packed, indexed, raw, tile, hard is not None, skip_zero_rows)
-    grid = (triton.cdiv(c, tile.block_c) * triton.cdiv(d, tile.block_d),)
-    with on_device(weight):
-        centre_pass_kernel[grid](
-            d_lse,
-            d_cos,
-            x,
-            weight,
-            index,
-            labels,
-            lse_neg,
-            threshold,
-            None if hard is None else hard.coefficients,
-            count,
-            d_weight,
-            x.shape[0],
-            c,
-            weight.shape[0],
-            class_start,
-            weight.stride(0),
-            weight.stride(1),
-            float(scale),
-            slope_power(hard),
-            **fixed,
-        )
-    return d_weight
+        here = weight[part.start : stop] if index is None else weight
+        with on_device(weight):
+            centre_pass_kernel[(triton.cdiv(n, tile.block_c) * triton.cdiv(d, tile.block_d),)](
+                blocks_of(x, tile.block_b, tile.block_k),
+                blocks_of(x, tile.block_b, tile.block_d),
+                blocks_of(part.operand, tile.block_c, tile.block_k),
+                part.inverse,
+                level,
+                code,
+                threshold,
+                None if hard is None else hard.coefficients,
+                count,
+                d_lse,
+                rows.code,
+                rows.own,
+                here,
+                None if index is None else index[part.start : stop],
+                out[part.start : stop],
+                None,
+                x.shape[0],
+                x.shape[0],
+                n,
+                here.shape[0],
+                part.start,
+                weight.stride(0),
+                weight.stride(1),
+                float(scale),
+                slope_power(hard),
+                0.0,
+                0.0,
+                0.0,
+                **fixed,
+            )
+    return out

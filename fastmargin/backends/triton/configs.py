@@ -57,14 +57,15 @@ class TileConfig:
         }
 
 
+def operand_width(d: int, dtype: torch.dtype) -> int:
+    """D, rounded up to whole 16 bytes: what a tensor descriptor wants of rows."""
+    step = 16 // dtype.itemsize
+    return -(-d // step) * step
+
+
 def is_packed(rows: Tensor) -> bool:
     """Whether the rows lie one after the other without gaps."""
     return rows.stride() == (rows.shape[1], 1)
-
-
-def is_raw(weight_dtype: torch.dtype, precision: str) -> bool:
-    """Whether a tile of centres is an operand as it lies: 16 bits, and the operand's 16 bits."""
-    return weight_dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 
 def split_classes(row_programs: int, tiles: int, processors: int) -> tuple[int, int]:
@@ -74,17 +75,14 @@ def split_classes(row_programs: int, tiles: int, processors: int) -> tuple[int, 
     return -(-tiles // per_split), per_split
 
 
-def needs_shift(
-    bound: float, classes: int, weight_dtype: torch.dtype, precision: str, want_pull: bool
-) -> bool:
+def needs_shift(bound: float, classes: int, unit: bool, precision: str, want_pull: bool) -> bool:
     """Whether a row's exponentials need a running power of two.
 
     Plain sums serve bounded logits. The weights of the second product need it in fp16, which
     cannot hold them, and where they carry 1 / ||w||, which has no bound.
     """
     fits = abs(bound) + math.log(max(classes, 1)) <= PLAIN_LIMIT
-    weights_fit = precision != "fp16" and not is_raw(weight_dtype, precision)
-    return not (fits and (weights_fit or not want_pull))
+    return not (fits and ((precision != "fp16" and unit) or not want_pull))
 
 
 def slope_power(hard: HardRule | None) -> float:
@@ -106,8 +104,7 @@ def resolve_precision(requested: str, interpreted: bool) -> str:
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB of shared memory that a program can have, by compute capability."""
 
-# Fits every chip from compute capability 8.0 on, every width and every layout of the weights.
-# Cuts the accumulator into columns of 128, so that D = 512 forms its cosines four times.
+
 _SMALL = {
     ("stats_pull", "half"): TileConfig(64, 64, 32, 128, 8, 2),
     ("stats_pull", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
@@ -123,192 +120,15 @@ _SMALL = {
     ("topk", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
     ("topk", "fp32"): TileConfig(32, 32, 16, 128, 8, 2),
 }
-
-# (kernel, operand, architecture) -> {widest D: tile}, packed weights only. "raw": 16-bit operands
-# from weights that lie in that type; "half": 16-bit operands cast from other weights. The first of
-# a list, best guess first, that compiled without spilling in every variant; not yet timed.
-_TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
-    ("stats_pull", "raw", 80): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_pull", "half", 80): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 32, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 64, 256, 8, 3),
-        1024: TileConfig(64, 64, 64, 256, 8, 3),
-    },
-    ("stats_pull", "tf32", 80): {
-        128: TileConfig(64, 64, 64, 128, 8, 3),
-        256: TileConfig(64, 64, 64, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "raw", 80): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "half", 80): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(32, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "tf32", 80): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-    },
-    ("stats_sum", "raw", 80): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "half", 80): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "tf32", 80): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_pull", "raw", 90): {
-        128: TileConfig(128, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 32, 256, 256, 8, 2),
-        512: TileConfig(64, 32, 512, 512, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_pull", "half", 90): {
-        128: TileConfig(128, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 32, 256, 256, 8, 2),
-        512: TileConfig(64, 16, 512, 512, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_pull", "tf32", 90): {
-        128: TileConfig(64, 32, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 64, 256, 8, 3),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "raw", 90): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 128, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "half", 90): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 128, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "tf32", 90): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 128, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_sum", "raw", 90): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "half", 90): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "tf32", 90): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_pull", "raw", 100): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 16, 512, 512, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_pull", "half", 100): {
-        128: TileConfig(128, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_pull", "tf32", 100): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 16, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 64, 256, 8, 3),
-        1024: TileConfig(64, 64, 64, 256, 8, 3),
-    },
-    ("centre_pass", "raw", 100): {
-        128: TileConfig(64, 128, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "half", 100): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(32, 64, 256, 256, 8, 2),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("centre_pass", "tf32", 100): {
-        128: TileConfig(64, 64, 128, 128, 8, 2),
-        256: TileConfig(64, 64, 64, 256, 8, 3),
-        512: TileConfig(64, 64, 128, 256, 8, 2),
-        1024: TileConfig(64, 64, 128, 256, 8, 2),
-    },
-    ("stats_sum", "raw", 100): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "half", 100): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-    ("stats_sum", "tf32", 100): {
-        1024: TileConfig(128, 128, 64, 128, 8, 3),
-    },
-}
+_TUNED: dict = {}
 
 
-# The same where the columns are rows of an index, whose pointers take registers: only what would
-# spill with the tiles above. Of _SMALL, for every architecture; of _TUNED, by its widest D.
-_SMALL_INDEXED = {
-    ("centre_pass", "fp32"): TileConfig(32, 16, 16, 64, 4, 2),
-}
-_TUNED_INDEXED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
-    ("stats_pull", "half", 80): {256: TileConfig(64, 32, 128, 256, 8, 2)},
-    ("centre_pass", "half", 80): {256: TileConfig(32, 64, 64, 256, 8, 2)},
-    ("stats_sum", "raw", 80): {
-        256: TileConfig(128, 128, 64, 128, 8, 3),
-        512: TileConfig(128, 128, 64, 128, 8, 2),
-    },
-    ("stats_sum", "half", 80): {
-        128: TileConfig(128, 128, 64, 128, 8, 3),
-        256: TileConfig(128, 128, 64, 128, 8, 2),
-    },
-    ("stats_sum", "tf32", 80): {
-        128: TileConfig(128, 128, 64, 128, 8, 3),
-        256: TileConfig(128, 128, 64, 128, 8, 2),
-    },
-    ("stats_pull", "tf32", 90): {
-        512: TileConfig(64, 64, 64, 256, 8, 2),
-        1024: TileConfig(64, 64, 64, 256, 8, 2),
-    },
-    ("centre_pass", "tf32", 90): {
-        128: TileConfig(64, 64, 64, 128, 8, 2),
-        256: TileConfig(64, 64, 64, 256, 8, 2),
-        512: TileConfig(64, 32, 64, 256, 8, 2),
-        1024: TileConfig(64, 64, 64, 256, 8, 2),
-    },
-    ("stats_sum", "tf32", 90): {128: TileConfig(128, 128, 64, 128, 8, 2)},
-}
-
-
-def choose(
-    kernel: str, d: int, precision: str, raw: bool, packed: bool, indexed: bool, arch: int
-) -> TileConfig:
+def choose(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
     Args:
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
-        raw: whether weights are operands as they lie.
-        packed: whether the rows of the weights lie one after the other.
-        indexed: whether registers are short, since the columns of the pass are rows of an index or
-            the number of its rows is read.
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
     """
     block = block_of(d)
@@ -316,11 +136,7 @@ def choose(
         # small enough to be quick, and cuts D where D > 32
         return TileConfig(16, 32, *((block, block) if d <= 32 else (32, 32)), 4, 1)
     operand = precision if precision in ("fp32", "tf32") else "half"
-    key = kernel, "raw" if raw else operand, arch
-    small, tuned = _SMALL, _TUNED.get(key, {}) if packed else {}
-    if indexed:
-        small = _SMALL | _SMALL_INDEXED
-        tuned = tuned and tuned | _TUNED_INDEXED.get(key, {})
+    tuned = _TUNED.get((kernel, operand, arch), {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
-    tile = tile or small[kernel, operand]
+    tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

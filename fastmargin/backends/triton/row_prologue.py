@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import block_of
+from fastmargin.backends.triton.configs import block_of, operand_width
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import cast, inverse
 from fastmargin.spec import NormEma
@@ -20,7 +20,7 @@ def row_prologue_kernel(
     p_x,  # (B, D) strided
     p_label,  # (B,) int64, if HAS_LABELS
     p_x_hat,  # (B, D) contiguous, fp32, out
-    p_operand,  # (B, D) contiguous, in the operand type, out, if HAS_OPERAND
+    p_operand,  # (B, WIDTH) contiguous, in the operand type, zeros past D, out, if HAS_OPERAND
     p_norm,  # (B,) out
     B,
     stride_xb,
@@ -28,6 +28,7 @@ def row_prologue_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
     D: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -45,6 +46,8 @@ def row_prologue_kernel(
     o_tile = o_b[:, None] * D + o_d[None, :]
     tl.store(p_x_hat + o_tile, b_x_hat, mask=m_tile)
     if HAS_OPERAND:
+        o_tile = o_b[:, None] * WIDTH + o_d[None, :]
+        m_tile = m_b[:, None] & (o_d < WIDTH)[None, :]
         tl.store(p_operand + o_tile, cast(b_x_hat, p_operand.dtype.element_ty), mask=m_tile)
     tl.store(p_norm + o_b, b_norm, mask=m_b)
 
@@ -109,14 +112,15 @@ def _counted(p_norm, p_label, o_b, B, low, high):
     return m_row, tl.minimum(tl.maximum(tl.where(m_row, b_norm, 0.0), low), high)
 
 
-def constants(d: int, has_labels: bool, has_operand: bool) -> dict:
-    """Compile-time arguments of the first kernel."""
+def constants(d: int, has_labels: bool, width: int | None) -> dict:
+    """Compile-time arguments of the first kernel; without a width no operand."""
     block_d = block_of(d)
     rows = max(1, min(16, 2048 // block_d))
     return {
         "HAS_LABELS": has_labels,
-        "HAS_OPERAND": has_operand,
+        "HAS_OPERAND": width is not None,
         "D": d,
+        "WIDTH": width or d,
         "BLOCK_R": rows,
         "BLOCK_D": block_d,
         "num_warps": 4,
@@ -131,19 +135,20 @@ def statistics_constants() -> dict:
 def unit_rows(
     x: Tensor, labels: Tensor | None, operand_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x_hat`` (B, D), the same in the operand type, and norms (B,), in one launch.
+    """``x_hat`` (B, D), the same (B, D') in the operand type, and norms (B,), in one launch.
 
     Args:
         x: (B, D), any strides.
         labels: (B,) contiguous, int64: rows below 0 come out as zeros; None: there are none.
-        operand_dtype: with fp32, the second result is the first one.
+        operand_dtype: with fp32, the second result is the first one, unless D' > D.
     """
     b, d = x.shape
     x_hat = torch.empty((b, d), dtype=torch.float32, device=x.device)
     norm = torch.empty((b,), dtype=torch.float32, device=x.device)
-    has_operand = operand_dtype != torch.float32
-    operand = torch.empty_like(x_hat, dtype=operand_dtype) if has_operand else x_hat
-    fixed = constants(d, labels is not None, has_operand)
+    width = operand_width(d, operand_dtype)
+    has_operand = operand_dtype != torch.float32 or width != d
+    operand = x_hat.new_empty((b, width), dtype=operand_dtype) if has_operand else x_hat
+    fixed = constants(d, labels is not None, width if has_operand else None)
     if b > 0:
         with on_device(x):
             row_prologue_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.own_rows import (
+    SCANNED_AT_ONCE,
+    OwnRows,
+    own_centres,
+    store_level,
+    store_own,
+)
 from fastmargin.backends.triton.tile import cast, inverse
 from fastmargin.spec import SoftmaxLoss
 
@@ -33,6 +40,10 @@ def rows_backward_kernel(
     p_d_x,  # (B, D) contiguous, out
     p_d_lse,  # (B,) out, if WANT_W; 0 where by_lse <= tolerance
     p_d_cos,  # (B,) out, as p_d_lse
+    p_lse,  # (B,) lse_neg
+    p_own,  # (B, D) out, if WANT_W; see own_rows.py
+    p_level,  # (B,) out, as p_own
+    p_code,  # (B,) int32, out, as p_own
     B,
     C,
     rows_w,
@@ -48,31 +59,64 @@ def rows_backward_kernel(
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCANNED: tl.constexpr,
 ):
-    o_b = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_b = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_b = o_b < B
     b_upstream = tl.load(p_d_loss + o_b * stride_loss, mask=m_b, other=0.0) * tl.load(p_share)
     b_miss = tl.load(p_by_lse + o_b, mask=m_b, other=0.0)
     b_d_lse = b_upstream * b_miss
     b_d_cos = b_upstream * tl.load(p_by_cos + o_b, mask=m_b, other=0.0)
+    o_d = tl.arange(0, BLOCK_D)
+    b_column, b_own, b_own_inverse = own_centres(
+        p_w,
+        p_index,
+        p_label,
+        o_b,
+        m_b,
+        o_d.to(tl.int64),
+        C,
+        rows_w,
+        class_start,
+        stride_wc,
+        stride_wd,
+        D,
+        INDEXED,
+    )
     if WANT_W:
         m_drop = b_miss <= tolerance
-        tl.store(p_d_lse + o_b, tl.where(m_drop, 0.0, b_d_lse), mask=m_b)
+        b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
+        b_left = tl.where(m_drop, 0.0, b_d_lse)
+        tl.store(p_d_lse + o_b, b_left, mask=m_b)
+        store_level(p_level, p_code, o_b, m_b, b_lse, b_left, b_column, scale)
         tl.store(p_d_cos + o_b, tl.where(m_drop, 0.0, b_d_cos), mask=m_b)
+        store_own(
+            p_own,
+            p_d_loss,
+            p_share,
+            p_by_cos,
+            p_by_lse,
+            p_x_hat,
+            p_label,
+            o_b,
+            b_column,
+            b_own,
+            b_own_inverse,
+            o_d,
+            B,
+            class_start,
+            stride_loss,
+            tolerance,
+            D,
+            BLOCK_R,
+            BLOCK_D,
+            SCANNED,
+            False,
+        )
     if WANT_X:
         b_d_norm = b_upstream * tl.load(p_by_norm + o_b, mask=m_b, other=0.0)
-        o_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        m_d = (o_d < D)[None, :]
-        m_tile = m_b[:, None] & m_d
-        o_tile = o_b[:, None] * D + o_d[None, :]
-        b_row = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
-        m_here = (b_row >= 0) & (b_row < C)
-        if INDEXED:
-            b_row = tl.load(p_index + tl.where(m_here, b_row, 0), mask=m_here, other=-1)
-            m_here = (b_row >= 0) & (b_row < rows_w)
-        p_own = p_w + tl.where(m_here, b_row, 0)[:, None] * stride_wc + o_d[None, :] * stride_wd
-        b_own = tl.load(p_own, mask=m_here[:, None] & m_d, other=0.0).to(tl.float32)
-        b_own *= inverse(tl.sqrt_rn(tl.sum(b_own * b_own, 1)))[:, None]
+        m_tile = m_b[:, None] & (o_d < D)[None, :]
+        o_tile = o_b.to(tl.int64)[:, None] * D + o_d[None, :]
         b_pull = tl.load(p_pull + o_tile, mask=m_tile, other=0.0)
         b_d_x = (b_d_lse * scale)[:, None] * b_pull + b_d_cos[:, None] * b_own
         b_x_hat = tl.load(p_x_hat + o_tile, mask=m_tile, other=0.0)
@@ -93,6 +137,7 @@ def constants(d: int, indexed: bool, want_x: bool, want_w: bool) -> dict:
         "D": d,
         "BLOCK_R": max(1, min(16, 2048 // block_d)),
         "BLOCK_D": block_d,
+        "SCANNED": SCANNED_AT_ONCE,
         "num_warps": 4,
     }
 
@@ -109,10 +154,11 @@ def rows_backward(
     want_x: bool,
     want_weight: bool,
     row_tolerance: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradient (B, D) of the embeddings; of ``lse_neg`` and ``cos_y`` (B,), for the centre pass.
+) -> tuple[Tensor | None, ...]:
+    """Gradient (B, D) of the embeddings; of ``lse_neg`` and ``cos_y`` (B,); own, level, code.
 
-    What is not wanted is None. The last two are 0 in rows with 1 - p_y up to ``row_tolerance``.
+    The last five are for the centre pass (``own_rows.py``). What is not wanted is None. Rows with
+    1 - p_y up to ``row_tolerance`` have no part in them.
 
     Args:
         d_loss: () or (B,), any stride, fp32.
@@ -124,6 +170,7 @@ def rows_backward(
     b, d = made.x_hat.shape
     d_x = torch.empty((b, d), dtype=x_dtype, device=weight.device) if want_x else None
     d_lse, d_cos = (torch.empty_like(made.norm) if want_weight else None for _ in range(2))
+    own = OwnRows.empty(made.x_hat) if want_weight else OwnRows(None, None, None)
     fixed = constants(d, index is not None, want_x, want_weight)
     with on_device(weight):
         rows_backward_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](
@@ -141,6 +188,10 @@ def rows_backward(
             d_x,
             d_lse,
             d_cos,
+            made.lse_neg,
+            own.own,
+            own.level,
+            own.code,
             b,
             weight.shape[0] if index is None else index.shape[0],
             weight.shape[0],
@@ -152,4 +203,4 @@ def rows_backward(
             float(row_tolerance),
             **fixed,
         )
-    return d_x, d_lse, d_cos
+    return d_x, d_lse, d_cos, own.own, own.level, own.code

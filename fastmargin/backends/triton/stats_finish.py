@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmargin.backends.triton.configs import block_of, slope_power
 from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.stats_merge import Partials
 from fastmargin.backends.triton.tile import LN2, target_cosine
 from fastmargin.spec import HardRule
 
@@ -110,7 +111,7 @@ def stats_finish(
     index: Tensor | None,
     labels: Tensor,
     class_start: int,
-    partials: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    partials: Partials,
     hard: HardRule | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``lse_neg``, ``cos_y``, ``max_neg`` (B,) and ``pull`` (B, D), or (0, D) without partials.
@@ -121,11 +122,11 @@ def stats_finish(
         index: (K,) contiguous, or None.
         labels: (B,) contiguous.
         class_start: global id of ``weight[0]``.
-        partials: sums, shifts, maxima (splits, B) and pull numerators (splits, B, D).
+        partials: what the splits left.
         hard: rule for hard negatives; the numerators were divided by its :func:`slope_power`.
     """
     b, d = x_hat.shape
-    sums, shifts, maxima, numerators = partials
+    sums, shifts, numerators = partials.sums, partials.shifts, partials.numerators
     lse, cos_y, max_neg = (torch.empty_like(x_hat[:, 0]) for _ in range(3))
     pull = torch.empty_like(x_hat) if numerators is not None else x_hat.new_empty((0, d))
     fixed = constants(
@@ -139,7 +140,7 @@ def stats_finish(
             labels,
             sums,
             shifts,
-            maxima,
+            partials.maxima,
             numerators,
             lse,
             cos_y,

@@ -11,46 +11,42 @@ the logits are bounded and need none (``|s * f| + log C <= 85`` keeps the sums i
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.backends.triton.centres import Centres, blocks_of
 from fastmargin.backends.triton.configs import (
     DOT_PRECISION,
-    STREAM_TYPES,
     TileConfig,
     choose,
-    is_packed,
-    is_raw,
     slope_power,
     split_classes,
 )
 from fastmargin.backends.triton.launch import chip, on_device
+from fastmargin.backends.triton.stats_merge import Partials, stats_merge
 from fastmargin.backends.triton.tile import (
     LOG2E,
     NO_SHIFT,
     RISE,
     START,
     cast,
-    centre_rows,
+    cosines,
     hard_rule,
-    indexed_rows,
-    load_rows,
-    local_column,
+    local_columns,
     matmul,
-    row_pointer,
-    streamed_cosines,
 )
 from fastmargin.spec import HardRule
 
 
-@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
 def stats_forward_kernel(
-    p_x,  # (B, D) contiguous unit rows
-    p_w,  # (rows_w, D) strided centres
-    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
-    p_inverse,  # (C,) 1 / ||w||
+    d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
+    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
+    d_w_pull,  # the same in blocks of (BLOCK_C, BLOCK_D), if WANT_PULL
+    p_inverse,  # (C,) 1 / ||w||, if GAPS or not UNIT; below 0 at an empty place
     p_label,  # (B,) int64
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
@@ -60,48 +56,40 @@ def stats_forward_kernel(
     p_pull,  # (splits, B, D) out: pull numerator times slope_unit, if WANT_PULL
     B,
     C,
-    rows_w,
     class_start,
-    stride_wc,
-    stride_wd,
     tiles_per_split,
     scale,
     slope_unit,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
+    UNIT: tl.constexpr,
+    GAPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    RAW: tl.constexpr,
     WANT_PULL: tl.constexpr,
     ONLINE: tl.constexpr,
     HAS_HARD: tl.constexpr,
 ):
-    # weights of the second product that carry 1 / ||w|| are kept in range like large logits are
-    RAW_PULL: tl.constexpr = RAW and WANT_PULL
-    WHOLE: tl.constexpr = BLOCK_K >= D  # a tile holds whole rows, so w_hat serves both products
+    WHOLE: tl.constexpr = BLOCK_K >= D  # a block holds whole rows, so it may serve both products
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if WANT_PULL else 1
     i_b = tl.program_id(0) // COLUMNS
     i_d = tl.program_id(0) % COLUMNS
-    i_split = tl.program_id(1).to(tl.int64)
+    i_split = tl.program_id(1)
 
-    first = i_b.to(tl.int64) * BLOCK_B
+    first = i_b * BLOCK_B
     o_b = first + tl.arange(0, BLOCK_B)
     m_b = o_b < B
-    p_xb = p_x + first * D
     # rows past B, and labels of other shards, fall in no tile
-    b_label = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
+    b_column = local_columns(p_label, o_b, m_b, class_start, C)
     if HAS_HARD:
         b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
     if WHOLE:
-        b_x = load_rows(p_xb, m_b, D, 1, 0, D, BLOCK_B, BLOCK_K, True)
+        b_x = d_x.load([first, 0])
 
-    b_sum = tl.zeros([BLOCK_B], tl.float32)
     b_shift = tl.full([BLOCK_B], NO_SHIFT, tl.float32)
+    b_sum = tl.zeros([BLOCK_B], tl.float32)
     b_max = tl.full([BLOCK_B], float("-inf"), tl.float32)
     if WANT_PULL:
         b_pull = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
@@ -112,70 +100,39 @@ def stats_forward_kernel(
     for i_c in range(i_first, i_last):
         start = i_c * BLOCK_C
         o_c = start + tl.arange(0, BLOCK_C)
-        m_c = o_c < C
-        if INDEXED:
-            p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
-        else:
-            p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-        b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
-
         if WHOLE:
-            b_w = centre_rows(
-                p_wc,
-                m_c,
-                b_inverse,
-                stride_wc,
-                stride_wd,
-                0,
-                D,
-                BLOCK_C,
-                BLOCK_K,
-                PACKED,
-                INDEXED,
-                OPERAND,
-                RAW,
-            )
+            b_w = d_w.load([start, 0])
             b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
             b_cos = matmul(b_x, tl.trans(b_w), b_cos, PRECISION)
         else:
-            b_cos = streamed_cosines(
-                p_xb,
-                m_b,
-                p_wc,
-                m_c,
-                b_inverse,
-                stride_wc,
-                stride_wd,
-                D,
-                BLOCK_B,
-                BLOCK_C,
-                BLOCK_K,
-                PACKED,
-                INDEXED,
-                OPERAND,
-                RAW,
-                PRECISION,
-                False,
-            )
-        if RAW:
+            b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
+        m_c = o_c < C
+        if GAPS or not UNIT:
+            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
+        if GAPS:
+            m_c = m_c & (b_inverse >= 0)
+        if not UNIT:
             b_cos *= b_inverse[None, :]
-
-        b_target = local_column(b_label, start, BLOCK_C)
-        m_negative = m_c[None, :] & (tl.arange(0, BLOCK_C)[None, :] != b_target[:, None])
-        b_max = tl.maximum(b_max, tl.max(tl.where(m_negative, b_cos, float("-inf")), 1))
-        b_f = b_cos
+        m_negative = m_c[None, :] & (o_c[None, :] != b_column[:, None])
+        b_cos = tl.where(m_negative, b_cos, float("-inf"))
+        b_top = tl.max(b_cos, 1)
+        b_max = tl.maximum(b_max, b_top)
+        b_z = scale2 * b_cos
         if HAS_HARD:
             b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
-        b_z = tl.where(m_negative, scale2 * b_f, float("-inf"))
+            b_z = scale2 * b_f
         if ONLINE:
-            b_reach = b_z
-            if RAW_PULL:
-                b_reach += tl.log2(tl.maximum(b_inverse, 1e-12))[None, :]
-            b_top = tl.max(b_reach, 1)
-            m_rise = b_top > b_shift + RISE
-            b_new = tl.where(m_rise, tl.ceil(b_top) - START, b_shift)
-            b_ratio = tl.exp2(b_shift - b_new)
-            b_shift = b_new
+            # weights of the second product that carry 1 / ||w|| are kept in range like logits
+            if WANT_PULL and not UNIT:
+                b_reach = b_z + tl.log2(tl.maximum(b_inverse, 1e-12))[None, :]
+                b_top = tl.max(b_reach, 1)
+            elif HAS_HARD:
+                b_top = tl.max(b_z, 1)
+            else:
+                b_top *= scale2
+            b_risen = tl.where(b_top > b_shift + RISE, tl.ceil(b_top) - START, b_shift)
+            b_ratio = tl.exp2(b_shift - b_risen)
+            b_shift = b_risen
             b_sum *= b_ratio
             if WANT_PULL:
                 b_pull *= b_ratio[:, None]
@@ -185,45 +142,30 @@ def stats_forward_kernel(
         if WANT_PULL:
             if HAS_HARD:
                 b_e *= b_slope * slope_unit
-            if RAW:
+            if not UNIT:
                 b_e *= b_inverse[None, :]
             if not (WHOLE and COLUMNS == 1):
-                b_w = centre_rows(
-                    p_wc,
-                    m_c,
-                    b_inverse,
-                    stride_wc,
-                    stride_wd,
-                    i_d * BLOCK_D,
-                    D,
-                    BLOCK_C,
-                    BLOCK_D,
-                    PACKED,
-                    INDEXED,
-                    OPERAND,
-                    RAW,
-                )
-            b_pull = matmul(cast(b_e, OPERAND), b_w, b_pull, PRECISION)
+                b_w = d_w_pull.load([start, i_d * BLOCK_D])
+            b_pull = matmul(cast(b_e, d_w.dtype), b_w, b_pull, PRECISION)
 
-    o_row = i_split * B + o_b
+    o_row = i_split.to(tl.int64) * B + o_b
+    if WANT_PULL:
+        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        p_first = p_pull + (i_split.to(tl.int64) * B + first) * D
+        p_tile = p_first + (tl.arange(0, BLOCK_B)[:, None] * D + o_d[None, :])
+        tl.store(p_tile, b_pull, mask=m_b[:, None] & (o_d < D)[None, :])
     if i_d == 0:
         tl.store(p_sum + o_row, b_sum, mask=m_b)
         tl.store(p_max + o_row, b_max, mask=m_b)
         if ONLINE:
             tl.store(p_shift + o_row, b_shift, mask=m_b)
-    if WANT_PULL:
-        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-        p_first = p_pull + (i_split * B + first) * D
-        p_tile = p_first + (tl.arange(0, BLOCK_B)[:, None] * D + o_d[None, :])
-        tl.store(p_tile, b_pull, mask=m_b[:, None] & (o_d < D)[None, :])
 
 
 def constants(
     d: int,
     precision: str,
-    packed: bool,
-    indexed: bool,
-    raw: bool,
+    unit: bool,
+    gaps: bool,
     tile: TileConfig,
     want_pull: bool,
     online: bool,
@@ -231,12 +173,10 @@ def constants(
 ) -> dict:
     """Compile-time arguments."""
     return {
-        "PACKED": packed,
-        "INDEXED": indexed,
+        "UNIT": unit,
+        "GAPS": gaps,
         "D": d,
-        "OPERAND": STREAM_TYPES[precision],
         "PRECISION": DOT_PRECISION[precision],
-        "RAW": raw,
         "WANT_PULL": want_pull,
         "ONLINE": online,
         "HAS_HARD": has_hard,
@@ -246,9 +186,9 @@ def constants(
 
 def stats_forward(
     x: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    inverse: Tensor,
+    d: int,
+    centres: Iterable[Centres],
+    columns: int,
     labels: Tensor,
     scale: float,
     hard: HardRule | None,
@@ -256,70 +196,62 @@ def stats_forward(
     precision: str,
     want_pull: bool,
     online: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """What every split of the classes leaves: sums, shifts, maxima, pull numerators.
-
-    Shapes (splits, B) fp32, the last (splits, B, D); without ONLINE no shifts, without
-    ``want_pull`` no numerators. Their size depends on B, D and the chip, not on C.
+) -> tuple[Partials, Centres]:
+    """Sums over the classes, by splits of them, and the last of ``centres``.
 
     Args:
-        x: (B, D) contiguous unit rows in the operand type.
-        weight: (C, D), C > 0.
-        index: (K,) contiguous, K > 0, or None.
-        inverse: (C,) or (K,) inverse norms of the columns.
+        x: (B, D') unit rows in the operand type.
+        d: D.
+        centres: all columns, some at a time.
+        columns: how many they are; more than 0.
         labels: (B,) contiguous, int64.
         scale: s.
         hard: rule for hard negatives, its threshold contiguous and fp32.
-        class_start: global id of ``weight[0]``.
+        class_start: global id of the first column.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         want_pull: also form the pull numerators.
         online: whether the logits need a running shift.
     """
-    (b, d), c = x.shape, inverse.shape[0]
+    b = x.shape[0]
     here = chip(x.device)
-    kernel = "stats_pull" if want_pull else "stats_sum"
-    packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    tile = choose(kernel, d, precision, raw, packed, index is not None, here.arch)
-    columns = triton.cdiv(d, tile.block_d) if want_pull else 1
-    row_programs = triton.cdiv(b, tile.block_b) * columns
-    splits, per_split = split_classes(row_programs, triton.cdiv(c, tile.block_c), here.processors)
-    sums = inverse.new_empty((splits, b))
-    maxima = torch.empty_like(sums)
-    shifts = torch.empty_like(sums) if online else None
-    numerators = inverse.new_empty((splits, b, d)) if want_pull else None
-    fixed = constants(
-        d,
-        precision,
-        packed,
-        index is not None,
-        raw,
-        tile,
-        want_pull,
-        online,
-        hard is not None,
-    )
-    with on_device(x):
-        stats_forward_kernel[(row_programs, splits)](
-            x,
-            weight,
-            index,
-            inverse,
-            labels,
-            None if hard is None else hard.threshold,
-            None if hard is None else hard.coefficients,
-            sums,
-            shifts,
-            maxima,
-            numerators,
-            b,
-            c,
-            weight.shape[0],
-            class_start,
-            weight.stride(0),
-            weight.stride(1),
-            per_split,
-            float(scale),
-            1 / slope_power(hard),
-            **fixed,
+    tile = choose("stats_pull" if want_pull else "stats_sum", d, precision, here.arch)
+    row_programs = triton.cdiv(b, tile.block_b)
+    if want_pull:
+        row_programs *= triton.cdiv(d, tile.block_d)
+    partials = None
+    for part in centres:
+        n = part.inverse.shape[0]
+        tiles = triton.cdiv(n, tile.block_c)
+        if partials is None:
+            splits, _ = split_classes(row_programs, tiles, here.processors)
+            # where there are more columns, the first one sums up what has been
+            several = int(n < columns)
+            partials = Partials.empty(splits + several, b, d, x.device, want_pull, online)
+        new = partials.since(several)
+        fixed = constants(
+            d, precision, part.unit, part.gaps, tile, want_pull, online, hard is not None
         )
-    return sums, shifts, maxima, numerators
+        with on_device(x):
+            stats_forward_kernel[(row_programs, splits)](
+                blocks_of(x, tile.block_b, tile.block_k),
+                blocks_of(part.operand, tile.block_c, tile.block_k),
+                blocks_of(part.operand, tile.block_c, tile.block_d) if want_pull else None,
+                part.inverse,
+                labels,
+                None if hard is None else hard.threshold,
+                None if hard is None else hard.coefficients,
+                new.sums,
+                new.shifts,
+                new.maxima,
+                new.numerators,
+                b,
+                n,
+                class_start + part.start,
+                triton.cdiv(tiles, splits),
+                float(scale),
+                1 / slope_power(hard),
+                **fixed,
+            )
+        if part.start + n < columns:
+            stats_merge(new if part.start == 0 else partials, partials)
+    return partials, part

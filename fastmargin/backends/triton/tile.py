@@ -1,7 +1,7 @@
 """Arithmetic that the kernels share.
 
-Names in kernels: ``p_`` pointer, ``i_`` index of a program or loop, ``o_`` offsets, ``m_`` mask,
-``b_`` value held by the program.
+Names in kernels: ``p_`` pointer, ``d_`` tensor descriptor, ``i_`` index of a program or loop,
+``o_`` offsets, ``m_`` mask, ``b_`` value held by the program.
 """
 
 from __future__ import annotations
@@ -28,6 +28,39 @@ START: tl.constexpr = tl.constexpr(4.0)
 
 
 @triton.jit
+def row_tile(
+    p_first,
+    stride_row,
+    stride_col,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+):
+    """Pointers to columns ``start .. start + BLOCK`` of ROWS rows of width D.
+
+    The first row is at ``p_first``. PACKED rows lie one after the other, so their offsets within
+    the tile are known when compiling, which saves registers; the strides then do not matter.
+    Otherwise offsets are int64: the transposed view of (D, C) has strides of C. INDEXED rows lie
+    anywhere: ``p_first`` (ROWS,) is where each of them begins.
+    """
+    o_row = tl.arange(0, ROWS)
+    o_col = start + tl.arange(0, BLOCK)
+    if INDEXED:
+        if PACKED:
+            return p_first[:, None] + o_col[None, :]
+        else:
+            return p_first[:, None] + o_col.to(tl.int64)[None, :] * stride_col
+    elif PACKED:
+        return p_first + (o_row[:, None] * D + o_col[None, :])
+    else:
+        o_rows = o_row.to(tl.int64)[:, None] * stride_row
+        return p_first + o_rows + o_col.to(tl.int64)[None, :] * stride_col
+
+
+@triton.jit
 def load_rows(
     p_first,
     m_row,
@@ -38,34 +71,15 @@ def load_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
-    INDEXED: tl.constexpr = False,
+    INDEXED: tl.constexpr,
 ):
-    """Columns ``start .. start + BLOCK`` of ROWS rows of width D, the first one at ``p_first``.
-
-    Zero where ``m_row`` is false and past column D. PACKED rows lie one after the other, so their
-    offsets within the tile are known when compiling, which saves registers; the strides then do
-    not matter. Otherwise offsets are int64: the transposed view of (D, C) has strides of C.
-    INDEXED rows lie anywhere: ``p_first`` (ROWS,) is where each of them begins.
-    """
-    o_row = tl.arange(0, ROWS)
-    o_col = start + tl.arange(0, BLOCK)
-    if INDEXED:
-        if PACKED:
-            p_tile = p_first[:, None] + o_col[None, :]
-        else:
-            p_tile = p_first[:, None] + o_col.to(tl.int64)[None, :] * stride_col
-    elif PACKED:
-        p_tile = p_first + (o_row[:, None] * D + o_col[None, :])
-    else:
-        p_tile = (
-            p_first
-            + o_row.to(tl.int64)[:, None] * stride_row
-            + o_col.to(tl.int64)[None, :] * stride_col
-        )
+    """What :func:`row_tile` points to; zero where ``m_row`` is false and past column D."""
+    p_tile = row_tile(p_first, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED)
     if D % BLOCK == 0:
         return tl.load(p_tile, mask=m_row[:, None], other=0.0)
     else:
-        return tl.load(p_tile, mask=m_row[:, None] & (o_col < D)[None, :], other=0.0)
+        m_col = start + tl.arange(0, BLOCK) < D
+        return tl.load(p_tile, mask=m_row[:, None] & m_col[None, :], other=0.0)
 
 
 @triton.jit
@@ -130,36 +144,6 @@ def cast(b_value, TYPE: tl.constexpr):
 
 
 @triton.jit
-def centre_rows(
-    p_first,
-    m_row,
-    b_inverse,
-    stride_row,
-    stride_col,
-    start,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    RAW: tl.constexpr,
-):
-    """A tile of centres as an operand: as it lies if RAW, else normalised in fp32 and then cast.
-
-    Casting first would lose the digits of centres whose norm is far from 1 in fp16. RAW is for
-    weights stored in the operand type: the tile then needs no registers, and the products are
-    scaled by the inverse norms instead.
-    """
-    b_tile = load_rows(
-        p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED
-    )
-    if not RAW:
-        b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], OPERAND)
-    return b_tile
-
-
-@triton.jit
 def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """``b_sum + b_left @ b_right`` with fp32 accumulation."""
     if EMULATED:
@@ -170,63 +154,39 @@ def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def streamed_cosines(
-    p_x,
-    m_b,
-    p_w,
-    m_c,
-    b_inverse,
-    stride_wc,
-    stride_wd,
-    D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
-    OPERAND: tl.constexpr,
-    RAW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CLASSES_FIRST: tl.constexpr,
-):
-    """Products of a tile of unit rows and a tile of centres, BLOCK_K columns of D at a time.
+def halves(b_tile, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(b_tile, [ROWS, 2, HALF]), [0, 2, 1]))
 
-    (BLOCK_B, BLOCK_C), or (BLOCK_C, BLOCK_B) if CLASSES_FIRST. RAW centres are not yet scaled.
+
+@triton.jit
+def cosines(
+    d_left,
+    d_right,
+    left,
+    right,
+    D: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products (LEFT, RIGHT) of the rows of two blocks, which begin at ``left`` and ``right``.
+
+    The descriptors' blocks have BLOCK_K columns; those of D are gone through one after another.
     """
-    if CLASSES_FIRST:
-        b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
-    else:
-        b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    b_cos = tl.zeros([LEFT, RIGHT], tl.float32)
     for k in range(0, D, BLOCK_K):
-        b_x = load_rows(p_x, m_b, D, 1, k, D, BLOCK_B, BLOCK_K, True)
-        b_w = centre_rows(
-            p_w,
-            m_c,
-            b_inverse,
-            stride_wc,
-            stride_wd,
-            k,
-            D,
-            BLOCK_C,
-            BLOCK_K,
-            PACKED,
-            INDEXED,
-            OPERAND,
-            RAW,
-        )
-        if CLASSES_FIRST:
-            b_cos = matmul(b_w, tl.trans(b_x), b_cos, PRECISION)
-        else:
-            b_cos = matmul(b_x, tl.trans(b_w), b_cos, PRECISION)
+        b_left, b_right = d_left.load([left, k]), d_right.load([right, k])
+        b_cos = matmul(b_left, tl.trans(b_right), b_cos, PRECISION)
     return b_cos
 
 
 @triton.jit
-def local_column(b_label, start, BLOCK: tl.constexpr):
-    """Where the label lies in the tile that begins at class ``start``; -1 if outside. int32."""
-    b_column = b_label - start
-    m_inside = (b_column >= 0) & (b_column < BLOCK)
-    return tl.where(m_inside, b_column, -1).to(tl.int32)
+def local_columns(p_label, o_b, m_b, class_start, C):
+    """Column of the own centre of each row, counted from ``class_start``; -1 if not in [0, C)."""
+    b_column = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
+    return tl.where((b_column >= 0) & (b_column < C), b_column, -1).to(tl.int32)
 
 
 @triton.jit

@@ -8,29 +8,23 @@ the merge picks from all splits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.backends.triton.centres import Centres, blocks_of
 from fastmargin.backends.triton.configs import (
     DOT_PRECISION,
-    STREAM_TYPES,
     TileConfig,
     block_of,
     choose,
-    is_packed,
-    is_raw,
     split_classes,
 )
 from fastmargin.backends.triton.launch import chip, on_device
-from fastmargin.backends.triton.tile import (
-    indexed_rows,
-    local_column,
-    row_pointer,
-    streamed_cosines,
-    target_cosine,
-)
+from fastmargin.backends.triton.tile import cosines, local_columns, target_cosine
 
 LEAST: tl.constexpr = tl.constexpr(-(2**63))
 LOW_WORD: tl.constexpr = tl.constexpr(2**32 - 1)
@@ -57,78 +51,57 @@ def key_column(b_key):
     return (b_key & LOW_WORD) ^ LOW_WORD
 
 
-@triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "class_start", "column_start", "tiles_per_split"])
 def topk_scan_kernel(
-    p_x,  # (B, D) contiguous unit rows
-    p_w,  # (rows_w, D) strided centres
-    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
-    p_inverse,  # (C,) 1 / ||w||
+    d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
+    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
+    p_inverse,  # (C,) 1 / ||w||, if GAPS or not UNIT; below 0 at an empty place
     p_label,  # (B,) int64
-    p_key,  # (splits, B, K) int64, out
+    p_key,  # (splits, B, K) int64, in if CONTINUED, and out
     B,
     C,
-    rows_w,
     class_start,
-    stride_wc,
-    stride_wd,
+    column_start,
     tiles_per_split,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
+    UNIT: tl.constexpr,
+    GAPS: tl.constexpr,
+    CONTINUED: tl.constexpr,
     D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    RAW: tl.constexpr,
 ):
-    i_split = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    i_split = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK_B
     o_b = first + tl.arange(0, BLOCK_B)
     m_b = o_b < B
-    p_xb = p_x + first * D
-    b_label = tl.load(p_label + o_b, mask=m_b, other=-1) - class_start
+    b_column = local_columns(p_label, o_b, m_b, class_start, C)
     o_k = tl.arange(0, K)
+    p_row = p_key + (i_split.to(tl.int64) * B + o_b) * K
+    p_best = p_row[:, None] + o_k[None, :]
     # distinct, so that a better key replaces one of them at a time
     b_best = tl.zeros([BLOCK_B, K], tl.int64) + (o_k.to(tl.int64) + (LEAST + 1))[None, :]
+    if CONTINUED:
+        b_best = tl.load(p_best, mask=m_b[:, None], other=LEAST)
 
     i_first = i_split * tiles_per_split
     i_last = tl.minimum(i_first + tiles_per_split, tl.cdiv(C, BLOCK_C))
     for i_c in range(i_first, i_last):
         start = i_c * BLOCK_C
         o_c = start + tl.arange(0, BLOCK_C)
+        b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
         m_c = o_c < C
-        if INDEXED:
-            p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
-        else:
-            p_wc = row_pointer(p_w, start, stride_wc, D, PACKED)
-        b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
-        b_cos = streamed_cosines(
-            p_xb,
-            m_b,
-            p_wc,
-            m_c,
-            b_inverse,
-            stride_wc,
-            stride_wd,
-            D,
-            BLOCK_B,
-            BLOCK_C,
-            BLOCK_K,
-            PACKED,
-            INDEXED,
-            OPERAND,
-            RAW,
-            PRECISION,
-            False,
-        )
-        if RAW:
+        if GAPS or not UNIT:
+            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
+        if GAPS:
+            m_c = m_c & (b_inverse >= 0)
+        if not UNIT:
             b_cos *= b_inverse[None, :]
 
-        b_target = local_column(b_label, start, BLOCK_C)
-        m_negative = m_c[None, :] & (tl.arange(0, BLOCK_C)[None, :] != b_target[:, None])
-        b_key = tl.where(m_negative, make_key(b_cos, o_c[None, :]), LEAST)
+        m_negative = m_c[None, :] & (o_c[None, :] != b_column[:, None])
+        b_key = tl.where(m_negative, make_key(b_cos, (column_start + o_c)[None, :]), LEAST)
         b_top = tl.max(b_key, 1)
         b_worst = tl.min(b_best, 1)
         while tl.max((b_top > b_worst).to(tl.int32), 0) > 0:
@@ -138,8 +111,7 @@ def topk_scan_kernel(
             b_top = tl.max(b_key, 1)
             b_worst = tl.min(b_best, 1)
 
-    p_row = p_key + (i_split * B + o_b) * K
-    tl.store(p_row[:, None] + o_k[None, :], b_best, mask=m_b[:, None])
+    tl.store(p_best, b_best, mask=m_b[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "C", "rows_w", "class_start", "splits", "wanted"])
@@ -197,20 +169,19 @@ def topk_merge_kernel(
 
 
 def scan_constants(
-    d: int, k: int, precision: str, packed: bool, indexed: bool, raw: bool, tile: TileConfig
+    d: int, k: int, precision: str, unit: bool, gaps: bool, continued: bool, tile: TileConfig
 ) -> dict:
     """Compile-time arguments of the scan."""
     arguments = tile.arguments()
     del arguments["BLOCK_D"]  # no accumulator over D
     return {
-        "PACKED": packed,
-        "INDEXED": indexed,
+        "UNIT": unit,
+        "GAPS": gaps,
+        "CONTINUED": continued,
         "D": d,
         # a tensor of one column is not worth its own case
         "K": max(2, triton.next_power_of_2(k)),
-        "OPERAND": STREAM_TYPES[precision],
         "PRECISION": DOT_PRECISION[precision],
-        "RAW": raw,
         **arguments,
     }
 
@@ -230,9 +201,9 @@ def merge_constants(d: int, k: int, indexed: bool, splits: int) -> dict:
 def topk(
     x_hat: Tensor,
     x: Tensor,
+    centres: Iterable[Centres],
     weight: Tensor,
     index: Tensor | None,
-    inverse: Tensor,
     labels: Tensor,
     k: int,
     class_start: int,
@@ -242,44 +213,46 @@ def topk(
 
     Args:
         x_hat: (B, D) contiguous unit rows, fp32.
-        x: the same in the operand type.
-        weight: (C, D), C > 0.
-        index: (K,) contiguous, K > 0, or None.
-        inverse: (C,) or (K,) inverse norms of the columns.
+        x: (B, D') the same in the operand type.
+        centres: the columns of the pass, some at a time; at least one.
+        weight: (C, D).
+        index: (K,) contiguous, or None.
         labels: (B,) contiguous, int64.
         k: at most 16.
-        class_start: global id of ``weight[0]``.
+        class_start: global id of the first column.
         precision: one of "fp32", "tf32", "bf16", "fp16".
     """
-    (b, d), c = x.shape, inverse.shape[0]
-    indexed = index is not None
+    b, d = x_hat.shape
     here = chip(x.device)
-    packed, raw = is_packed(weight), is_raw(weight.dtype, precision)
-    tile = choose("topk", d, precision, raw, packed, indexed, here.arch)
+    tile = choose("topk", d, precision, here.arch)
     row_programs = triton.cdiv(b, tile.block_b)
-    splits, per_split = split_classes(row_programs, triton.cdiv(c, tile.block_c), here.processors)
-    fixed = scan_constants(d, k, precision, packed, indexed, raw, tile)
-    keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
+    keys = None
+    for part in centres:
+        n = part.inverse.shape[0]
+        tiles = triton.cdiv(n, tile.block_c)
+        fixed = scan_constants(d, k, precision, part.unit, part.gaps, part.start > 0, tile)
+        if keys is None:
+            splits, _ = split_classes(row_programs, tiles, here.processors)
+            keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
+        with on_device(x):
+            topk_scan_kernel[(row_programs, splits)](
+                blocks_of(x, tile.block_b, tile.block_k),
+                blocks_of(part.operand, tile.block_c, tile.block_k),
+                part.inverse,
+                labels,
+                keys,
+                b,
+                n,
+                class_start + part.start,
+                part.start,
+                triton.cdiv(tiles, splits),
+                **fixed,
+            )
     value = torch.empty((b, k), dtype=torch.float32, device=x.device)
     column = torch.empty((b, k), dtype=torch.int64, device=x.device)
     cos_y = torch.empty_like(value[:, 0])
+    indexed = index is not None
     with on_device(x):
-        topk_scan_kernel[(row_programs, splits)](
-            x,
-            weight,
-            index,
-            inverse,
-            labels,
-            keys,
-            b,
-            c,
-            weight.shape[0],
-            class_start,
-            weight.stride(0),
-            weight.stride(1),
-            per_split,
-            **fixed,
-        )
         topk_merge_kernel[(b,)](
             x_hat,
             weight,
@@ -290,7 +263,7 @@ def topk(
             column,
             cos_y,
             b,
-            c,
+            index.shape[0] if indexed else weight.shape[0],
             weight.shape[0],
             class_start,
             weight.stride(0),

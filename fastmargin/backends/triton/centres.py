@@ -1,0 +1,201 @@
+"""Class centres as the passes read them: rows of the operand type, one after the other.
+
+The passes over the centres read a tile once per block of embeddings. So what a tile costs beside
+its bytes is done once, here: following the index, strides, the norm and the cast. Some columns at
+a time are *staged*, as unit rows, in a buffer whose size does not depend on C; the passes copy
+their tiles from there by tensor descriptors, which take no registers. Centres that are stored in
+the operand type and lie one after the other are read where they are; the passes then scale
+cosines by the inverse norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastmargin.backends.triton.configs import (
+    OPERAND_DTYPES,
+    block_of,
+    is_packed,
+    operand_width,
+)
+from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.tile import (
+    cast,
+    indexed_rows,
+    inverse_norms,
+    load_rows,
+    row_pointer,
+)
+
+STAGED_BYTES = 256 << 20
+"""Most that is staged at a time."""
+
+COLUMNS_AT_A_TIME = 1 << 23
+"""Most columns of a launch; their inverse norms are 32 MB."""
+
+
+@dataclass(frozen=True)
+class Centres:
+    """Some columns of a pass.
+
+    start: the first of them. operand: (n, D') rows in the operand type, D' >= D with zeros past D.
+    inverse: (n,) 1 / ||w||, 0 for a (nearly) zero centre, -1 at an empty place; fp32. unit: whether
+    the rows have unit length, or are to be scaled by ``inverse``. gaps: whether places may be empty.
+    """
+
+    start: int
+    operand: Tensor
+    inverse: Tensor
+    unit: bool
+    gaps: bool
+
+
+def as_operand(x_hat: Tensor, precision: str) -> Tensor:
+    """Unit rows (B, D) as (B, D') in the operand type."""
+    dtype = OPERAND_DTYPES[precision]
+    x_hat, missing = x_hat.to(dtype), operand_width(x_hat.shape[1], dtype) - x_hat.shape[1]
+    return torch.nn.functional.pad(x_hat, (0, missing)) if missing else x_hat.contiguous()
+
+
+def blocks_of(rows: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """How kernels copy blocks of contiguous (n, D') rows; zeros beyond the edges."""
+    return TensorDescriptor.from_tensor(rows, [block_rows, block_columns])
+
+
+def lies_ready(weight: Tensor, index: Tensor | None, precision: str) -> bool:
+    """Whether tiles can be copied from the weight itself; only 16 bits, where it saves most."""
+    dtype = OPERAND_DTYPES[precision]
+    return (
+        index is None
+        and dtype.itemsize == 2
+        and weight.dtype == dtype
+        and is_packed(weight)
+        and weight.shape[1] == operand_width(weight.shape[1], dtype)
+        and weight.data_ptr() % 16 == 0
+    )
+
+
+def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator[Centres]:
+    """The columns of a pass, some at a time. The next ones overwrite those before.
+
+    Args:
+        weight: (C, D), C > 0.
+        index: (K,) contiguous, K > 0, or None.
+        precision: one of "fp32", "tf32", "bf16", "fp16".
+    """
+    count, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
+    dtype = OPERAND_DTYPES[precision]
+    ready, width = lies_ready(weight, index, precision), operand_width(d, dtype)
+    step = COLUMNS_AT_A_TIME
+    if not ready:
+        step = min(step, max(1, STAGED_BYTES // (width * dtype.itemsize)))
+    inverse = torch.empty(min(step, count), dtype=torch.float32, device=weight.device)
+    buffer = None
+    if not ready:
+        buffer = torch.empty((len(inverse), width), dtype=dtype, device=weight.device)
+    for start in range(0, count, step):
+        n = min(step, count - start)
+        rows, places = weight, None if index is None else index[start : start + n]
+        if index is None:
+            rows = weight[start : start + n]
+        operand = None if ready else buffer[:n]
+        stage(rows, places, inverse[:n], operand)
+        yield Centres(start, rows if ready else operand, inverse[:n], not ready, index is not None)
+
+
+def kept(centres: Centres, columns: int) -> tuple[Tensor, Tensor]:
+    """What a backward pass may use again, if these are all columns: rows, or (0,), and inverses."""
+    if len(centres.inverse) < columns:
+        return centres.inverse.new_empty(0), centres.inverse.new_empty(0)
+    rows = centres.operand if centres.unit else centres.operand.new_empty(0)
+    return rows, centres.inverse
+
+
+def centres_again(
+    weight: Tensor, index: Tensor | None, precision: str, rows: Tensor, inverse: Tensor
+) -> Iterator[Centres]:
+    """As :func:`centres_of`, from what :func:`kept` returned where that is all of them."""
+    if not inverse.numel():
+        yield from centres_of(weight, index, precision)
+    elif rows.numel():
+        yield Centres(0, rows, inverse, True, index is not None)
+    else:
+        yield Centres(0, weight, inverse, False, False)
+
+
+@triton.jit(do_not_specialize=["C", "rows_w"])
+def stage_kernel(
+    p_w,  # (rows_w, D) strided
+    p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
+    p_operand,  # (C, WIDTH) contiguous unit rows, out, if STAGED
+    p_inverse,  # (C,) fp32, out
+    C,
+    rows_w,
+    stride_wc,
+    stride_wd,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    STAGED: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_c = tl.program_id(0).to(tl.int64)
+    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    if INDEXED:
+        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+    else:
+        p_wc = row_pointer(p_w, i_c * BLOCK_C, stride_wc, D, PACKED)
+    b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_D, PACKED, INDEXED)
+    tl.store(p_inverse + o_c, tl.where(m_c, b_inverse, -1.0), mask=o_c < C)
+    if STAGED:
+        for start in range(0, WIDTH, BLOCK_D):
+            b_tile = load_rows(
+                p_wc, m_c, stride_wc, stride_wd, start, D, BLOCK_C, BLOCK_D, PACKED, INDEXED
+            )
+            b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], p_operand.dtype.element_ty)
+            o_d = start + tl.arange(0, BLOCK_D)
+            p_tile = p_operand + (o_c[:, None] * WIDTH + o_d[None, :])
+            tl.store(p_tile, b_tile, mask=(o_c < C)[:, None] & (o_d < WIDTH)[None, :])
+
+
+def constants(d: int, packed: bool, indexed: bool, width: int | None) -> dict:
+    """Compile-time arguments; without a width only norms."""
+    return {
+        "PACKED": packed,
+        "INDEXED": indexed,
+        "STAGED": width is not None,
+        "D": d,
+        "WIDTH": width or d,
+        "BLOCK_C": 32,
+        "BLOCK_D": min(block_of(d), 128),
+        "num_warps": 4,
+    }
+
+
+def stage(weight: Tensor, index: Tensor | None, inverse: Tensor, operand: Tensor | None) -> None:
+    """Fills in inverse norms (n,) and unit rows (n, D') of ``weight`` (C, D) or of its rows."""
+    n, d = inverse.shape[0], weight.shape[1]
+    width = None if operand is None else operand.shape[1]
+    fixed = constants(d, is_packed(weight), index is not None, width)
+    with on_device(weight):
+        stage_kernel[(triton.cdiv(n, fixed["BLOCK_C"]),)](
+            weight,
+            index,
+            operand,
+            inverse,
+            n,
+            weight.shape[0],
+            weight.stride(0),
+            weight.stride(1),
+            **fixed,
+        )

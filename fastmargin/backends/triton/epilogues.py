@@ -1,0 +1,47 @@
+"""What the centre pass does with a finished tile of the gradient, while it is in registers.
+
+An epilogue is a function of the tile of centres (fp32), its gradient (fp32), pointers to where the
+result goes and to the optimiser's state, a mask, and three numbers. Another optimiser is another
+function here.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmargin.backends.triton.tile import cast
+
+
+@triton.jit
+def store_gradient(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+    """The gradient itself, in the type of the centres."""
+    tl.store(p_out, cast(b_grad, p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def sgd(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+    """A step of SGD without momentum; ``p_out`` are the centres themselves."""
+    b_w -= rate * (b_grad + decay * b_w)
+    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def sgd_momentum(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+    """A step of SGD with momentum, whose buffer is the state."""
+    b_buffer = tl.load(p_state, mask=m_tile, other=0.0).to(tl.float32)
+    b_buffer = momentum * b_buffer + (b_grad + decay * b_w)
+    tl.store(p_state, cast(b_buffer, p_state.dtype.element_ty), mask=m_tile)
+    b_w -= rate * b_buffer
+    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def sgd_nesterov(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+    """The same, with Nesterov's look ahead."""
+    b_grad += decay * b_w
+    b_buffer = tl.load(p_state, mask=m_tile, other=0.0).to(tl.float32)
+    b_buffer = momentum * b_buffer + b_grad
+    tl.store(p_state, cast(b_buffer, p_state.dtype.element_ty), mask=m_tile)
+    b_w -= rate * (b_grad + momentum * b_buffer)
+    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
