@@ -37,7 +37,7 @@ def step(margin, reduction="mean", x_dtype=torch.float32, wants=("x", "weight"),
     return forward.names, backward.names
 
 
-FORWARD = ["row_prologue_kernel", "centre_norms_kernel", "stats_forward_kernel"]
+FORWARD = ["row_prologue_kernel", "stage_kernel", "stats_forward_kernel"]
 FORWARD += ["stats_finish_kernel", "margin_loss_kernel"]
 UPSTREAM = "aten::ones_like"  # what autograd begins with
 BACKWARD = [UPSTREAM, "rows_backward_kernel", "centre_pass_kernel"]

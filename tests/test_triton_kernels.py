@@ -196,12 +196,12 @@ def test_operand_types_where_training_ends(precision, regime):
         check(problem(regime, dtype=weight), precision)
 
 
-@pytest.mark.parametrize(("noise", "allowed_d_weight"), [(100.0, 3e-4), (1.0, 6e-4)])
-def test_error_of_half_precision_at_full_width(noise, allowed_d_weight, monkeypatch):
-    """s = 64, D = 512, fp16 operands, from the start (noise 100) to late training (noise 1).
+@pytest.mark.parametrize("noise", [100.0, 3.0, 1.0, 0.7])
+def test_error_of_half_precision_at_full_width(noise, monkeypatch):
+    """At most 3e-4, at s = 64 and D = 512, from the start (noise 100) to very late in training.
 
-    DESIGN's goal is 3e-4 for dx and dW. Late, fp16's rounding of x_hat counts for more in the
-    tangent part of dW, which has shrunk: that half of the goal is not met yet.
+    In the end 1 - p_y is 5e-8 and the gradient is what rows do to their own centres, whose tangent
+    part fp16 operands would lose.
     """
     from fastmargin.backends.triton import centre_pass, stats_forward
     from fastmargin.backends.triton.configs import TileConfig
@@ -224,8 +224,8 @@ def test_error_of_half_precision_at_full_width(noise, allowed_d_weight, monkeypa
 
     truth = solve(REFERENCE, p, "auto", torch.float64)
     ours = solve(TRITON, p, "fp16", torch.float32)
-    assert relative_error(d_x_hat(ours[0]), d_x_hat(truth[0])) < 4e-4
-    assert relative_error(ours[1], truth[1]) < allowed_d_weight
+    assert relative_error(d_x_hat(ours[0]), d_x_hat(truth[0])) < 3e-4
+    assert relative_error(ours[1], truth[1]) < 3e-4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -323,6 +323,57 @@ def test_the_same_bits_every_time(precision):
     for name in ("lse_neg", "cos_y", "max_neg", "pull"):
         assert torch.equal(getattr(first[0], name), getattr(second[0], name)), name
     assert torch.equal(first[1], second[1])
+
+
+def staged_in_pieces(monkeypatch, columns=23):
+    """Not a multiple of a tile, and the last piece is a small one."""
+    from fastmargin.backends.triton import centres
+
+    monkeypatch.setattr(centres, "COLUMNS_AT_A_TIME", columns)
+
+
+@pytest.mark.parametrize("rule", ["none", "curricular"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("scale", [16.0, 256.0])
+def test_centres_in_pieces(precision, scale, rule, monkeypatch):
+    staged_in_pieces(monkeypatch)
+    floor = FLOOR[precision] * max(1, scale / 64)
+    for dim, dtype in ((40, torch.float32), (24, OPERANDS[precision])):
+        p = problem(dim=dim, dtype=dtype, scale=scale, rule=rule, class_start=1000)
+        check(p, precision, floor=floor)
+        check(through_index(p), precision, floor=floor)
+
+
+@pytest.mark.parametrize("want_pull", [True, False])
+def test_pieces_are_the_whole(want_pull, monkeypatch):
+    p = problem(classes=100, dim=40)
+    whole = solve(TRITON, p, "fp32", torch.float32, want_pull=want_pull)
+    staged_in_pieces(monkeypatch)
+    pieces = solve(TRITON, p, "fp32", torch.float32, want_pull=want_pull)
+    torch.testing.assert_close(pieces[0].lse_neg, whole[0].lse_neg, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pieces[0].max_neg, whole[0].max_neg, rtol=1e-6, atol=1e-6)
+    assert torch.equal(pieces[0].cos_y, whole[0].cos_y)
+    assert pieces[0].pull.shape == whole[0].pull.shape
+    torch.testing.assert_close(pieces[0].pull, whole[0].pull, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(pieces[1], whole[1], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_staged_does_not_grow_with_the_classes(monkeypatch):
+    from fastmargin.backends.triton import centres
+
+    monkeypatch.setattr(centres, "STAGED_BYTES", 4096)
+    weight = torch.randn(1000, 24, device=device_for("triton"))
+    for precision in ("fp32", "fp16"):
+        parts = list(centres.centres_of(weight, None, precision))
+        assert sum(len(part.inverse) for part in parts) == 1000
+        sizes = {part.operand.untyped_storage().nbytes() for part in parts}
+        assert len(sizes) == 1 and max(sizes) <= 4096
+        assert all(part.unit and not part.gaps for part in parts)
+    (part,) = centres.centres_of(weight.half(), None, "fp16")
+    assert not part.unit  # read where they lie
+    strided = torch.cat([weight, weight], 1).half()[:, :24]
+    assert next(iter(centres.centres_of(strided, None, "fp16"))).unit
+    assert next(iter(centres.centres_of(weight[:, :20].half().contiguous(), None, "fp16"))).unit
 
 
 @pytest.mark.parametrize("processors", [1, 64])

@@ -175,9 +175,9 @@ def _forward(arch: int, d: int, precision: str, unit: bool, gaps: bool, every: b
     for pull, online, hard in itertools.product((True, False), repeat=3):
         if not online and needs_shift(64.0, 1000, unit, precision, pull):
             continue
-        if not every and not hard:
+        if not every and hard != online:
             continue
-        tile = choose("stats_pull" if pull else "stats_sum", d, precision, arch)
+        tile = choose("stats_pull" if pull else "stats_sum", d, precision, arch, hard)
         types = {
             "d_x": _blocks(operand, tile.block_b, tile.block_k),
             "d_w": _blocks(operand, tile.block_c, tile.block_k),
@@ -191,7 +191,7 @@ def _forward(arch: int, d: int, precision: str, unit: bool, gaps: bool, every: b
         yield Build(
             " ".join(["stats_forward", label, *(word for word, said in words if said)]),
             stats_forward.stats_forward_kernel,
-            stats_forward.constants(d, precision, unit, gaps, continued, tile, pull, online, hard),
+            stats_forward.constants(d, precision, unit, gaps, tile, pull, online, hard),
             types,
         )
     tile = choose("topk", d, precision, arch)
@@ -214,20 +214,20 @@ def _centre_pass(
     """The pass over the batch for one width, operand, and type and layout of the centres."""
     operand = _OPERANDS[precision]
     raw = packed and not indexed and operand == weight != "fp32"
-    tile = choose("centre_pass", d, precision, arch)
-    base = {
-        "d_x": _blocks(operand, tile.block_b, tile.block_k),
-        "d_x_grad": _blocks(operand, tile.block_b, tile.block_d),
-        "d_w": _blocks(operand, tile.block_c, tile.block_k),
-        **_weights(weight, packed, indexed),
-    }
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
     for hard, counted, epilogue in itertools.product((True, False), (False, True), EPILOGUES):
-        if not every and not (hard and (epilogue == "store_gradient") == (not counted)):
-            continue
+        tile = choose("centre_pass", d, precision, arch, hard or not packed)
         updates = epilogue != "store_gradient"
-        if updates and tile.block_d < d:
-            continue  # columns of one centre in several programs are not updated in place
+        if updates and not (packed and tile.block_d >= d):
+            continue  # not updated in place: see centre_step
+        if not every and (counted or (hard and updates) or epilogue == "sgd"):
+            continue
+        base = {
+            "d_x": _blocks(operand, tile.block_b, tile.block_k),
+            "d_x_grad": _blocks(operand, tile.block_b, tile.block_d),
+            "d_w": _blocks(operand, tile.block_c, tile.block_k),
+            **_weights(weight, packed, indexed),
+        }
         types = {} if hard else {"p_threshold": None, "p_rule": None}
         types |= {} if counted else {"p_count": None}
         state = {"sgd_momentum": "fp32", "sgd_nesterov": "fp32", "sgd": weight}.get(epilogue)

@@ -2,8 +2,8 @@
 
 A program owns BLOCK_C centres and BLOCK_D columns of their gradient, loops over the batch,
 recomputes ``p = exp(s * f - lse)`` (at most 1, since lse is known) and adds ``g @ x_hat`` to an
-accumulator in registers. The projection of the normalisation needs the part of that sum along the
-centre: a product with the centre where a program has whole rows, else ``sum_i g_ij c_ij`` on the way.
+accumulator in registers. The normalisation takes away the part of that sum along the centre: a
+product with the centre where a program has whole rows, else ``sum_i g_ij c_ij`` on the way.
 
 What a row does to its own centre is not part of that product: late in training it is most of the
 gradient, and should not be rounded to an operand. It comes in fp32 from ``own_rows.py`` and is
@@ -46,6 +46,7 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule
 
 SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
+FINISHED_AT_ONCE = 32
 
 
 @triton.jit
@@ -342,7 +343,7 @@ def constants(
         "INDEXED": indexed,
         "UNIT": unit,
         "D": d,
-        "FINISHED": min(tile.block_d, 64),
+        "FINISHED": min(tile.block_d, FINISHED_AT_ONCE),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
@@ -385,7 +386,8 @@ def centre_pass(
     threshold = None if hard is None else hard.threshold
     if skip_zero_rows:
         count, level, code, threshold, x = compact(level, code, threshold, x)
-    tile = choose("centre_pass", d, precision, chip(weight.device).arch)
+    crowded = hard is not None or not is_packed(weight)
+    tile = choose("centre_pass", d, precision, chip(weight.device).arch, crowded)
     for part in centres:
         n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
         fixed = constants(

@@ -46,8 +46,9 @@ class Centres:
     """Some columns of a pass.
 
     start: the first of them. operand: (n, D') rows in the operand type, D' >= D with zeros past D.
-    inverse: (n,) 1 / ||w||, 0 for a (nearly) zero centre, -1 at an empty place; fp32. unit: whether
-    the rows have unit length, or are to be scaled by ``inverse``. gaps: whether places may be empty.
+    inverse: (n,) 1 / ||w||, 0 for a (nearly) zero centre, -1 at an empty place; fp32.
+    unit: whether the rows have unit length, or are to be scaled by ``inverse``.
+    gaps: whether places may be empty.
     """
 
     start: int

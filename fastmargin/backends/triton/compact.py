@@ -15,6 +15,8 @@ from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
 
 COUNTED_AT_ONCE = 1024
+MOST_ROWS = 128
+"""No tile of the centre pass has more."""
 
 
 @triton.jit
@@ -39,6 +41,7 @@ def compact_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     i_r = tl.program_id(0)
     first = i_r * BLOCK_R
@@ -52,13 +55,20 @@ def compact_kernel(
     m_b = _has_gradient(p_level, o_b, B)
     b_own = m_b.to(tl.int32)
     o_out = (before + tl.cumsum(b_own, 0) - b_own).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
     if i_r == tl.num_programs(0) - 1:
-        tl.store(p_count, before + tl.sum(b_own, 0))
+        count = before + tl.sum(b_own, 0)
+        tl.store(p_count, count)
+        # the pass reads whole blocks of rows, and multiplies those that follow by 0
+        for start in range(0, ZEROS, BLOCK_R):
+            o_zero = count + start + tl.arange(0, BLOCK_R)
+            m_zero = (o_zero < B)[:, None] & (o_d < D)[None, :]
+            p_zero = p_x_out + o_zero.to(tl.int64)[:, None] * D + o_d[None, :]
+            tl.store(p_zero, tl.zeros([BLOCK_R, BLOCK_D], p_x_out.dtype.element_ty), mask=m_zero)
     tl.store(p_level_out + o_out, tl.load(p_level + o_b, mask=m_b), mask=m_b)
     tl.store(p_code_out + o_out, tl.load(p_code + o_b, mask=m_b), mask=m_b)
     if HAS_HARD:
         tl.store(p_threshold_out + o_out, tl.load(p_threshold + o_b, mask=m_b), mask=m_b)
-    o_d = tl.arange(0, BLOCK_D)
     m_tile = m_b[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_b.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_tile)
     tl.store(p_x_out + o_out[:, None] * D + o_d[None, :], b_x, mask=m_tile)
@@ -73,6 +83,7 @@ def constants(d: int, has_hard: bool) -> dict:
         "BLOCK_R": max(2, min(16, 4096 // block_d)),
         "BLOCK_D": block_d,
         "BLOCK": COUNTED_AT_ONCE,
+        "ZEROS": MOST_ROWS,
         "num_warps": 4,
     }
 
@@ -82,7 +93,7 @@ def compact(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """The number of rows that do anything, (1,) int32, then the arguments, those rows first.
 
-    What follows them is not written, but for ``x``, where it is 0.
+    What follows them is not written, but for a block of ``x``, which is 0.
 
     Args:
         level, code: (B,) of :class:`OwnRows`.
@@ -93,7 +104,6 @@ def compact(
     count = torch.empty(1, dtype=torch.int32, device=x.device)
     given = level, code, threshold, x
     moved = [None if tensor is None else torch.empty_like(tensor) for tensor in given]
-    moved[-1].zero_()  # the pass reads whole blocks of rows, and multiplies what follows by 0
     fixed = constants(d, threshold is not None)
     with on_device(x):
         compact_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](*given, count, *moved, b, **fixed)

@@ -121,15 +121,18 @@ _SMALL = {
     ("topk", "fp32"): TileConfig(32, 32, 16, 128, 8, 2),
 }
 _TUNED: dict = {}
+_TUNED_CROWDED: dict = {}
 
 
-def choose(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
+def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
     Args:
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
+        crowded: whether registers are short, because of a rule for hard negatives or of centres
+            that do not lie one after the other.
     """
     block = block_of(d)
     if arch == 0:
@@ -137,6 +140,8 @@ def choose(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
         return TileConfig(16, 32, *((block, block) if d <= 32 else (32, 32)), 4, 1)
     operand = precision if precision in ("fp32", "tf32") else "half"
     tuned = _TUNED.get((kernel, operand, arch), {})
+    if crowded:
+        tuned = _TUNED_CROWDED.get((kernel, operand, arch), {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
     tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

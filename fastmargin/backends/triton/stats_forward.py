@@ -214,7 +214,8 @@ def stats_forward(
     """
     b = x.shape[0]
     here = chip(x.device)
-    tile = choose("stats_pull" if want_pull else "stats_sum", d, precision, here.arch)
+    kernel = "stats_pull" if want_pull else "stats_sum"
+    tile = choose(kernel, d, precision, here.arch, hard is not None)
     row_programs = triton.cdiv(b, tile.block_b)
     if want_pull:
         row_programs *= triton.cdiv(d, tile.block_d)
