@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmargin.backends import _extension, _permutation, _rows
 from fastmargin.backends.composed import ComposedLoss
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate
 
 
 @functools.cache
@@ -39,6 +39,14 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
     return hard.threshold.to(dtype).contiguous(), *hard.coefficients.tolist()
 
 
+def _without_zero_rows(rows: tuple[Tensor, ...], hard: HardRule | None):
+    """The per-row tensors, ``d_lse`` and ``d_cos`` first, without the rows where both are 0."""
+    kept = ((rows[0] != 0) | (rows[1] != 0)).nonzero().squeeze(1)
+    if hard is not None:
+        hard = replace(hard, threshold=hard.threshold[kept])
+    return tuple(part[kept] for part in rows), hard
+
+
 def _contiguous(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
@@ -48,6 +56,7 @@ class CpuBackend(ComposedLoss):
     precisions = ("fp32",)
     max_dim = max_k = math.inf
     note = ""
+    step_bytes = 2 << 20  # rows, momentum and gradient of a chunk stay in the second-level cache
 
     def unavailable(self) -> str | None:
         return _unavailable()
@@ -111,11 +120,8 @@ class CpuBackend(ComposedLoss):
         columns = weight.shape[0] if index is None else index.shape[0]
         d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
         if skip_zero_rows:
-            kept = ((d_lse != 0) | (d_cos != 0)).nonzero().squeeze(1)
             rows = d_lse, d_cos, x_hat, labels, lse_neg
-            d_lse, d_cos, x_hat, labels, lse_neg = (part[kept] for part in rows)
-            if hard is not None:
-                hard = replace(hard, threshold=hard.threshold[kept])
+            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
         torch.ops.fastmargin.cpu_row_stats_backward(
             d_lse.contiguous(),
             d_cos.contiguous(),
@@ -130,6 +136,29 @@ class CpuBackend(ComposedLoss):
             d_weight,
         )
         return d_weight
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+    ) -> None:
+        if skip_zero_rows:  # once, not for every chunk
+            rows = d_lse, d_cos, x_hat, labels, lse_neg
+            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
+        rest = index, labels, lse_neg, scale, hard, class_start, precision
+        super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
 
     def row_topk(
         self,

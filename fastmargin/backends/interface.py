@@ -19,13 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and the two made of them.
+    """One way to run the six operations, and the three made of them.
 
-    :class:`fastmargin.backends.composed.ComposedLoss` has the last two for those who inherit it.
+    :class:`fastmargin.backends.composed.ComposedLoss` has the last three for those who inherit it.
     """
 
     name: str
@@ -164,10 +164,35 @@ class Backend(Protocol):
         want_x: bool,
         want_weight: bool,
         row_tolerance: float,
-        precision: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients (B, D) of the embeddings, in ``x_dtype``, and of ``weight``, or None.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradient (B, D) of the embeddings, in ``x_dtype``; ``d_lse`` and ``d_cos`` (B,).
 
-        ``d_loss`` is (), for the reduction "none" (B,). The second is that of
-        :meth:`row_stats_backward`, without the rows whose 1 - p_y is at most ``row_tolerance``.
+        ``d_loss`` is (), for the reduction "none" (B,). The last two are what
+        :meth:`row_stats_backward` makes the gradient of ``weight`` of, 0 in the rows whose 1 - p_y
+        is at most ``row_tolerance``. What is not wanted is None.
+        """
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+    ) -> None:
+        """:meth:`row_stats_backward`, and the update of the rows it is about, in place.
+
+        ``momentum`` (C, D) is float32 or float64, any strides; None only if the update has none.
+        Rows of ``weight`` are updated in that type and rounded once. Without an index these are
+        all rows, else those in it; nothing is written for an empty place. Nothing of the size of
+        ``weight`` is allocated.
         """

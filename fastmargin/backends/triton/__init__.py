@@ -238,12 +238,11 @@ class TritonBackend(ComposedLoss):
         want_x: bool,
         want_weight: bool,
         row_tolerance: float,
-        precision: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         from fastmargin.backends.triton.rows_backward import rows_backward
 
         columns, index = _contiguous(columns), _contiguous(index)
-        d_x, d_lse, d_cos = rows_backward(
+        return rows_backward(
             d_loss,
             made,
             weight,
@@ -256,23 +255,6 @@ class TritonBackend(ComposedLoss):
             want_weight,
             row_tolerance,
         )
-        d_weight = None
-        if want_weight:
-            d_weight = self.row_stats_backward(
-                d_lse,
-                d_cos,
-                made.operand if made.operand.numel() else made.x_hat,
-                weight,
-                index,
-                columns,
-                made.lse_neg,
-                scale,
-                None,
-                class_start,
-                precision,
-                row_tolerance > 0,
-            )
-        return d_x, d_weight
 
     def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
         from fastmargin.backends.triton.permutation import permutation
