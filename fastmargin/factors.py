@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,6 +32,7 @@ __all__ = [
     "pending",
     "release",
     "take",
+    "wanted",
 ]
 
 MANY = 256
@@ -59,6 +61,13 @@ class GradientFactors:
     backend: str
     skip_zero_rows: bool
     sparse_grad: bool
+
+    def outlasting(self) -> GradientFactors:
+        """The same without tensors of the caller's, who may put the next batch in them."""
+        hard = self.hard
+        if hard is not None:
+            hard = HardRule(hard.threshold.clone(), hard.coefficients.clone(), hard.bound)
+        return replace(self, labels=self.labels.clone(), hard=hard)
 
     def settings(self) -> tuple:
         """What the operators of the centre pass take after ``d_lse, d_cos, x_hat, weight``."""
@@ -116,12 +125,26 @@ def is_kept(parameter: Tensor) -> bool:
     return known is not None and len(known.keepers) > 0
 
 
+def wanted(parameter: Tensor, node: torch.autograd.graph.Node | None) -> bool:
+    """Whether the backward pass that is under way leaves factors for this tensor.
+
+    node: where its gradient goes, its accumulator. ``torch.autograd.grad`` and ``backward(inputs)``
+    may pass it by, and the gradient is then formed for whoever asked for it.
+    """
+    if node is None or not is_kept(parameter):
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad asks for this very gradient
+        return False
+
+
 def add(parameter: Tensor, found: GradientFactors) -> None:
     """Leaves the factors of one pass for a parameter that is kept."""
     known = _kept[parameter]
     if not known.waiting:
         known.version = parameter._version
-    known.waiting.append(found)
+    known.waiting.append(found.outlasting())
     if len(known.waiting) == MANY:
         warnings.warn(
             f"{MANY} backward passes wait for a step of the optimiser made with fused=True: step "

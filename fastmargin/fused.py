@@ -96,7 +96,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 task.classes.row_tolerance > 0,
                 task.classes.sparse_grad,
             )
-            d_weight = ops.gradient_or_factors(weight, found)
+            d_weight = ops.gradient_or_factors(weight, found, ctx.next_functions[1][0])
         return d_x if want_x else None, d_weight, None, None
 
 

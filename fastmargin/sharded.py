@@ -34,9 +34,11 @@ def _embedding_gradient(
     return (d_x * task.classes.grad_factor).to(task.batch.dtype)
 
 
-def _centre_gradient(weight: Tensor, parts: list[GradientFactors], task: Pass) -> Tensor | None:
+def _centre_gradient(
+    weight: Tensor, parts: list[GradientFactors], task: Pass, node
+) -> Tensor | None:
     """Gradient of the own centres from its parts, over all replicas; None where it is left."""
-    if task.classes.shard.replicas is None and factors.is_kept(weight):
+    if task.classes.shard.replicas is None and factors.wanted(weight, node):
         for part in parts:
             factors.add(weight, part)
         return None
@@ -121,7 +123,7 @@ class _Softmax(torch.autograd.Function):
                 )
                 for column in task.columns
             ]
-            d_weight = _centre_gradient(weight, parts, task)
+            d_weight = _centre_gradient(weight, parts, task, ctx.next_functions[1][0])
         if task.batch.wants_grad:
             d_x = _embedding_gradient(task, arriving(), x_hat, norm, d_norm)
         return d_x, d_weight, *(None,) * 5

@@ -65,9 +65,14 @@ def centre_gradient(weight: Tensor, found: GradientFactors) -> Tensor:
     return spread_rows(centre_rows(weight, found), found.index, weight, found.sparse_grad)
 
 
-def gradient_or_factors(weight: Tensor, found: GradientFactors) -> Tensor | None:
-    """The gradient of ``weight``; None where an optimiser wants its factors, which it now has."""
-    if factors.is_kept(weight):
+def gradient_or_factors(
+    weight: Tensor, found: GradientFactors, node: torch.autograd.graph.Node | None
+) -> Tensor | None:
+    """The gradient of ``weight``; None where an optimiser wants its factors, which it now has.
+
+    node: as in :func:`fastmargin.factors.wanted`.
+    """
+    if factors.wanted(weight, node):
         factors.add(weight, found)
         return None
     return centre_gradient(weight, found)

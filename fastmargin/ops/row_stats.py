@@ -134,6 +134,7 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
                 miss is not None and row_tolerance > 0,
                 ctx.sparse_grad,
             ),
+            ctx.next_functions[1][0],
         )
     return d_x_hat, d_weight, *rest
 
