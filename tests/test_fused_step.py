@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import fused_step_cases
 import pytest
@@ -64,7 +65,9 @@ def test_of_nearest_negatives(stepped):
     assert not stepped
 
 
-@pytest.mark.parametrize(("margin", "tolerance"), [("arcface", 0.998), ("no_form", 0.987)])
+@pytest.mark.parametrize(
+    ("margin", "tolerance"), [("arcface", 0.998), ("no_form", 0.987), ("curricular", 0.999)]
+)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_of_rows_left_out(backend, dtype, margin, tolerance, stepped):
     head = make_head(margin, backend, dtype, row_tolerance=tolerance)
@@ -109,12 +112,16 @@ def test_accumulated_passes_are_one(backend, dtype, tolerance, stepped):
     head.margin.s = 4.0
     same(*both(head, passes=2), **close(dtype))
     assert [len(one.labels) for one in stepped] == [2 * 23] * 3
+    assert all(one.skip_zero_rows == (tolerance > 0) for one in stepped)
 
 
 def test_passes_that_are_not_one_add_their_gradients(stepped):
     """Running rules, other scales, a loss of the centres beside; no pass is lost or taken twice."""
     for margin, other in (("curricular", None), ("arcface", "arcface_cold"), ("arcface", "npt_3")):
         heads = [make_head(margin, "reference", torch.float64) for _ in range(2)]
+        if other is not None:
+            options = {"margin": MARGINS[other](), "backend": "reference"}
+            other_loss = functools.partial(fm.margin_loss, **options)
         for head, fused in zip(heads, (True, False), strict=True):
             optimizer = RowSGD(head.parameters(), **RULE, fused=fused)
             for step in range(2):
@@ -125,8 +132,9 @@ def test_passes_that_are_not_one_add_their_gradients(stepped):
                     if step == 0:
                         loss.backward()
                     if other is not None:
-                        fm.margin_loss(x, head.weight, labels, MARGINS[other]()).backward()
-                        head.weight.square().sum().backward()
+                        other_loss(x, head.weight, labels).backward()
+                        if step == 1:
+                            head.weight.square().sum().backward()
                 optimizer.step()
         torch.testing.assert_close(heads[0].weight, heads[1].weight, **close(torch.float64))
     assert not stepped

@@ -151,7 +151,7 @@ def test_gradients_that_are_asked_for(margin):
     assert optimizer.fused
 
 
-@pytest.mark.parametrize("how", ["compile", "checkpoint"])
+@pytest.mark.parametrize("how", ["compile", "checkpoint", "offload"])
 def test_gradients_that_are_formed_all_the_same(how, stepped):
     torch._dynamo.reset()
     head = make_head("arcface", "cpu", torch.float64)
@@ -160,13 +160,19 @@ def test_gradients_that_are_formed_all_the_same(how, stepped):
     call = torch.compile(head, fullgraph=True, backend="aot_eager")
     if how == "checkpoint":
         call = functools.partial(checkpoint, head, use_reentrant=False)
+    if how == "offload":
+
+        def call(x, labels):
+            with torch.autograd.graph.save_on_cpu():
+                return head(x, labels)
+
     for x, labels in batches(2, head.weight):
         for run_, optimizer in zip((call, twin), optimizers, strict=True):
             optimizer.zero_grad()
             run_(x.clone().requires_grad_(), labels).backward()
             optimizer.step()
     torch.testing.assert_close(head.weight, twin.weight, **close(torch.float64))
-    assert how == "checkpoint" or not stepped
+    assert not stepped
 
 
 # ---- GradScaler ---------------------------------------------------------------------------------
@@ -191,12 +197,14 @@ def test_gradient_scaler(backbone):
             if step == 3:
                 loss = loss * torch.inf
             scaler.scale(loss).backward()
+            if step == 5 and backbone == "with":  # what only the scaler sees
+                layer.bias.grad[2] = torch.nan
             assert (head.weight.grad is None) == fused
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
             assert not factors.pending(head.weight)
-        assert optimizers[0].state[head.weight]["step"] == 5
+        assert optimizers[0].state[head.weight]["step"] == (4 if backbone == "with" else 5)
         found.append((scaler.get_scale(), head.weight.detach(), layer.weight.detach()))
     assert found[0][0] == found[1][0] != 1024
     same(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-5)
@@ -247,9 +255,13 @@ def test_weights_written_before_the_step():
             optimizer.step()
     assert torch.equal(head.weight, before) and torch.equal(other, torch.ones(3))
     optimizer.zero_grad()
-    head(x, labels).backward()
+    first, late = (head(x, labels) for _ in range(2))
+    first.backward()
     optimizer.step()
     assert not torch.equal(head.weight, before)
+    # and a backward pass finds that there was a step
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
 
 
 @pytest.mark.parametrize("other", [RowSGD, RowAdamW])
@@ -298,6 +310,8 @@ def test_the_norm_of_all_gradients():
 
 def fused_steps(group, margin, options=(), fused=True):
     head = head_of(margin, CLASSES, group, **dict(options))
+    if head.row_tolerance:
+        head.margin.s = 4.0  # where random rows have any 1 - p_y
     rows = slice(None) if group is None else own_rows(group.size(), group.rank())
     optimiser = functools.partial(RowSGD, momentum=0.9, weight_decay=0.1, fused=fused)
     found = steps(head, rows, optimiser=optimiser)
@@ -315,7 +329,7 @@ def test_of_shared_out_classes(margin, n):
 
 @pytest.mark.dist
 def test_of_shared_out_classes_with_rows_left_out():
-    options = (("row_tolerance", 0.9),)
+    options = (("row_tolerance", 0.998),)
     whole = fused_steps(None, "arcface", options, fused=False)
     compare(run(2, fused_steps, "arcface", options), whole, "arcface", CLASSES, 2)
 
