@@ -89,8 +89,13 @@ def test_of_sixteen_bit_centres(backend, dtype, strides):
     head = make_head("arcface", backend, torch.float32).to(dtype)
     if strides == "columns":
         head.weight.data = head.weight.data.t().contiguous().t()
-    found, expected = both(head)
-    same(found, expected, rtol=0, atol=0)
+    exact = copy.deepcopy(head).double()
+    exact.backend, exact.precision = "reference", "auto"
+    truth = train(exact, torch.optim.SGD(exact.parameters(), **RULE))[3:]
+    found, expected = (values[3:] for values in both(head))
+    for ours, plain, value in zip(found, expected, truth, strict=True):
+        errors = [(tensor - value).norm() for tensor in (ours, plain)]
+        assert errors[0] <= 1.2 * errors[1]  # no more rounding than the gradient brings
     assert head.weight.dtype == dtype and found[-1].dtype == torch.float32
 
 
@@ -248,14 +253,17 @@ def test_samples_and_whole_passes_take_turns():
     torch.testing.assert_close(heads[0].weight, heads[1].weight, **close(torch.float64))
 
 
+@pytest.mark.parametrize("strides", ["rows", "columns"])
 @pytest.mark.parametrize("places", [[5, -1, 2, 99, -1], [-1, -1], [-1, 3], []])
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-def test_empty_places_write_nothing(backend, places, monkeypatch):
+def test_empty_places_write_nothing(backend, places, strides, monkeypatch):
     """Chunks of two places, some without any row."""
     device = device_for(backend)
     chosen = fm.backends.get(backend)
     monkeypatch.setattr(type(chosen), "step_bytes", 2 * 4 * 4)
     weight, momentum, x = (torch.randn(n, 4, device=device) for n in (9, 9, 6))
+    if strides == "columns":
+        weight = weight.t().contiguous().t()
     x = nn.functional.normalize(x)
     index = torch.tensor(places, dtype=torch.int64, device=device)
     labels = torch.tensor([0, 1, 2, -1, 7, 3], device=device)

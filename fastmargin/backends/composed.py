@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
-from fastmargin.rows import stand_ins
+from fastmargin.rows import inside, stand_ins
 from fastmargin.spec import HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
 
 
@@ -115,46 +115,29 @@ class ComposedLoss:
         tensors = [weight] if momentum is None else [weight, momentum]
         columns = weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
         size = max(1, self.step_bytes // (weight.shape[1] * dtype.itemsize))
+
+        def gradient(centres: Tensor, places: Tensor | None, start: int) -> Tensor:
+            # labels count columns from class_start, so those of other chunks are out of range
+            rest = labels, lse_neg, scale, hard, class_start + start, precision, skip_zero_rows
+            return self.row_stats_backward(d_lse, d_cos, x_hat, centres, places, *rest)
+
         for start in range(0, columns, size):
             part = slice(start, start + size)
-            # labels count columns from class_start, so those of other chunks are out of range
-            grad = self.row_stats_backward(
-                d_lse,
-                d_cos,
-                x_hat,
-                weight[part] if index is None else weight,
-                None if index is None else index[part],
-                labels,
-                lse_neg,
-                scale,
-                hard,
-                class_start + start,
-                precision,
-                skip_zero_rows,
-            ).to(dtype)
             if index is None:
-                _step_slice([tensor[part] for tensor in tensors], grad, update, dtype)
-            else:
-                _step_rows(tensors, index[part], grad, update, dtype)
-
-
-def _step_slice(views: list[Tensor], grad: Tensor, update: SgdUpdate, dtype: torch.dtype) -> None:
-    """Steps rows of weight and momentum (K, D), views of them."""
-    rows = [view.to(dtype) for view in views]
-    update.apply_(*rows, grad)
-    for view, values in zip(views, rows, strict=True):
-        if values is not view:
-            view.copy_(values)
-
-
-def _step_rows(
-    tensors: list[Tensor], index: Tensor, grad: Tensor, update: SgdUpdate, dtype: torch.dtype
-) -> None:
-    """Steps the rows ``index`` (K,) of weight and momentum (C, D)."""
-    place, some = stand_ins(index, tensors[0].shape[0])
-    ids = torch.where(some, index[place], 0)
-    before = [tensor.index_select(0, ids) for tensor in tensors]
-    rows = [values.to(dtype, copy=True) for values in before]
-    update.apply_(*rows, grad.index_select(0, place))
-    for tensor, old, new in zip(tensors, before, rows, strict=True):
-        tensor.index_copy_(0, ids, torch.where(some, new.to(tensor.dtype), old))
+                views = [tensor[part] for tensor in tensors]
+                rows = [view.to(dtype) for view in views]
+                update.apply_(*rows, gradient(rows[0], None, start))
+                for view, values in zip(views, rows, strict=True):
+                    if values is not view:
+                        view.copy_(values)
+                continue
+            here = index[part]
+            place, some = stand_ins(here, weight.shape[0])
+            ids = torch.where(some, here[place], 0)
+            before = [tensor.index_select(0, ids) for tensor in tensors]
+            rows = [values.to(dtype, copy=True) for values in before]
+            own = torch.arange(here.shape[0], device=here.device)
+            own = torch.where(inside(here, weight.shape[0]), own, -1)
+            update.apply_(*rows, gradient(rows[0], own, start).index_select(0, place))
+            for tensor, old, new in zip(tensors, before, rows, strict=True):
+                tensor.index_copy_(0, ids, torch.where(some, new.to(tensor.dtype), old))

@@ -47,6 +47,11 @@ def _without_zero_rows(rows: tuple[Tensor, ...], hard: HardRule | None):
     return tuple(part[kept] for part in rows), hard
 
 
+def _in_rows(*tensors: Tensor | None) -> bool:
+    """Whether the columns of all of them lie side by side."""
+    return all(t is None or t.shape[1] == 1 or t.stride(1) == 1 for t in tensors)
+
+
 def _contiguous(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
@@ -56,7 +61,6 @@ class CpuBackend(ComposedLoss):
     precisions = ("fp32",)
     max_dim = max_k = math.inf
     note = ""
-    step_bytes = 2 << 20  # rows, momentum and gradient of a chunk stay in the second-level cache
 
     def unavailable(self) -> str | None:
         return _unavailable()
@@ -154,11 +158,30 @@ class CpuBackend(ComposedLoss):
         precision: str,
         skip_zero_rows: bool = False,
     ) -> None:
-        if skip_zero_rows:  # once, not for every chunk
+        if skip_zero_rows:
             rows = d_lse, d_cos, x_hat, labels, lse_neg
             (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
         rest = index, labels, lse_neg, scale, hard, class_start, precision
-        super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
+        if not _in_rows(weight, momentum):
+            super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
+            return
+        torch.ops.fastmargin.cpu_centre_step(
+            d_lse.contiguous(),
+            d_cos.contiguous(),
+            x_hat.contiguous(),
+            weight,
+            _contiguous(index),
+            labels.contiguous(),
+            lse_neg.contiguous(),
+            scale,
+            *_hard(hard, x_hat.dtype),
+            class_start,
+            momentum,
+            update.lr,
+            update.momentum,
+            update.weight_decay,
+            update.nesterov,
+        )
 
     def row_topk(
         self,
