@@ -1,6 +1,6 @@
 // The passes over the class centres as operators: fastmargin::cpu_row_stats,
-// cpu_row_stats_backward, cpu_centre_step and cpu_row_topk. This file packs the batch, cuts the work into items for
-// the threads and merges their results; the arithmetic is in sweep_kernels.h.
+// cpu_row_stats_backward, cpu_centre_step and cpu_row_topk. This file packs the batch, cuts the
+// work into items for the threads and merges their results; the arithmetic is in sweep_kernels.h.
 //
 // Items and the order of the merge depend on shapes and the number of threads only, so a result is
 // the same in every run.
@@ -297,12 +297,10 @@ void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& 
                   "fastmargin: d_weight must be contiguous, a row for each column of the pass, "
                   "of the dtype of weight");
   void* out = d_weight.mutable_data_ptr();
-  sweep_backward(d_lse, d_cos, x_hat, centres, labels, lse_neg, scale, {hard_threshold, a, b, d},
-                 class_start,
-                 [&](const auto& kernel, const auto& batch, Range classes, const auto& upstream,
-                     auto* scratch) {
-                   kernel.backward(batch, centres, classes, upstream, out, scratch);
-                 });
+  sweep_backward(
+      d_lse, d_cos, x_hat, centres, labels, lse_neg, scale, {hard_threshold, a, b, d}, class_start,
+      [&](const auto& kernel, const auto& batch, Range classes, const auto& upstream,
+          auto* scratch) { kernel.backward(batch, centres, classes, upstream, out, scratch); });
 }
 
 void centre_step(const Tensor& d_lse, const Tensor& d_cos, const Tensor& x_hat,

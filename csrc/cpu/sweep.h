@@ -90,10 +90,10 @@ struct Kernels {
   void (*backward)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&,
                    void* d_centres, T* scratch);
 
-  // Steps the rows behind the columns `classes` along that gradient; columns of the centres lie side
-  // by side.
-  void (*step)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&,
-               const Update<T>&, T* scratch);
+  // Steps the rows behind the columns `classes` along that gradient. Columns of the centres lie
+  // side by side.
+  void (*step)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&, const Update<T>&,
+               T* scratch);
 
   // Merges the columns `classes` into the k best negatives, values [rows][k] and index [rows][k],
   // in descending order; writes cos_y as `forward` does.

@@ -352,7 +352,7 @@ void backward_tile(const Batch<T>& batch, int64_t row, int64_t count, const Upst
   }
 }
 
-// d_centre = (d_unit - <d_unit, unit> unit) / norm of the j-th of a block, f(column, value) of each.
+// d_centre = (d_unit - <d_unit, unit> unit) / norm of the j-th of a block; calls f(column, value).
 template <typename T, typename F>
 FM_INLINE void through_norm(const Block<T>& block, int64_t j, int64_t dim, int64_t columns,
                             const T* d_unit, const F& f) {
