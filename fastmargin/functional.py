@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastmargin import deferred, fused, ops, sharded
+from fastmargin import deferred, factors, fused, ops, sharded
 from fastmargin.checks import check_choice, check_inputs
 from fastmargin.columns import GRAD_REDUCES, Classes, Columns, Pass, merge
 from fastmargin.distributed import batch as batches
@@ -123,6 +123,7 @@ def loss_and_rows(
             embeddings, weight, labels, margin, precision, validate, count, shard is not None
         )
         _check_parameters(margin, shard)
+        _check_kept(weight, shard)
         margin.bind(count, weight.shape[1], weight.device, (start, start + weight.shape[0]))
         if not torch.compiler.is_compiling():  # before a draw or anything else that lasts
             k = margin.top_k if isinstance(margin, NearestMargin) else 1
@@ -231,6 +232,22 @@ def _check_parameters(margin: Margin, shard: ClassShard | None) -> None:
                 "a margin with learnable parameters sees the rows of one replica only: share the "
                 "classes out among all processes, with a group or a mesh of one dimension"
             )
+
+
+def _check_kept(weight: Tensor, shard: ClassShard | None) -> None:
+    """Raises where an optimiser would step each process's centres by the rows of some only."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not factors.is_kept(weight):
+        return
+    if shard is None and collectives.world() is not None:
+        raise ValueError(
+            "an optimiser made with fused=True leaves DDP no gradient to average: use fused=False, "
+            "or share the classes out among the processes (group=...)"
+        )
+    if shard is not None and shard.replicas is not None:
+        raise ValueError(
+            "an optimiser made with fused=True sees the rows of one replica only: use fused=False, "
+            "or share the classes out among all processes, with a mesh of one dimension"
+        )
 
 
 def _columns(

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmargin import ops
 from fastmargin.columns import Pass
+from fastmargin.factors import GradientFactors
 from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
 
 
@@ -61,14 +62,16 @@ class _SoftmaxLoss(torch.autograd.Function):
             return None, None, None, None
         weight, index, columns, *made = ctx.saved_tensors
         task, (want_x, want_weight, *_) = ctx.step.task, ctx.needs_input_grad
-        d_x, rows = ops.softmax_loss_backward(
+        made = SoftmaxLoss(*made)
+        class_start, scale = task.columns[0].class_start, ctx.step.form.scale
+        d_x, d_lse, d_cos, kept = ops.softmax_loss_backward(
             d_loss,
-            SoftmaxLoss(*made),
+            made,
             weight,
             index,
             columns,
-            task.columns[0].class_start,
-            ctx.step.form.scale,
+            class_start,
+            scale,
             ctx.x_dtype,
             want_x,
             want_weight,
@@ -78,7 +81,23 @@ class _SoftmaxLoss(torch.autograd.Function):
         )
         d_weight = None
         if want_weight:
-            d_weight = ops.spread_rows(rows, index, weight, task.classes.sparse_grad)
+            found = GradientFactors(
+                d_lse,
+                d_cos,
+                made.x_hat,
+                columns,
+                made.lse_neg,
+                index,
+                class_start,
+                scale,
+                None,
+                task.precision,
+                task.backend,
+                task.classes.row_tolerance > 0,
+                task.classes.sparse_grad,
+                kept,
+            )
+            d_weight = ops.gradient_or_factors(weight, found, ctx.next_functions[1][0])
         return d_x if want_x else None, d_weight, None, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastmargin import factors
 from fastmargin.distributed import collectives
 from fastmargin.head import MarginHead
 from fastmargin.norms import compute_dtype
@@ -28,7 +29,8 @@ def total_norm(*modules: nn.Module) -> Tensor:
     With a head that has a ``group``, all its processes call this. Nothing waits for the device.
 
     Raises:
-        ValueError: the modules have no parameter.
+        ValueError: the modules have no parameter, or one whose gradient is not formed (``fused``
+            of :class:`fastmargin.optim.RowSGD`).
     """
     shards = {
         part.weight: part.shard
@@ -39,6 +41,11 @@ def total_norm(*modules: nn.Module) -> Tensor:
     parameters = dict.fromkeys(p for module in modules for p in module.parameters())
     if not parameters:
         raise ValueError("total_norm needs modules with parameters, such as (backbone, head)")
+    if any(map(factors.pending, parameters)):
+        raise ValueError(
+            "total_norm needs gradients, and an optimiser made with fused=True never forms those "
+            "of its centres: make it with fused=False to clip them, or leave the head out"
+        )
     device = next(iter(parameters)).device
     squares, whole, parted = [], [], []
     for parameter in parameters:

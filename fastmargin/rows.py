@@ -21,3 +21,14 @@ def take(values: Tensor, index: Tensor, fill: float) -> Tensor:
     known = inside(index, values.shape[0])
     taken = values[torch.where(known, index, 0)]
     return torch.where(known.reshape(*index.shape, *[1] * (values.dim() - 1)), taken, fill)
+
+
+def stand_ins(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """For writing to rows at the places of ``index`` (K,), K >= 1, without waiting for a mask.
+
+    Returns ``place`` (K,), for an empty place another one whose row takes part, so that what is
+    taken from there can be written twice; and whether any row takes part, a bool scalar.
+    """
+    known = inside(index, count)
+    place = torch.arange(index.shape[0], device=index.device)
+    return torch.where(known, place, known.int().argmax()), known.any()

@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastmargin import ops
+from fastmargin import factors, ops
 from fastmargin.columns import Pass, merge
 from fastmargin.distributed import collectives
+from fastmargin.factors import GradientFactors
 from fastmargin.spec import HardRule, RowStats
 
 MOST_LOGIT = 709.0
@@ -31,6 +32,24 @@ def _embedding_gradient(
     d_norm = None if d_norm is None else d_norm[own]
     d_x = ops.row_prologue_backward(arrived, d_norm, x_hat[own], norm[own])
     return (d_x * task.classes.grad_factor).to(task.batch.dtype)
+
+
+def _centre_gradient(
+    weight: Tensor, parts: list[GradientFactors], task: Pass, node
+) -> Tensor | None:
+    """Gradient of the own centres from its parts, over all replicas; None where it is left."""
+    if task.classes.shard.replicas is None and factors.wanted(weight, node):
+        for part in parts:
+            factors.add(weight, part)
+        return None
+    rows = [
+        collectives.sum_all(ops.centre_rows(weight, part), task.classes.shard.replicas)
+        for part in parts
+    ]
+    index = parts[0].index
+    if index is not None:
+        index = torch.cat([part.index for part in parts])
+    return ops.spread_rows(torch.cat(rows), index, weight, task.classes.sparse_grad)
 
 
 class _Softmax(torch.autograd.Function):
@@ -84,31 +103,27 @@ class _Softmax(torch.autograd.Function):
             )
             arriving = collectives.scatter_sum(d_x_hat, task.classes.shard.group)
         if ctx.needs_input_grad[1]:
-            found = []
-            for column in task.columns:
-                lse = lse_neg if column.log_weight is None else lse_neg - column.log_weight
-                rows = ops.row_stats_backward(
+            hard = None if rule[0] is None else HardRule(*rule, ctx.bound)
+            d_lse, d_cos = ops.without_confident(d_lse, d_cos, miss, task.classes.row_tolerance)
+            parts = [
+                GradientFactors(
                     d_lse,
                     d_cos,
-                    miss,
                     x_hat,
-                    weight,
-                    column.index,
                     column.labels,
-                    ctx.scale,
-                    *rule,
-                    ctx.bound,
+                    lse_neg if column.log_weight is None else lse_neg - column.log_weight,
+                    column.index,
                     column.class_start,
-                    lse,
-                    task.classes.row_tolerance,
+                    ctx.scale,
+                    hard,
                     task.precision,
                     task.backend,
+                    miss is not None and task.classes.row_tolerance > 0,
+                    task.classes.sparse_grad,
                 )
-                found.append(collectives.sum_all(rows, task.classes.shard.replicas))
-            index = task.columns[0].index
-            if index is not None:
-                index = torch.cat([column.index for column in task.columns])
-            d_weight = ops.spread_rows(torch.cat(found), index, weight, task.classes.sparse_grad)
+                for column in task.columns
+            ]
+            d_weight = _centre_gradient(weight, parts, task, ctx.next_functions[1][0])
         if task.batch.wants_grad:
             d_x = _embedding_gradient(task, arriving(), x_hat, norm, d_norm)
         return d_x, d_weight, *(None,) * 5

@@ -125,6 +125,26 @@ class MarginForm:
 
 
 @dataclass(frozen=True)
+class SgdUpdate:
+    """The numbers of one step of ``torch.optim.SGD``, which are the host's."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+
+    def apply_(self, weight: Tensor, *buffer_and_grad: Tensor) -> None:
+        """Steps weight and momentum buffer in place; a buffer of zeros is torch's missing one."""
+        *buffer, grad = buffer_and_grad
+        if self.weight_decay:
+            grad = grad.add(weight, alpha=self.weight_decay)
+        if self.momentum:
+            buffer = buffer[0].mul_(self.momentum).add_(grad)
+            grad = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        weight.add_(grad, alpha=-self.lr)
+
+
+@dataclass(frozen=True)
 class RowStats:
     """What one pass over the class centres leaves behind, per row.
 

@@ -57,9 +57,20 @@ def test_opcheck(backend):
     cos = (torch.rand(n, device=device) * 2 - 1).requires_grad_()
     after = "auto", backend
     checks["row_stats_backward"] = [
-        (lse, lse, None, x_hat, weight, None, labels, *plain, 0, lse + 5, 0.0, *after),
-        (lse, lse, lse, x_hat, weight, None, labels, *plain, 0, lse + 5, 0.5, *after),
-        (lse, lse, lse, x_hat, weight, index, columns, *hard, 0, lse + 5, 0.5, *after),
+        (lse, lse, x_hat, weight, None, labels, *plain, 0, lse + 5, False, *after),
+        (lse * 0, lse * 0, x_hat, weight, None, labels, *plain, 0, lse + 5, True, *after),
+        (lse, lse, x_hat, weight, index, columns, *hard, 0, lse + 5, True, *after),
+    ]
+    buffer = torch.zeros_like(weight)
+    checks["centre_step"] = [
+        (
+            *(x_hat, kind(weight), places, own, *rule, 0, lse + 5, False, *after, lse, lse),
+            *(None if heavy == 0 else buffer.clone(), 0.1, heavy, 0.01, False),
+        )
+        for kind, places, own, rule, heavy in (
+            (torch.clone, None, labels, plain, 0.9),
+            (torch.Tensor.bfloat16, index, columns, hard, 0.0),
+        )
     ]
     checks["row_stats_backward_x"] = [
         (lse, lse, x_hat, weight, None, labels, 8.0, 0),

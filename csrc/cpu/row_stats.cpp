@@ -1,6 +1,6 @@
 // The passes over the class centres as operators: fastmargin::cpu_row_stats,
-// cpu_row_stats_backward and cpu_row_topk. This file packs the batch, cuts the work into items for
-// the threads and merges their results; the arithmetic is in sweep_kernels.h.
+// cpu_row_stats_backward, cpu_centre_step and cpu_row_topk. This file packs the batch, cuts the
+// work into items for the threads and merges their results; the arithmetic is in sweep_kernels.h.
 //
 // Items and the order of the merge depend on shapes and the number of threads only, so a result is
 // the same in every run.
@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -255,6 +256,36 @@ void row_stats(const Tensor& x_hat, const Tensor& weight, const std::optional<Te
   });
 }
 
+// Calls f(kernel, batch, classes, upstream, scratch) for the parts of the centres, on all threads.
+template <typename F>
+void sweep_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& x_hat,
+                    const Centres& centres, const Tensor& labels, const Tensor& lse_neg,
+                    double scale, const HardParams& hard, int64_t class_start, const F& f) {
+  dispatch_compute(x_hat, [&](auto type) {
+    using T = decltype(type);
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const Kernels<T> kernel = kernels<T>();
+    const PackedBatch<T> batch(x_hat, labels, class_start, centres, scale, hard, kernel.lanes,
+                               true);
+    const int64_t rows = batch.rows(), count = batch.count();
+    const Buffer<T> exp_weight = padded<T>(d_lse, count, x_hat, rows, 0, "d_lse");
+    const Buffer<T> cos_grad = padded<T>(d_cos, count, x_hat, rows, 0, "d_cos");
+    const Buffer<T> lse = padded<T>(lse_neg, count, x_hat, rows, kInfinity, "lse_neg");
+    for (int64_t i = 0; i < count; ++i) {
+      exp_weight[i] *= static_cast<T>(scale);
+      if (lse[i] == -kInfinity) lse[i] = kInfinity;  // no negatives: every p is 0
+    }
+    const Upstream<T> upstream = {exp_weight.get(), lse.get(), cos_grad.get()};
+    const int64_t classes = centres.count, threads = torch::stable::get_num_threads();
+    const int64_t items = std::clamp<int64_t>(classes / kMinClasses, 1, threads);
+    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<T> scratch(kernel.scratch(batch.padded_dim()));
+      f(kernel, batch.view(), Range{classes * begin / items, classes * end / items}, upstream,
+        scratch.get());
+    });
+  });
+}
+
 void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& x_hat,
                         const Tensor& weight, const std::optional<Tensor>& index,
                         const Tensor& labels, const Tensor& lse_neg, double scale,
@@ -265,29 +296,48 @@ void row_stats_backward(const Tensor& d_lse, const Tensor& d_cos, const Tensor& 
                       d_weight.numel() == centres.count * centres.dim,
                   "fastmargin: d_weight must be contiguous, a row for each column of the pass, "
                   "of the dtype of weight");
-  dispatch_compute(x_hat, [&](auto type) {
-    using T = decltype(type);
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    const Kernels<T> kernel = kernels<T>();
-    const PackedBatch<T> batch(x_hat, labels, class_start, centres, scale,
-                               {hard_threshold, a, b, d}, kernel.lanes, true);
-    const int64_t rows = batch.rows(), count = batch.count();
-    const Buffer<T> exp_weight = padded<T>(d_lse, count, x_hat, rows, 0, "d_lse");
-    const Buffer<T> cos_grad = padded<T>(d_cos, count, x_hat, rows, 0, "d_cos");
-    const Buffer<T> lse = padded<T>(lse_neg, count, x_hat, rows, kInfinity, "lse_neg");
-    for (int64_t i = 0; i < count; ++i) {
-      exp_weight[i] *= static_cast<T>(scale);
-      if (lse[i] == -kInfinity) lse[i] = kInfinity;  // no negatives: every p is 0
-    }
-    const int64_t classes = centres.count, threads = torch::stable::get_num_threads();
-    const int64_t items = std::clamp<int64_t>(classes / kMinClasses, 1, threads);
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<T> scratch(kernel.scratch(batch.padded_dim()));
-      kernel.backward(batch.view(), centres, {classes * begin / items, classes * end / items},
-                      {exp_weight.get(), lse.get(), cos_grad.get()}, d_weight.mutable_data_ptr(),
-                      scratch.get());
-    });
-  });
+  void* out = d_weight.mutable_data_ptr();
+  sweep_backward(
+      d_lse, d_cos, x_hat, centres, labels, lse_neg, scale, {hard_threshold, a, b, d}, class_start,
+      [&](const auto& kernel, const auto& batch, Range classes, const auto& upstream,
+          auto* scratch) { kernel.backward(batch, centres, classes, upstream, out, scratch); });
+}
+
+void centre_step(const Tensor& d_lse, const Tensor& d_cos, const Tensor& x_hat,
+                 const Tensor& weight, const std::optional<Tensor>& index, const Tensor& labels,
+                 const Tensor& lse_neg, double scale, const std::optional<Tensor>& hard_threshold,
+                 double a, double b, double d, int64_t class_start,
+                 const std::optional<Tensor>& momentum, double lr, double momentum_factor,
+                 double weight_decay, bool nesterov) {
+  const Centres centres = centres_of(weight, index, x_hat);
+  STD_TORCH_CHECK(centres.dim == 1 || centres.col_stride == 1,
+                  "fastmargin: columns of weight must lie side by side");
+  if (momentum.has_value()) {
+    STD_TORCH_CHECK(momentum->scalar_type() == x_hat.scalar_type() &&
+                        momentum->device() == weight.device() && momentum->dim() == 2 &&
+                        momentum->size(0) == centres.rows && momentum->size(1) == centres.dim &&
+                        (centres.dim == 1 || momentum->stride(1) == 1),
+                    "fastmargin: momentum must be as weight, of the dtype of x_hat, its columns "
+                    "side by side");
+  }
+  STD_TORCH_CHECK(momentum.has_value() || momentum_factor == 0, "fastmargin: momentum is missing");
+  void* weight_out = weight.mutable_data_ptr();
+  void* momentum_out = momentum.has_value() ? momentum->mutable_data_ptr() : nullptr;
+  const int64_t stride = momentum.has_value() ? momentum->stride(0) : 0;
+  sweep_backward(d_lse, d_cos, x_hat, centres, labels, lse_neg, scale, {hard_threshold, a, b, d},
+                 class_start,
+                 [&](const auto& kernel, const auto& batch, Range classes, const auto& upstream,
+                     auto* scratch) {
+                   using T = std::remove_reference_t<decltype(*scratch)>;
+                   const Update<T> update = {weight_out,
+                                             static_cast<T*>(momentum_out),
+                                             stride,
+                                             static_cast<T>(lr),
+                                             static_cast<T>(momentum_factor),
+                                             static_cast<T>(weight_decay),
+                                             nesterov};
+                   kernel.step(batch, centres, classes, upstream, update, scratch);
+                 });
 }
 
 void row_topk(const Tensor& x_hat, const Tensor& weight, const std::optional<Tensor>& index,
@@ -353,6 +403,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmargin, m) {
       "b, float d, "
       "int class_start, Tensor(a!) d_weight) -> ()");
   m.def(
+      "cpu_centre_step(Tensor d_lse, Tensor d_cos, Tensor x_hat, Tensor(a!) weight, Tensor? index, "
+      "Tensor labels, Tensor lse_neg, float scale, Tensor? hard_threshold, float a, float b, float "
+      "d, int class_start, Tensor(b!)? momentum, float lr, float momentum_factor, float "
+      "weight_decay, bool nesterov) -> ()");
+  m.def(
       "cpu_row_topk(Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, int class_start, "
       "Tensor(a!) values, Tensor(b!) nearest, Tensor(c!) cos_y) -> ()");
 }
@@ -360,5 +415,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastmargin, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastmargin, CPU, m) {
   m.impl("cpu_row_stats", TORCH_BOX(&fastmargin::cpu::row_stats));
   m.impl("cpu_row_stats_backward", TORCH_BOX(&fastmargin::cpu::row_stats_backward));
+  m.impl("cpu_centre_step", TORCH_BOX(&fastmargin::cpu::centre_step));
   m.impl("cpu_row_topk", TORCH_BOX(&fastmargin::cpu::row_topk));
 }

@@ -59,6 +59,16 @@ struct Upstream {
   const T* d_cos;       // [rows]
 };
 
+// A step of SGD. The momentum is (rows, D) as the centres, with columns side by side, or null.
+template <typename T>
+struct Update {
+  void* weight;  // what Centres reads
+  T* momentum;
+  int64_t momentum_stride;
+  T lr, momentum_factor, weight_decay;
+  bool nesterov;
+};
+
 struct Range {
   int64_t begin;
   int64_t end;
@@ -79,6 +89,11 @@ struct Kernels {
   // Writes the gradient of the columns `classes` into the contiguous (count, D) of their type.
   void (*backward)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&,
                    void* d_centres, T* scratch);
+
+  // Steps the rows behind the columns `classes` along that gradient. Columns of the centres lie
+  // side by side.
+  void (*step)(const Batch<T>&, const Centres&, Range classes, const Upstream<T>&, const Update<T>&,
+               T* scratch);
 
   // Merges the columns `classes` into the k best negatives, values [rows][k] and index [rows][k],
   // in descending order; writes cos_y as `forward` does.

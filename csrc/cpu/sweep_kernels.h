@@ -352,31 +352,66 @@ void backward_tile(const Batch<T>& batch, int64_t row, int64_t count, const Upst
   }
 }
 
-// d_centre = (d_unit - <d_unit, unit> unit) / norm, in the type of the centres.
-template <typename T, typename Out>
-void write_gradient(const Block<T>& block, int64_t dim, int64_t columns, const T* d_unit, Out* to) {
+// d_centre = (d_unit - <d_unit, unit> unit) / norm of the j-th of a block; calls f(column, value).
+template <typename T, typename F>
+FM_INLINE void through_norm(const Block<T>& block, int64_t j, int64_t dim, int64_t columns,
+                            const T* d_unit, const F& f) {
   constexpr int64_t kPanel = kLanes<T>, kWidth = Simd<T>::kWidth;
-  for (int64_t j = 0; j < block.count; ++j, d_unit += dim, to += columns) {
-    const T* unit = block.unit + j * kPanel;
-    Vec<T> dot = {};
-    for (int64_t k = 0; k < dim; k += kPanel) {
-      const T* u = unit + k * block.capacity;
-      dot += load(d_unit + k) * load(u) + load(d_unit + k + kWidth) * load(u + kWidth);
-    }
-    const T radial = horizontal_sum<T>(dot), inverse = block.inverse_norm[j];
-    for (int64_t k = 0; k < columns; k += kPanel) {
-      const T* u = unit + k * block.capacity;
-      const int64_t width = columns - k < kPanel ? columns - k : kPanel;
-      for (int64_t i = 0; i < width; ++i) {
-        narrow((d_unit[k + i] - radial * u[i]) * inverse, to + k + i);
-      }
-    }
+  const T* unit = block.unit + j * kPanel;
+  Vec<T> dot = {};
+  for (int64_t k = 0; k < dim; k += kPanel) {
+    const T* u = unit + k * block.capacity;
+    dot += load(d_unit + k) * load(u) + load(d_unit + k + kWidth) * load(u + kWidth);
+  }
+  const T radial = horizontal_sum<T>(dot), inverse = block.inverse_norm[j];
+  for (int64_t k = 0; k < columns; k += kPanel) {
+    const T* u = unit + k * block.capacity;
+    const int64_t width = columns - k < kPanel ? columns - k : kPanel;
+    for (int64_t i = 0; i < width; ++i) f(k + i, (d_unit[k + i] - radial * u[i]) * inverse);
   }
 }
 
-template <typename T>
-void backward(const Batch<T>& batch, const Centres& centres, Range classes,
-              const Upstream<T>& upstream, void* d_centres, T* scratch) {
+// In the type of the centres.
+template <typename T, typename Out>
+void write_gradient(const Block<T>& block, int64_t dim, int64_t columns, const T* d_unit, Out* to) {
+  for (int64_t j = 0; j < block.count; ++j, d_unit += dim, to += columns) {
+    through_norm(block, j, dim, columns, d_unit,
+                 [&](int64_t k, T value) { narrow(value, to + k); });
+  }
+}
+
+// As torch.optim.SGD; momentum of zeros is what torch calls none.
+template <typename T, typename In>
+void step_rows(const Block<T>& block, const Centres& centres, int64_t first, int64_t dim,
+               const T* d_unit, const Update<T>& update, In* weight) {
+  const T lr = update.lr, factor = update.momentum_factor, decay = update.weight_decay;
+  for (int64_t j = 0; j < block.count; ++j, d_unit += dim) {
+    const int64_t row = centres.row(first + j);
+    if (row < 0) continue;
+    In* __restrict__ w = weight + row * centres.row_stride;
+    if (factor == 0) {
+      through_norm(block, j, dim, centres.dim, d_unit, [&](int64_t k, T value) {
+        const T old = static_cast<T>(widen(w[k]));
+        narrow(old - lr * (value + decay * old), w + k);
+      });
+      continue;
+    }
+    // the share of the gradient itself in the direction, beside the momentum's
+    const T own = update.nesterov ? T(1) : T(0), rest = update.nesterov ? factor : T(1);
+    T* __restrict__ m = update.momentum + row * update.momentum_stride;
+    through_norm(block, j, dim, centres.dim, d_unit, [&](int64_t k, T value) {
+      const T old = static_cast<T>(widen(w[k])), gradient = value + decay * old;
+      const T heavy = factor * m[k] + gradient;
+      m[k] = heavy;
+      narrow(old - lr * (own * gradient + rest * heavy), w + k);
+    });
+  }
+}
+
+// Calls finish(block, first, d_unit) with the gradient (count, dim) of each block of unit centres.
+template <typename T, typename F>
+FM_INLINE void sweep_gradient(const Batch<T>& batch, const Centres& centres, Range classes,
+                              const Upstream<T>& upstream, T* scratch, const F& finish) {
   constexpr int64_t kPanel = kLanes<T>;
   const int64_t capacity = block_classes<T>(batch.dim), tile_size = capacity * kPanel;
   Block<T> block = {scratch, scratch + capacity * batch.dim, capacity, 0, false};
@@ -411,11 +446,32 @@ void backward(const Batch<T>& batch, const Centres& centres, Range classes,
         }
       }
     }
-    with_element(centres.element, [&](auto* out) {
-      write_gradient(block, batch.dim, centres.dim, d_unit,
-                     static_cast<decltype(out)>(d_centres) + first * centres.dim);
-    });
+    finish(block, first, d_unit);
   }
+}
+
+template <typename T>
+void backward(const Batch<T>& batch, const Centres& centres, Range classes,
+              const Upstream<T>& upstream, void* d_centres, T* scratch) {
+  sweep_gradient(batch, centres, classes, upstream, scratch,
+                 [&](const Block<T>& block, int64_t first, const T* d_unit) {
+                   with_element(centres.element, [&](auto* out) {
+                     auto* to = static_cast<decltype(out)>(d_centres) + first * centres.dim;
+                     write_gradient(block, batch.dim, centres.dim, d_unit, to);
+                   });
+                 });
+}
+
+template <typename T>
+void step(const Batch<T>& batch, const Centres& centres, Range classes, const Upstream<T>& upstream,
+          const Update<T>& update, T* scratch) {
+  sweep_gradient(batch, centres, classes, upstream, scratch,
+                 [&](const Block<T>& block, int64_t first, const T* d_unit) {
+                   with_element(centres.element, [&](auto* out) {
+                     auto* weight = static_cast<decltype(out)>(update.weight);
+                     step_rows(block, centres, first, batch.dim, d_unit, update, weight);
+                   });
+                 });
 }
 
 // ---- nearest negatives --------------------------------------------------------------------------
@@ -479,7 +535,7 @@ int64_t scratch_size(int64_t dim) {
 
 template <typename T>
 Kernels<T> kernels() {
-  return {kLanes<T>, &scratch_size<T>, &forward<T>, &backward<T>, &nearest<T>};
+  return {kLanes<T>, &scratch_size<T>, &forward<T>, &backward<T>, &step<T>, &nearest<T>};
 }
 
 }  // namespace

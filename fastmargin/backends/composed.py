@@ -1,16 +1,23 @@
-"""The loss of a batch out of a backend's own operations and plain PyTorch between them."""
+"""A whole step out of a backend's own operations and plain PyTorch between them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastmargin.backends import row_gradients
-from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
+from fastmargin.norms import compute_dtype
+from fastmargin.rows import inside, stand_ins
+from fastmargin.spec import HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
 
 
 class ComposedLoss:
     """For backends without kernels of their own for it; see ``interface.Backend``."""
+
+    step_bytes = 32 << 20
+    """Of how many bytes of centres at a time :meth:`centre_step` holds the gradient."""
 
     def softmax_loss(
         self,
@@ -74,32 +81,66 @@ class ComposedLoss:
         want_x: bool,
         want_weight: bool,
         row_tolerance: float,
-        precision: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         upstream = d_loss * made.share
         d_lse, d_cos = upstream * made.by_lse, upstream * made.by_cos
-        d_x = d_weight = None
+        d_x = None
         if want_x:
             d_x_hat = row_gradients.through_stats(
                 d_lse, d_cos, made.pull, weight, index, columns, scale, class_start
             )
             d_norm = upstream * made.by_norm
             d_x = row_gradients.through_norm(d_x_hat, d_norm, made.x_hat, made.norm).to(x_dtype)
-        if want_weight:
-            d_lse, d_cos = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
-            d_weight = self.row_stats_backward(
-                d_lse,
-                d_cos,
-                made.x_hat,
-                weight,
-                index,
-                columns,
-                made.lse_neg,
-                scale,
-                None,
-                class_start,
-                precision,
-                row_tolerance > 0,
-                made.kept,
-            )
-        return d_x, d_weight
+        if not want_weight:
+            return d_x, None, None, ()
+        found = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
+        return d_x, *found, ()
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        dtype = compute_dtype(weight.dtype)
+        tensors = [weight] if momentum is None else [weight, momentum]
+        columns = weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
+        size = max(1, self.step_bytes // (weight.shape[1] * dtype.itemsize))
+
+        def gradient(centres: Tensor, places: Tensor | None, start: int) -> Tensor:
+            # labels count columns from class_start, so those of other chunks are out of range
+            rest = labels, lse_neg, scale, hard, class_start + start, precision, skip_zero_rows
+            return self.row_stats_backward(d_lse, d_cos, x_hat, centres, places, *rest)
+
+        for start in range(0, columns, size):
+            part = slice(start, start + size)
+            if index is None:
+                views = [tensor[part] for tensor in tensors]
+                rows = [view.to(dtype) for view in views]
+                update.apply_(*rows, gradient(rows[0], None, start))
+                for view, values in zip(views, rows, strict=True):
+                    if values is not view:
+                        view.copy_(values)
+                continue
+            here = index[part]
+            place, some = stand_ins(here, weight.shape[0])
+            ids = torch.where(some, here[place], 0)
+            before = [tensor.index_select(0, ids) for tensor in tensors]
+            rows = [values.to(dtype, copy=True) for values in before]
+            own = torch.arange(here.shape[0], device=here.device)
+            own = torch.where(inside(here, weight.shape[0]), own, -1)
+            update.apply_(*rows, gradient(rows[0], own, start).index_select(0, place))
+            for tensor, old, new in zip(tensors, before, rows, strict=True):
+                tensor.index_copy_(0, ids, torch.where(some, new.to(tensor.dtype), old))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastmargin.backends import _extension, _permutation, _rows
 from fastmargin.backends.composed import ComposedLoss
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate
 
 
 @functools.cache
@@ -40,6 +40,19 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
     return hard.threshold.to(dtype).contiguous(), *hard.coefficients.tolist()
 
 
+def _without_zero_rows(rows: tuple[Tensor, ...], hard: HardRule | None):
+    """The per-row tensors, ``d_lse`` and ``d_cos`` first, without the rows where both are 0."""
+    kept = ((rows[0] != 0) | (rows[1] != 0)).nonzero().squeeze(1)
+    if hard is not None:
+        hard = replace(hard, threshold=hard.threshold[kept])
+    return tuple(part[kept] for part in rows), hard
+
+
+def _in_rows(*tensors: Tensor | None) -> bool:
+    """Whether the columns of all of them lie side by side."""
+    return all(t is None or t.shape[1] == 1 or t.stride(1) == 1 for t in tensors)
+
+
 def _contiguous(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
@@ -49,6 +62,7 @@ class CpuBackend(ComposedLoss):
     precisions = ("fp32",)
     max_dim = max_k = math.inf
     note = ""
+    step_bytes = 2 << 20  # centres by columns: what belongs to a chunk stays in cache
 
     def unavailable(self) -> str | None:
         return _unavailable()
@@ -113,11 +127,8 @@ class CpuBackend(ComposedLoss):
         columns = weight.shape[0] if index is None else index.shape[0]
         d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
         if skip_zero_rows:
-            kept = ((d_lse != 0) | (d_cos != 0)).nonzero().squeeze(1)
             rows = d_lse, d_cos, x_hat, labels, lse_neg
-            d_lse, d_cos, x_hat, labels, lse_neg = (part[kept] for part in rows)
-            if hard is not None:
-                hard = replace(hard, threshold=hard.threshold[kept])
+            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
         torch.ops.fastmargin.cpu_row_stats_backward(
             d_lse.contiguous(),
             d_cos.contiguous(),
@@ -132,6 +143,49 @@ class CpuBackend(ComposedLoss):
             d_weight,
         )
         return d_weight
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        if skip_zero_rows:
+            rows = d_lse, d_cos, x_hat, labels, lse_neg
+            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
+        rest = index, labels, lse_neg, scale, hard, class_start, precision
+        if not _in_rows(weight, momentum):
+            super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
+            return
+        torch.ops.fastmargin.cpu_centre_step(
+            d_lse.contiguous(),
+            d_cos.contiguous(),
+            x_hat.contiguous(),
+            weight,
+            _contiguous(index),
+            labels.contiguous(),
+            lse_neg.contiguous(),
+            scale,
+            *_hard(hard, x_hat.dtype),
+            class_start,
+            momentum,
+            update.lr,
+            update.momentum,
+            update.weight_decay,
+            update.nesterov,
+        )
 
     def row_topk(
         self,

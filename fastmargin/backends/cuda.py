@@ -99,7 +99,10 @@ class CudaBackend(ComposedLoss):
     def row_stats_backward(self, *args) -> Tensor:
         return self._heavy.row_stats_backward(*args)
 
-    def softmax_loss_backward(self, *args) -> tuple[Tensor | None, Tensor | None]:
+    def centre_step(self, *args) -> None:
+        self._heavy.centre_step(*args)
+
+    def softmax_loss_backward(self, *args):
         return self._heavy.softmax_loss_backward(*args)
 
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:

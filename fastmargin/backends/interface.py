@@ -20,13 +20,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and the two made of them.
+    """One way to run the six operations, and the three made of them.
 
-    :class:`fastmargin.backends.composed.ComposedLoss` has the last two for those who inherit it.
+    :class:`fastmargin.backends.composed.ComposedLoss` has the last three for those who inherit it.
     """
 
     name: str
@@ -94,8 +94,8 @@ class Backend(Protocol):
         ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
         zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
         ``skip_zero_rows`` is a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may
-        gain by leaving them out. ``kept`` is that of :class:`fastmargin.spec.SoftmaxLoss`, where
-        the same backend has made it from the same embeddings and centres at this precision.
+        gain by leaving them out. ``kept`` is what the same backend made on its way here, from the
+        same tensors and numbers: see :meth:`softmax_loss_backward`.
         """
 
     def row_topk(
@@ -167,10 +167,37 @@ class Backend(Protocol):
         want_x: bool,
         want_weight: bool,
         row_tolerance: float,
-        precision: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients (B, D) of the embeddings, in ``x_dtype``, and of ``weight``, or None.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+        """Gradient (B, D) of the embeddings, in ``x_dtype``; ``d_lse`` and ``d_cos`` (B,).
 
-        ``d_loss`` is (), for the reduction "none" (B,). The second is that of
-        :meth:`row_stats_backward`, without the rows whose 1 - p_y is at most ``row_tolerance``.
+        ``d_loss`` is (), for the reduction "none" (B,). The second and third are what
+        :meth:`row_stats_backward` makes the gradient of ``weight`` of, 0 in the rows whose 1 - p_y
+        is at most ``row_tolerance``. What is not wanted is None. The last is what it may use
+        again, ``kept`` there: three tensors that follow those of ``made.kept``, or none.
+        """
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """:meth:`row_stats_backward`, and the update of the rows it is about, in place.
+
+        ``momentum`` (C, D) is float32 or float64, any strides; None only if the update has none.
+        Rows of ``weight`` are updated in that type and rounded once. Without an index these are
+        all rows, else those in it; nothing is written for an empty place. Nothing of the size of
+        ``weight`` is allocated.
         """

@@ -8,6 +8,14 @@ Every backward is an operator without a derivative of its own, so that a second-
 an error and not a wrong number.
 """
 
+from fastmargin.backends.row_gradients import without_confident
+from fastmargin.ops.centre_gradient import (
+    centre_gradient,
+    centre_rows,
+    gradient_or_factors,
+    row_stats_backward,
+)
+from fastmargin.ops.centre_step import centre_step
 from fastmargin.ops.margin_rows import margin_rows
 from fastmargin.ops.marked import marked
 from fastmargin.ops.permutation import permutation
@@ -15,7 +23,6 @@ from fastmargin.ops.registration import check_backend
 from fastmargin.ops.row_prologue import row_prologue, row_prologue_backward
 from fastmargin.ops.row_stats import (
     row_stats,
-    row_stats_backward,
     row_stats_backward_x,
     target_cosine,
 )
@@ -24,7 +31,11 @@ from fastmargin.ops.softmax_loss import softmax_loss, softmax_loss_backward
 from fastmargin.ops.spread_rows import spread_rows
 
 __all__ = [
+    "centre_gradient",
+    "centre_rows",
+    "centre_step",
     "check_backend",
+    "gradient_or_factors",
     "margin_rows",
     "marked",
     "permutation",
@@ -39,4 +50,5 @@ __all__ = [
     "softmax_loss_backward",
     "spread_rows",
     "target_cosine",
+    "without_confident",
 ]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends import row_gradients
-from fastmargin.ops.registration import backend_for, check_index, op
-from fastmargin.ops.spread_rows import spread_rows
+from fastmargin.factors import GradientFactors
+from fastmargin.ops.centre_gradient import gradient_or_factors
+from fastmargin.ops.registration import STATS_ARGS, backend_for, check_index, hard_rule, op
 from fastmargin.spec import HardRule, RowStats
 
 
@@ -29,19 +30,9 @@ def target_cosine(
     return (x_hat * own.to(x_hat.dtype)).sum(1)
 
 
-_STATS_ARGS = (
-    "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
-    " Tensor? hard_threshold, Tensor? hard_coefficients, float hard_bound, int class_start"
-)
-
-
-def _hard(threshold, coefficients, bound: float) -> HardRule | None:
-    return None if threshold is None else HardRule(threshold, coefficients, bound)
-
-
 @op(
     "row_stats",
-    f"({_STATS_ARGS}, bool want_pull, bool sparse_grad, float row_tolerance, str precision,"
+    f"({STATS_ARGS}, bool want_pull, bool sparse_grad, float row_tolerance, str precision,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _row_stats(
@@ -66,7 +57,7 @@ def _row_stats(
         index,
         labels,
         scale,
-        _hard(hard_threshold, hard_coefficients, hard_bound),
+        hard_rule(hard_threshold, hard_coefficients, hard_bound),
         class_start,
         want_pull,
         precision,
@@ -81,52 +72,6 @@ def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start
     pull = x_hat.new_empty(x_hat.shape if want_pull else (0, x_hat.shape[1]))
     mark = x_hat.new_empty(rows if rest[1] > 0 else (0,))
     return x_hat.new_empty(rows), x_hat.new_empty(rows), x_hat.new_empty(rows), pull, mark
-
-
-@op(
-    "row_stats_backward",
-    f"(Tensor d_lse, Tensor d_cos, Tensor? miss, {_STATS_ARGS}, Tensor lse_neg,"
-    " float row_tolerance, str precision, str backend) -> Tensor",
-)
-def row_stats_backward(
-    d_lse,
-    d_cos,
-    miss,
-    x_hat,
-    weight,
-    index,
-    labels,
-    scale,
-    hard_threshold,
-    hard_coefficients,
-    hard_bound,
-    class_start,
-    lse_neg,
-    row_tolerance,
-    precision,
-    backend,
-):
-    d_lse, d_cos = row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance)
-    return backend_for(backend, x_hat, precision).row_stats_backward(
-        d_lse.contiguous(),
-        d_cos.contiguous(),
-        x_hat,
-        weight,
-        index,
-        labels,
-        lse_neg,
-        scale,
-        _hard(hard_threshold, hard_coefficients, hard_bound),
-        class_start,
-        precision,
-        miss is not None and row_tolerance > 0,
-    )
-
-
-@row_stats_backward.register_fake
-def _(d_lse, d_cos, miss, x_hat, weight, index, *_):
-    rows = weight.shape[0] if index is None else index.shape[0]
-    return torch.empty((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
 
 
 @op(
@@ -172,23 +117,25 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
             d_lse, d_cos, pull, weight, index, labels, scale, class_start
         )
     if ctx.needs_input_grad[1]:
-        rows = row_stats_backward(
-            d_lse,
-            d_cos,
-            miss,
-            x_hat,
+        row_tolerance, precision, backend = settings
+        d_weight = gradient_or_factors(
             weight,
-            index,
-            labels,
-            scale,
-            threshold,
-            coefficients,
-            bound,
-            class_start,
-            lse_neg,
-            *settings,
+            GradientFactors(
+                *row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance),
+                x_hat,
+                labels,
+                lse_neg,
+                index,
+                class_start,
+                scale,
+                hard_rule(threshold, coefficients, bound),
+                precision,
+                backend,
+                miss is not None and row_tolerance > 0,
+                ctx.sparse_grad,
+            ),
+            ctx.next_functions[1][0],
         )
-        d_weight = spread_rows(rows, index, weight, ctx.sparse_grad)
     return d_x_hat, d_weight, *rest
 
 

@@ -11,6 +11,7 @@ from fastmargin.norms import compute_dtype
 from fastmargin.ops.registration import backend_for, check_index, op
 from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
 
+_BACKWARD_PARTS = 6
 _LOSS_PARTS = tuple(field.name for field in dataclasses.fields(SoftmaxLoss))
 
 
@@ -126,24 +127,26 @@ def _(x, weight, index, labels, *rest):
     "softmax_loss_backward",
     "(Tensor d_loss, Tensor[] made, Tensor weight, Tensor? index, Tensor columns, int class_start,"
     " float scale, ScalarType x_dtype, bool want_x, bool want_weight, float row_tolerance,"
-    " str precision, str backend) -> (Tensor, Tensor)",
+    " str precision, str backend)"
+    f" -> ({', '.join(['Tensor'] * _BACKWARD_PARTS)})",
 )
 def _softmax_loss_backward(d_loss, made, weight, *rest):
     made = SoftmaxLoss(*made)
     *rest, precision, backend = rest
     chosen = backend_for(backend, made.x_hat, precision)
-    found = chosen.softmax_loss_backward(d_loss, made, weight, *rest, precision)
+    *found, kept = chosen.softmax_loss_backward(d_loss, made, weight, *rest)
+    found += kept or [None] * (_BACKWARD_PARTS - 3)
     return tuple(weight.new_empty(0) if part is None else part for part in found)
 
 
 @_softmax_loss_backward.register_fake
 def _(d_loss, made, weight, index, columns, start, scale, x_dtype, want_x, want_weight, *_):
-    rows = weight.shape[0] if index is None else index.shape[0]
-    of_weight = (rows, weight.shape[1]) if want_weight else (0,)
-    d_x = weight.new_empty(0)
+    d_x, *rows = (weight.new_empty(0) for _ in range(_BACKWARD_PARTS))
     if want_x:
         d_x = weight.new_empty((columns.shape[0], weight.shape[1]), dtype=x_dtype)
-    return d_x, weight.new_empty(of_weight)
+    if want_weight:
+        rows[:2] = (made[0].new_empty(columns.shape) for _ in range(2))
+    return d_x, *rows
 
 
 def softmax_loss_backward(
@@ -160,9 +163,12 @@ def softmax_loss_backward(
     row_tolerance: float,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """See :meth:`fastmargin.backends.interface.Backend.softmax_loss_backward`; (0,) for None."""
-    return _softmax_loss_backward(
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """See :meth:`fastmargin.backends.interface.Backend.softmax_loss_backward`; (0,) for None.
+
+    The last is all that the centre pass may use again, what the forward pass kept included.
+    """
+    d_x, d_lse, d_cos, *kept = _softmax_loss_backward(
         d_loss,
         made.tensors(),
         weight,
@@ -177,3 +183,4 @@ def softmax_loss_backward(
         precision,
         backend,
     )
+    return d_x, d_lse, d_cos, (*made.kept, *kept) if kept[0].numel() else ()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastmargin import deferred
+from fastmargin import deferred, factors
+from fastmargin.factors import GradientFactors
 from fastmargin.norms import compute_dtype
+from fastmargin.optim.factor_steps import formed, merged, unscale
 from fastmargin.optim.owed_steps import OwedSteps, Step
 from fastmargin.optim.row_chunks import (
     as_rows,
@@ -19,6 +21,7 @@ from fastmargin.optim.row_chunks import (
     scatter,
     slices,
 )
+from fastmargin.rows import stand_ins
 
 UNSAMPLED = ("lazy", "dense", "frozen")
 REFUSED = ("amsgrad", "dampening", "maximize")
@@ -40,6 +43,8 @@ class RowOptimizer(Optimizer):
     """Names of the states shaped as the parameter, in the order ``Step.update`` takes them."""
     _numbers: ClassVar[tuple[str, ...]]
     """Options that must be numbers from 0 on."""
+    fused: bool = False
+    """Whether backward passes leave the factors of gradients (:mod:`fastmargin.factors`)."""
 
     def __init__(self, params, defaults: dict[str, Any]) -> None:
         self._owed: dict[Tensor, OwedSteps] = {}
@@ -71,14 +76,23 @@ class RowOptimizer(Optimizer):
         if isinstance(param_group, dict):
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        self._keep()
+
+    def _keep(self) -> None:
+        """Asks for factors, as long as this optimiser lives."""
+        if self.fused:
+            for parameter in self._parameters():
+                factors.keep(parameter, self)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def settle(self) -> None:
         """Brings all rows of all parameters up to date."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                deferred.settle(parameter)
-                if parameter in self._owed:
-                    self._owed[parameter].settle(parameter)  # last_step too, if nothing was owed
+        for parameter in self._parameters():
+            deferred.settle(parameter)
+            if parameter in self._owed:
+                self._owed[parameter].settle(parameter)  # last_step too, if nothing was owed
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -90,7 +104,8 @@ class RowOptimizer(Optimizer):
             closure: computes the loss and the gradients anew; its value is returned.
 
         Raises:
-            ValueError, TypeError: an option or a gradient that does not fit, before any change.
+            ValueError, TypeError, RuntimeError: an option or a gradient that does not fit, before
+                any change.
         """
         loss = None
         if closure is not None:
@@ -100,13 +115,36 @@ class RowOptimizer(Optimizer):
             self._check_group(group)
             for parameter in group["params"]:
                 _check_grad(parameter.grad)
+        if not unscale(self, self._parameters()):
+            return loss
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_parameter(parameter, group)
+                self._step_parameter(parameter, group)
         return loss
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells a GradScaler that the step itself divides by the scale: it cannot see factors."""
+        return self.fused
+
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """One step along the gradient of a parameter, if it has one or the factors of one."""
+        grad, found = parameter.grad, factors.take(parameter)
+        if found:
+            whole = merged(found) if grad is None else None
+            # sampled classes with a dense gradient are not frozen: all rows take their step
+            if whole is not None and (
+                whole.index is None or whole.sparse_grad or group["unsampled"] != "frozen"
+            ):
+                self._take_step(parameter, group, whole)
+                return
+            grad = formed(parameter, found, grad)
+        if grad is not None:
+            self._take_step(parameter, group, grad)
+
+    def _take_step(
+        self, parameter: Tensor, group: dict[str, Any], grad: Tensor | GradientFactors
+    ) -> None:
         state = self.state[parameter]
         dtype = compute_dtype(parameter.dtype)
         if "step" not in state:
@@ -119,25 +157,45 @@ class RowOptimizer(Optimizer):
         step = self._make_step(group, int(state["step"]))
         names = [name for name in self._row_states if name in state]
         tensors = [as_rows(tensor) for tensor in (parameter.data, *map(state.get, names))]
-        if parameter.grad.is_sparse:
-            _update_sparse(tensors, parameter.grad, step, dtype, owed)
-        else:
+        by_factors = isinstance(grad, GradientFactors)
+        every_row = grad.index is None if by_factors else not grad.is_sparse
+        if every_row:
             deferred.settle(parameter)
-            grad = as_rows(parameter.grad)
+        if by_factors:
+            self._step_by_factors(tensors, grad, step)
+            if owed is not None and not every_row:
+                _note_step(owed, grad.index)
+        elif every_row:
+            grad = as_rows(grad)
             for start, stop, rows in slices(tensors, dtype):
                 step.update(*rows, grad[start:stop].to(dtype))
+        else:
+            _update_sparse(tensors, grad, step, dtype, owed)
         # a backward through weights from before this step must find out, late movers included
         torch.autograd.graph.increment_version(parameter)
         if owed is None:
             return
-        if not parameter.grad.is_sparse:
+        if every_row:
             owed.all_taken()
             return
         owed.append(step)
         if owed.owing:
             deferred.owe(parameter, owed)
-            if group["unsampled"] == "dense":
+            # who gets a dense gradient need not know of debts
+            if group["unsampled"] == "dense" or (by_factors and not grad.sparse_grad):
                 deferred.settle(parameter)
+
+    def _step_by_factors(self, tensors: list[Tensor], found: GradientFactors, step: Step) -> None:
+        """Steps weight and states (C, ...), the rows that the factors are about."""
+        raise NotImplementedError
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``Optimizer.zero_grad``; factors that wait for a step are dropped, too."""
+        if self.fused:
+            for parameter in self._parameters():
+                factors.clear(parameter)
+        super().zero_grad(set_to_none)
 
     def _ready(self, parameter: Tensor, state: dict[str, Any], unsampled: str) -> OwedSteps | None:
         """What keeps this parameter's missed steps, with room for one more; None if frozen."""
@@ -221,7 +279,7 @@ class RowOptimizer(Optimizer):
         return loadable
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_owed": self._owed}
+        return {**super().__getstate__(), "_owed": self._owed, "fused": self.fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what ``load_state_dict`` ends with; a loaded state owes nothing."""
@@ -236,6 +294,7 @@ class RowOptimizer(Optimizer):
         for parameter, owed in self._owed.items():
             if owed.owing:
                 deferred.owe(parameter, owed)
+        self._keep()
 
 
 def _check_grad(grad: Tensor | None) -> None:
@@ -264,3 +323,12 @@ def _update_sparse(
             # a row whose sum goes on in the next chunk is put back and waits for all of it
             new = tensor.index_select(0, end)
             tensor.index_copy_(0, end, torch.where(unfinished, old, new))
+
+
+def _note_step(owed: OwedSteps, index: Tensor) -> None:
+    """The rows ``index`` (K,), settled before, have taken the next step; -1 is an empty place."""
+    last_step = owed.state["last_step"]
+    if index.shape[0] and last_step.shape[0]:
+        place, some = stand_ins(index, last_step.shape[0])
+        ids = torch.where(some, index[place], 0)
+        last_step.index_copy_(0, ids, torch.where(some, owed.now + 1, last_step[ids]).int())

@@ -7,33 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
+from fastmargin import ops
+from fastmargin.factors import GradientFactors
 from fastmargin.optim.row_chunks import beside
 from fastmargin.optim.row_optimizer import RowOptimizer
+from fastmargin.spec import SgdUpdate
 
 __all__ = ["RowSGD"]
 
 
 @dataclass(frozen=True)
-class SGDStep:
+class SGDStep(SgdUpdate):
     """One step; without a gradient it is a 2 x 2 linear map of (weight, momentum buffer)."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-    nesterov: bool
 
     # the map, row by row: weight from (weight, buffer), buffer from (weight, buffer)
     STILL = (1.0, 0.0, 0.0, 1.0)
 
     def update(self, weight: Tensor, *buffer_and_grad: Tensor) -> None:
-        """As ``torch.optim.SGD``; a buffer of zeros is what torch calls no buffer."""
-        *buffer, grad = buffer_and_grad
-        if self.weight_decay:
-            grad = grad.add(weight, alpha=self.weight_decay)
-        if self.momentum:
-            buffer = buffer[0].mul_(self.momentum).add_(grad)
-            grad = grad.add(buffer, alpha=self.momentum) if self.nesterov else buffer
-        weight.add_(grad, alpha=-self.lr)
+        self.apply_(weight, *buffer_and_grad)
 
     def moves_still_rows(self) -> bool:
         return bool(self.momentum or self.lr * self.weight_decay)
@@ -75,14 +66,24 @@ class RowSGD(RowOptimizer):
     State per parameter: ``step``; ``momentum_buffer`` as the parameter (float32 for a 16-bit one)
     once there is momentum; ``last_step`` (C,) int32, but not with "frozen".
 
+    With ``fused=True`` the gradient of class centres is never formed. ``backward()`` leaves what it
+    follows from, of about the size of the batch, and ``grad`` None; ``step()`` runs the centre pass
+    with the update in it. Several backward passes before a step add up, GradScaler works, and a
+    gradient of other losses is added. Whatever looks at ``grad`` in between sees none: clipping,
+    ``scaler.unscale_``, hooks, DDP (refused, as is :func:`fastmargin.total_norm`), and a module's
+    ``zero_grad``, so call that of the optimiser. A gradient is formed as ever under
+    ``torch.compile``, for ``torch.autograd.grad``, DTensors and losses on the nearest negatives.
+
     Args:
         params: tensors or groups, as for any optimiser. A sparse gradient has one sparse
             dimension, the rows.
         lr: learning rate, a number of the host.
         momentum, weight_decay, nesterov: as ``torch.optim.SGD``.
-        unsampled: see above.
+        unsampled, fused: see above.
 
     Raises:
+        RuntimeError: at the step, with ``fused``: a parameter was written to since the backward
+            pass, or a GradScaler's ``unscale_`` has passed over the gradient. Nothing has changed.
         ValueError: a number out of its range, in a group or, changed since, at the step.
         TypeError: a number that is a tensor.
     """
@@ -99,7 +100,9 @@ class RowSGD(RowOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         unsampled: str = "lazy",
+        fused: bool = False,
     ) -> None:
+        self.fused = bool(fused)
         super().__init__(
             params,
             {
@@ -122,3 +125,9 @@ class RowSGD(RowOptimizer):
     def _make_step(self, group: dict[str, Any], count: int) -> SGDStep:
         numbers = (float(group[name]) for name in self._numbers)
         return SGDStep(*numbers, bool(group["nesterov"]))
+
+    def _step_by_factors(
+        self, tensors: list[Tensor], found: GradientFactors, step: SGDStep
+    ) -> None:
+        weight, *buffer = tensors
+        ops.centre_step(weight, buffer[0] if buffer else None, step, found)

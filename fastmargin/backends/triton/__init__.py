@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends.composed import ComposedLoss
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SoftmaxLoss
+from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -107,33 +107,44 @@ class TritonBackend(ComposedLoss):
         skip_zero_rows: bool = False,
         kept: Sequence[Tensor] = (),
     ) -> Tensor:
-        from fastmargin.backends.triton.centre_pass import centre_pass
-        from fastmargin.backends.triton.centres import centres_again
-        from fastmargin.backends.triton.own_rows import OwnRows, own_rows
-
         if x_hat.shape[0] == 0 or _columns(weight, index) == 0:
             columns = weight if index is None else index
             shape = columns.shape[0], weight.shape[1]
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
-        index = _contiguous(index)
-        operand, *centres, own, level, code = kept or (x_hat.new_empty(0),) * 6
-        d_lse, d_cos, lse_neg = (t.contiguous() for t in (d_lse, d_cos, lse_neg))
-        rows = OwnRows(own, level, code)
-        if not own.numel():
-            rows = own_rows(d_lse, d_cos, lse_neg, x_hat, weight, index, labels, scale, class_start)
-        return centre_pass(
-            d_lse,
-            rows,
-            operand if operand.numel() else _as_operand(x_hat, precision),
-            centres_again(weight, index, precision, *centres),
-            weight,
-            index,
-            scale,
-            hard,
-            precision,
-            skip_zero_rows,
-        )
+        rest = scale, hard, class_start, precision, skip_zero_rows, kept
+        return _centre_pass(d_lse, d_cos, x_hat, weight, index, labels, lse_neg, *rest)
+
+    def centre_step(
+        self,
+        weight: Tensor,
+        momentum: Tensor | None,
+        update: SgdUpdate,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        lse_neg: Tensor,
+        scale: float,
+        hard: HardRule | None,
+        class_start: int,
+        precision: str,
+        skip_zero_rows: bool = False,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        from fastmargin.backends.triton.centre_pass import steps_in_place
+        from fastmargin.backends.triton.configs import resolve_precision
+
+        rest = scale, hard, class_start, precision, skip_zero_rows
+        operands = resolve_precision(precision, _interpreted())
+        nothing = x_hat.shape[0] == 0 or _columns(weight, index) == 0
+        if nothing or not steps_in_place(weight, hard, operands, update, momentum):
+            super().centre_step(
+                weight, momentum, update, d_lse, d_cos, x_hat, index, labels, lse_neg, *rest
+            )
+            return
+        rows = d_lse, d_cos, x_hat, weight, index, labels, lse_neg
+        _centre_pass(*rows, *rest, kept, update, momentum)
 
     def row_topk(
         self,
@@ -248,8 +259,7 @@ class TritonBackend(ComposedLoss):
         want_x: bool,
         want_weight: bool,
         row_tolerance: float,
-        precision: str,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
         from fastmargin.backends.triton.rows_backward import rows_backward
 
         columns, index = _contiguous(columns), _contiguous(index)
@@ -266,24 +276,7 @@ class TritonBackend(ComposedLoss):
             want_weight,
             row_tolerance,
         )
-        d_weight = None
-        if want_weight:
-            d_weight = self.row_stats_backward(
-                d_lse,
-                d_cos,
-                made.x_hat,
-                weight,
-                index,
-                columns,
-                made.lse_neg,
-                scale,
-                None,
-                class_start,
-                precision,
-                row_tolerance > 0,
-                (*made.kept, *own),
-            )
-        return d_x, d_weight
+        return d_x, d_lse, d_cos, tuple(own) if want_weight else ()
 
     def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
         from fastmargin.backends.triton.permutation import permutation
@@ -339,6 +332,52 @@ def _row_stats(
     )
     finished = stats_finish(x_hat, weight, index, labels, class_start, partials, hard)
     return RowStats(*finished), *kept(last, columns)
+
+
+def _centre_pass(
+    d_lse: Tensor,
+    d_cos: Tensor,
+    x_hat: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    labels: Tensor,
+    lse_neg: Tensor,
+    scale: float,
+    hard: HardRule | None,
+    class_start: int,
+    precision: str,
+    skip_zero_rows: bool,
+    kept: Sequence[Tensor],
+    update: SgdUpdate | None = None,
+    momentum: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient of the centres; None if they are stepped along it instead."""
+    from fastmargin.backends.triton.centre_pass import centre_pass
+    from fastmargin.backends.triton.centres import centres_again
+    from fastmargin.backends.triton.own_rows import OwnRows, own_rows
+
+    precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
+    index = _contiguous(index)
+    operand, *centres, own, level, code = kept or (x_hat.new_empty(0),) * 6
+    d_lse, d_cos, lse_neg = (t.contiguous() for t in (d_lse, d_cos, lse_neg))
+    rows = OwnRows(own, level, code)
+    if not own.numel():
+        about = weight, index, labels, scale, class_start
+        rows = own_rows(d_lse, d_cos, lse_neg, x_hat, *about)
+    return centre_pass(
+        d_lse,
+        rows,
+        operand if operand.numel() else _as_operand(x_hat, precision),
+        centres_again(weight, index, precision, *centres),
+        weight,
+        index,
+        scale,
+        hard,
+        precision,
+        skip_zero_rows,
+        update,
+        momentum,
+    )
 
 
 def _operands(

@@ -43,7 +43,7 @@ from fastmargin.backends.triton.tile import (
     row_pointer,
     row_tile,
 )
-from fastmargin.spec import HardRule
+from fastmargin.spec import HardRule, SgdUpdate
 
 SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
 FINISHED_AT_ONCE = 32
@@ -354,6 +354,31 @@ def constants(
     }
 
 
+def _tile(
+    weight: Tensor, hard: HardRule | None, precision: str, update: SgdUpdate | None
+) -> TileConfig:
+    looks_ahead = update is not None and update.nesterov
+    crowded = hard is not None or not is_packed(weight) or looks_ahead
+    return choose("centre_pass", weight.shape[1], precision, chip(weight.device).arch, crowded)
+
+
+def steps_in_place(
+    weight: Tensor,
+    hard: HardRule | None,
+    precision: str,
+    update: SgdUpdate,
+    momentum: Tensor | None,
+) -> bool:
+    """Whether the pass can update the centres.
+
+    No other program may read a centre after one has written it, so a program must own whole rows;
+    and the addresses of the state must be those of the centres.
+    """
+    if not is_packed(weight) or (momentum is not None and not is_packed(momentum)):
+        return False
+    return _tile(weight, hard, precision, update).block_d >= weight.shape[1]
+
+
 def centre_pass(
     d_lse: Tensor,
     rows: OwnRows,
@@ -365,8 +390,12 @@ def centre_pass(
     hard: HardRule | None,
     precision: str,
     skip_zero_rows: bool,
-) -> Tensor:
+    update: SgdUpdate | None = None,
+    momentum: Tensor | None = None,
+) -> Tensor | None:
     """Gradient (C, D) of ``weight``, or (K, D) of its rows in ``index``: contiguous, in its dtype.
+
+    With ``update`` None: these rows of ``weight`` and of ``momentum`` are stepped in place.
 
     Args:
         d_lse: (B,) contiguous, fp32.
@@ -379,15 +408,18 @@ def centre_pass(
         hard: rule for hard negatives, its threshold contiguous and fp32.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         skip_zero_rows: rows without a gradient are many, so they are sorted out first.
+        update: only where :func:`steps_in_place`.
+        momentum: its buffer, or None.
     """
     columns, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
-    out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
+    out, epilogue = None, epilogues.of(update)
+    if update is None:
+        out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
     count, level, code = None, rows.level, rows.code
     threshold = None if hard is None else hard.threshold
     if skip_zero_rows:
         count, level, code, threshold, x = compact(level, code, threshold, x)
-    crowded = hard is not None or not is_packed(weight)
-    tile = choose("centre_pass", d, precision, chip(weight.device).arch, crowded)
+    tile = _tile(weight, hard, precision, update)
     for part in centres:
         n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
         fixed = constants(
@@ -399,8 +431,13 @@ def centre_pass(
             tile,
             hard is not None,
             skip_zero_rows,
+            epilogue,
         )
-        here = weight[part.start : stop] if index is None else weight
+        rows_of = slice(part.start, stop) if index is None else slice(None)
+        here = weight[rows_of]
+        result, state = here, here if momentum is None else momentum[rows_of]
+        if out is not None:
+            result, state = out[part.start : stop], None
         with on_device(weight):
             centre_pass_kernel[(triton.cdiv(n, tile.block_c) * triton.cdiv(d, tile.block_d),)](
                 blocks_of(x, tile.block_b, tile.block_k),
@@ -417,8 +454,8 @@ def centre_pass(
                 rows.own,
                 here,
                 None if index is None else index[part.start : stop],
-                out[part.start : stop],
-                None,
+                result,
+                state,
                 x.shape[0],
                 x.shape[0],
                 n,
@@ -428,9 +465,7 @@ def centre_pass(
                 weight.stride(1),
                 float(scale),
                 slope_power(hard),
-                0.0,
-                0.0,
-                0.0,
+                *epilogues.numbers(update),
                 **fixed,
             )
     return out

@@ -11,6 +11,23 @@ import triton
 import triton.language as tl
 
 from fastmargin.backends.triton.tile import cast
+from fastmargin.spec import SgdUpdate
+
+
+def of(update: SgdUpdate | None) -> triton.JITFunction:
+    """What takes this step; without one, what stores the gradient."""
+    if update is None:
+        return store_gradient
+    if not update.momentum:
+        return sgd
+    return sgd_nesterov if update.nesterov else sgd_momentum
+
+
+def numbers(update: SgdUpdate | None) -> tuple[float, float, float]:
+    """The three numbers."""
+    if update is None:
+        return 0.0, 0.0, 0.0
+    return float(update.lr), float(update.momentum), float(update.weight_decay)
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""The centre pass with the update of an optimiser in it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmargin.factors import GradientFactors
+from fastmargin.ops.registration import STATS_ARGS, backend_for, hard_rule, op
+from fastmargin.spec import SgdUpdate
+
+
+@op(
+    "centre_step",
+    f"({STATS_ARGS.replace('Tensor weight', 'Tensor(a!) weight')}, Tensor lse_neg,"
+    " bool skip_zero_rows, Tensor[] kept, str precision, str backend, Tensor d_lse, Tensor d_cos,"
+    " Tensor(b!)? buffer, float lr, float momentum, float weight_decay, bool nesterov) -> ()",
+    mutates=("weight", "buffer"),
+)
+def _centre_step(
+    x_hat,
+    weight,
+    index,
+    labels,
+    scale,
+    hard_threshold,
+    hard_coefficients,
+    hard_bound,
+    class_start,
+    lse_neg,
+    skip_zero_rows,
+    kept,
+    precision,
+    backend,
+    d_lse,
+    d_cos,
+    buffer,
+    *update,
+):
+    backend_for(backend, x_hat, precision).centre_step(
+        weight,
+        buffer,
+        SgdUpdate(*update),
+        d_lse.contiguous(),
+        d_cos.contiguous(),
+        x_hat,
+        index,
+        labels,
+        lse_neg,
+        scale,
+        hard_rule(hard_threshold, hard_coefficients, hard_bound),
+        class_start,
+        precision,
+        skip_zero_rows,
+        kept,
+    )
+
+
+@_centre_step.register_fake
+def _(*_):
+    return None
+
+
+def centre_step(
+    weight: Tensor, momentum: Tensor | None, update: SgdUpdate, found: GradientFactors
+) -> None:
+    """Steps ``weight`` (C, D) and its ``momentum``, in place, along the gradient of the factors.
+
+    Only the rows of ``found.index`` where there is one. Nothing of size (C, D) is made. See
+    :meth:`fastmargin.backends.interface.Backend.centre_step`.
+    """
+    _centre_step(
+        found.x_hat,
+        weight,
+        *found.settings(),
+        found.d_lse,
+        found.d_cos,
+        momentum,
+        update.lr,
+        update.momentum,
+        update.weight_decay,
+        update.nesterov,
+    )
