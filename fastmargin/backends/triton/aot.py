@@ -4,7 +4,8 @@
 
 lists registers, stack (which must be 0: nothing spilled) and shared memory of every configuration
 per architecture, and exits with 1 if one does not fit. Without ``--full`` a representative part:
-two widths, weights in fp32 and in the operand type. TRITON_INTERPRET must not be set.
+two widths, weights in fp32 and in the operand type. Tiles are those that ship, whatever table the
+user has. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from fastmargin.backends.triton.configs import (
     needs_shift,
 )
 from fastmargin.backends.triton.tile import INTERPRETED
+from fastmargin.backends.triton.tuned import using
 from fastmargin.spec import GRAD_MODES, GUARDS, SOURCES, MarginForm
 
 ARCHS = (80, 90, 100)
@@ -321,18 +323,19 @@ def main(arguments: list[str] | None = None) -> int:
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; nothing is compiled in the interpreter")
     reports = []
-    for arch in chosen.arch or ARCHS:
-        for build in builds(arch, chosen.full):
-            if chosen.match not in build.name:
-                continue
-            reports.append(report := compile_build(build, arch))
-            if not chosen.json:
-                print(
-                    f"sm_{arch:<4}{report.registers:4} registers {report.stack:5} B stack"
-                    f" {report.shared / 1024:7.1f} KB shared  {build.name}"
-                    f"{'' if report.fits else '  DOES NOT FIT'}",
-                    flush=True,
-                )
+    with using({}):
+        for arch in chosen.arch or ARCHS:
+            for build in builds(arch, chosen.full):
+                if chosen.match not in build.name:
+                    continue
+                reports.append(report := compile_build(build, arch))
+                if not chosen.json:
+                    print(
+                        f"sm_{arch:<4}{report.registers:4} registers {report.stack:5} B stack"
+                        f" {report.shared / 1024:7.1f} KB shared  {build.name}"
+                        f"{'' if report.fits else '  DOES NOT FIT'}",
+                        flush=True,
+                    )
     if chosen.json:
         print(json.dumps([asdict(r) | {"fits": r.fits} for r in reports], indent=1))
     return 0 if all(report.fits for report in reports) else 1
