@@ -126,8 +126,8 @@ def run(
     """
     settings.check()
     file = target(settings.output)
-    known = tuned.read(file)  # before minutes are spent on what could not be written
-    _check_folder(file)
+    _check_folder(file)  # before minutes are spent on what could not be written
+    known = tuned.read(file)
     at = tuned.here()
     figures: Figures = {
         "device": on.name,

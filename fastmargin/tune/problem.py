@@ -173,10 +173,14 @@ def _named(problem: Problem, result) -> dict[str, Tensor]:
         return {"d_weight": result}
     cosines, columns, _ = result
     # near ties may change places, so columns count by the cosines that they have
-    rows = columns if problem.index is None else problem.index[columns]
+    count = len(problem.weight)  # of an index, too
+    rows = columns.clamp(0, count - 1)
+    rows = rows if problem.index is None else problem.index[rows]
     centres = F.normalize(problem.weight[rows.clamp_min(0)].double(), dim=-1)
     own = (centres * problem.x_hat.double()[:, None]).sum(-1)
-    return {"cosines": cosines, "columns": torch.where(columns < 0, -torch.inf, own)}
+    own = own.masked_fill(columns == -1, -torch.inf)
+    own = own.masked_fill((columns < -1) | (columns >= count) | (rows < 0), torch.nan)
+    return {"cosines": cosines, "columns": own}
 
 
 def worst_row(actual: Tensor, expected: Tensor, chunk: int = 1 << 16) -> float:
@@ -197,7 +201,7 @@ def worst_row(actual: Tensor, expected: Tensor, chunk: int = 1 << 16) -> float:
         error = torch.linalg.vector_norm(a - b, dim=1)
         size = torch.linalg.vector_norm(b, dim=1).clamp_min(typical)
         share = torch.where(error == 0, 0, error / size)
-        worst = torch.maximum(worst, share.nan_to_num(nan=torch.inf).max())
+        worst = torch.maximum(worst, share.nan_to_num(torch.inf, torch.inf).max())
     return float(worst)
 
 
