@@ -57,14 +57,16 @@ def _within(sizes: Iterable[int], block: int) -> list[int]:
 def excess(kernel: str, tile: TileConfig, d: int, precision: str, arch: int) -> str | None:
     """Why no compiler can fit the tile, or None.
 
-    Floors and no estimates: what passes may still not compile.
+    Floors, not estimates: what passes may still not fit.
     """
     size = 4 if precision in ("fp32", "tf32") else 2
-    chunk = min(tile.block_k, block_of(d))
+    chunk, waiting = min(tile.block_k, block_of(d)), max(1, tile.num_stages - 1)
     moving = tile.block_b if kernel == "centre_pass" else tile.block_c
     if chunk < d:  # rows and classes are streamed, chunk by chunk
         moving = tile.block_b + tile.block_c
-    shared = max(1, tile.num_stages - 1) * moving * chunk * size
+    elif kernel == "topk":  # one chunk, and the loop around it does not load ahead
+        waiting = 1
+    shared = waiting * moving * chunk * size
     limit = SHARED_LIMIT.get(arch, max(SHARED_LIMIT.values())) * 1024
     if shared > limit:
         return f"{shared // 1024} KB of shared memory at the least, there are {limit // 1024}"
