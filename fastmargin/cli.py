@@ -339,6 +339,8 @@ def tune(
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         command.print_report(Console(), figures)
+    if figures.get("interrupted"):
+        raise typer.Exit(130)  # as a shell has it
     raise typer.Exit(1 if figures.get("error") else 0)
 
 

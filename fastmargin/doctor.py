@@ -197,7 +197,7 @@ def _cores() -> int:
 def tile_shapes(table: dict) -> list[str]:
     """What is to be said of the user's table of tile shapes; see ``tuned.describe``."""
     if table["file"] is None:
-        return [f"Tile shapes of the Triton kernels: as shipped; {tuned.VARIABLE} is empty"]
+        return [f"Tile shapes of the Triton kernels: as shipped; {tuned.why_none()}"]
     if not table["exists"]:
         lines = ["Tile shapes of the Triton kernels: as shipped; fastmargin tune measures others"]
         if os.environ.get(tuned.VARIABLE):

@@ -7,6 +7,9 @@ the clock is one that is set by the tile.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict, fields, replace
 from types import SimpleNamespace
@@ -24,7 +27,7 @@ from fastmargin.backends.triton.configs import SHARED_LIMIT, TileConfig, choose
 from fastmargin.cli import app
 from fastmargin.tune import candidates, command, problem, trial
 from fastmargin.tune import search as search_module
-from fastmargin.tune.clock import HostClock, Spread
+from fastmargin.tune.clock import DeviceClock, HostClock, Spread
 from fastmargin.tune.problem import PLAIN, Shape
 from fastmargin.tune.search import LEAST_TURNS, MOST_TURNS, search
 from fastmargin.tune.trial import Machine, Trial, TuneError
@@ -98,6 +101,8 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     tuned.write(file, [ENTRY, second])
     assert tuned.read(file) == tuned.Table((ENTRY, second))
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
 
 
 def test_an_entry_replaces_that_of_its_key_only(tmp_path):
@@ -184,6 +189,13 @@ def test_where_the_table_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert tuned.user_file() == tmp_path / ".cache" / "fastmargin" / "tuned.json"
+
+    def no_home(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuned.Path, "expanduser", no_home)
+    assert tuned.user_file() is None and tuned.why_none() == "there is no home folder"
+    assert pick("topk") == candidates.shipped("topk", 40, "fp32", 0)
 
 
 # ---- the choice ----
@@ -528,6 +540,58 @@ def test_time_ends_the_search_in_good_order(interpreter):
     assert bars.begun == [("stats_sum D=40 fp32", 20)] and 14 <= bars.steps[0] <= 20
 
 
+def test_a_run_that_fails_while_it_is_timed_ends_it(interpreter):
+    class Broken:
+        def seconds(self, _):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    found = Trial("stats_sum", SHAPE, "fp32", replace(interpreter, clock=Broken()))
+    with pytest.raises(TuneError, match=r"stats_sum fails with TileConfig.* illegal memory access"):
+        found.seconds(GOOD)
+
+
+def test_the_cache_is_flushed_before_the_time_begins(monkeypatch):
+    """In the place of CUDA's: what is called, in order."""
+    calls, device = [], torch.device("cpu")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("mark")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return 250.0 if end is not self else 0.0
+
+    chip = SimpleNamespace(L2_cache_size=100 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = DeviceClock(device)
+    assert clock._flush.numel() == 200 << 20
+    clock._flush = SimpleNamespace(zero_=lambda: calls.append("flush"))
+    assert clock.seconds(lambda: calls.append("work")) == 0.25
+    assert calls == ["flush", "mark", "work", "mark", "wait"]
+
+
+def test_launches_are_seen_where_kernels_are_compiled():
+    """In a process without the interpreter, with a stub in the place of the compiler."""
+    code = (
+        "import triton; from types import SimpleNamespace as N;"
+        "triton.JITFunction.run = lambda self, *a, **k: N(name=self.fn.__name__);"
+        "from fastmargin.tune.trial import launched;"
+        "from fastmargin.backends.triton.topk import topk_scan_kernel as kernel\n"
+        "with launched() as found: kernel[(1,)]()\n"
+        "kernel[(1,)](); print([one.name for one in found])"
+    )
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout.strip() == "['topk_scan_kernel']", done.stderr[-1000:]
+
+
 def test_spread():
     assert Spread.of([float(v) for v in range(11)]) == Spread(5.0, 1.0, 9.0)
     assert Spread(1.0, 0.9, 1.1).below(Spread(2.0, 1.2, 3.0))
@@ -693,6 +757,11 @@ def test_command(interpreter, few, monkeypatch, tmp_path):
     assert f"Deleted {file}" in invoke("--reset", "--output", file).stdout
     assert not file.exists()
     assert f"No {file}" in invoke("--reset", "--output", file).stdout
+    ended = {"results": [], "interrupted": True}
+    monkeypatch.setattr(command, "run", lambda *_: ended)
+    invoke(*options, "--json", code=130)
+    monkeypatch.setattr(command, "run", lambda *_: ended | {"interrupted": False, "error": "x"})
+    invoke(*options, "--json", code=1)
 
 
 def test_command_without_a_gpu(interpreter, monkeypatch, tmp_path):

@@ -5,8 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+
+class Clock(Protocol):
+    """Takes the time of a piece of work."""
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Does the work once."""
 
 
 class HostClock:

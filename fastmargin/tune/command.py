@@ -86,13 +86,13 @@ def target(output: Path | None) -> Path:
     """The file that is written.
 
     Raises:
-        TuneError: none is named.
+        TuneError: there is none.
     """
     file = output or tuned.user_file()
     if file is None:
         raise TuneError(
-            f"{tuned.VARIABLE} is empty, which turns the table of tile shapes off: unset it, or"
-            " name a file with --output"
+            f"there is no place for a table of tile shapes: {tuned.why_none()}; name a file with"
+            f" --output or {tuned.VARIABLE}"
         )
     return file
 

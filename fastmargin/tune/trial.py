@@ -15,6 +15,7 @@ from fastmargin.backends.triton import tuned
 from fastmargin.backends.triton.configs import TileConfig
 from fastmargin.tune import problem as problems
 from fastmargin.tune.candidates import shipped
+from fastmargin.tune.clock import Clock
 from fastmargin.tune.problem import PLAIN, Problem, Shape, Variant
 
 ALLOWED = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
@@ -39,7 +40,7 @@ class Machine:
     device: torch.device
     name: str
     arch: int
-    clock: object
+    clock: Clock
 
 
 @contextlib.contextmanager
@@ -103,9 +104,16 @@ class Trial:
         return next(filter(None, reasons), None)
 
     def seconds(self, tile: TileConfig) -> float:
-        """One run of the whole problem."""
-        with tuned.using(self._tiles(tile)):
-            return self._machine.clock.seconds(lambda: problems.run(self._problem))
+        """One run of the whole problem.
+
+        Raises:
+            TuneError: it fails, though it did not before.
+        """
+        try:
+            with tuned.using(self._tiles(tile)):
+                return self._machine.clock.seconds(lambda: problems.run(self._problem))
+        except (RuntimeError, TritonError) as error:
+            raise TuneError(f"{self.kernel} fails with {tile}: {_first_line(error)}") from error
 
     def _make(self, shape: Shape, variant: Variant) -> Problem:
         return problems.make_problem(

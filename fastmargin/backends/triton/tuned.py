@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -167,10 +166,18 @@ def here() -> Here:
 def user_file() -> Path | None:
     """Where the table of this user is, or would be; None where it is turned off."""
     named = os.environ.get(VARIABLE)
-    if named is not None:
-        return Path(named).expanduser() if named.strip() else None
+    if named is not None and not named.strip():
+        return None
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "fastmargin" / "tuned.json"
+    try:
+        return Path(named or f"{cache}/fastmargin/tuned.json").expanduser()
+    except RuntimeError:  # a user without a home folder, as in some containers
+        return None
+
+
+def why_none() -> str:
+    """Why :func:`user_file` is None."""
+    return "there is no home folder" if VARIABLE not in os.environ else f"{VARIABLE} is empty"
 
 
 def read(file: Path) -> Table:
@@ -213,15 +220,12 @@ def write(file: Path, entries: Iterable[Entry]) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "entries": [asdict(e) for e in entries]}, indent=1)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
+    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text + "\n")
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+        beside.write_text(text + "\n")
+        os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def merge(file: Path, made: Entry | None, key: tuple) -> None:
@@ -289,13 +293,14 @@ def _load() -> Tiles:
     file = user_file()
     if file is None:
         return {}
-    if os.environ.get(VARIABLE) and not file.exists():
-        _warn(f"{VARIABLE} names {file}, which does not exist: tile shapes are those that ship")
+    if not os.path.exists(file):  # False, too, in a folder that is not ours to look into
+        if os.environ.get(VARIABLE):
+            _warn(f"{VARIABLE} names {file}, which does not exist: tile shapes are as shipped")
         return {}
     try:
         table = read(file)
     except TableError as error:
-        _warn(f"tile shapes are those that ship: {error}")
+        _warn(f"tile shapes are as shipped: {error}")
         return {}
     if table.refused:
         _warn(f"parts of the table of tile shapes {file} are left out: {'; '.join(table.refused)}")
@@ -316,7 +321,7 @@ def describe() -> dict[str, object]:
     file = user_file()
     found: dict[str, object] = {
         "file": None if file is None else str(file),
-        "exists": file is not None and file.exists(),
+        "exists": file is not None and os.path.exists(file),
         "entries": 0,
         "applied": 0,
         "left_out": [],
