@@ -770,11 +770,11 @@ def test_command(interpreter, few, monkeypatch, tmp_path):
     options = (*options, "--kernel", "stats_sum", "--seconds", 3600, "--output", file)
     text = invoke(*options, "--dry-run").stdout
     assert "Nothing was measured" in text and str(file) in text and not file.exists()
-    assert "16 32 32 32, 4 warps, 1 stages" in text
+    assert "16 32 32 32, 4 warps, 1 stage" in text
     figures = json.loads(invoke(*options, "--dry-run", "--json").stdout)
     assert figures["results"][0]["candidates"] == [asdict(GOOD), asdict(OTHER)]
     text = invoke(*options).stdout
-    assert "32 16 64 64, 4 warps, 1 stages" in text and "0.500" in text
+    assert "32 16 64 64, 4 warps, 1 stage " in text and "0.500" in text
     assert "1 of 1 faster than as shipped" in text and str(file) in text
     figures = json.loads(invoke(*options, "--json").stdout)
     assert figures["results"][0]["chosen"] == asdict(GOOD)

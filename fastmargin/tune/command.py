@@ -238,7 +238,8 @@ def _milliseconds(spread: Spread) -> dict[str, float]:
 def short(tile: dict[str, int]) -> str:
     """E.g. ``64 32 512 512, 8 warps, 2 stages``: rows, classes, K, D."""
     blocks = " ".join(str(tile[name]) for name in tuned.BLOCKS)
-    return f"{blocks}, {tile['num_warps']} warps, {tile['num_stages']} stages"
+    stages = tile["num_stages"]
+    return f"{blocks}, {tile['num_warps']} warps, {stages} {'stage' if stages == 1 else 'stages'}"
 
 
 def print_report(console: Console, figures: Figures) -> None:
