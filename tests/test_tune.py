@@ -314,8 +314,14 @@ def test_what_cannot_fit_is_left_out():
 # ---- the gate ----
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kernel", tuned.KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "precision"),
+    [
+        *((kernel, "fp32") for kernel in tuned.KERNELS),
+        ("stats_pull", "fp16"),
+        ("centre_pass", "bf16"),
+    ],
+)
 def test_right_tiles_pass_in_every_variant(interpreter, kernel, precision):
     found = Trial(kernel, SHAPE, precision, interpreter)
     assert found.base == candidates.shipped(kernel, 40, precision, 0)
@@ -450,17 +456,21 @@ def test_the_size_of_an_error_is_that_of_its_row():
 def test_problems_have_what_their_variant_says():
     shape = Shape(64, 40, 40)  # rows enough that some are drawn to each place
     for kernel in tuned.KERNELS:
+        seen = set()
         assert problem.variants(kernel)[0] == PLAIN
         for variant in problem.variants(kernel):
-            made = problem.make_problem(kernel, shape, "fp32", variant, torch.device("cpu"))
+            made = problem.make_problem(kernel, shape, "bf16", variant, torch.device("cpu"))
             assert (made.index is not None) == variant.indexed
+            assert (made.weight.dtype == torch.bfloat16) == variant.stored
             assert (made.hard(torch.float32) is not None) == variant.hard
             assert bool((made.d_lse == 0).any()) == variant.counted
             if made.index is not None:
                 assert (made.index == -1).sum() == 40 // 7
                 assert bool((made.index[made.labels] >= 0).all())
-            again = problem.make_problem(kernel, shape, "fp32", variant, torch.device("cpu"))
+            seen.add((variant.stored, variant.indexed))
+            again = problem.make_problem(kernel, shape, "bf16", variant, torch.device("cpu"))
             assert torch.equal(made.weight, again.weight)
+        assert seen == {(False, False), (True, False), (False, True)}
 
 
 def test_fewer_negatives_than_asked_for(interpreter):
@@ -672,7 +682,7 @@ def test_from_candidates_to_a_choice(interpreter, settings, few, monkeypatch):
 def test_measured_in_the_interpreter(interpreter, settings, few, monkeypatch):
     """With the real clock; which tile wins is not said beforehand."""
     monkeypatch.setattr(search_module, "MOST_TURNS", 2)
-    figures = command.run(replace(settings, kernels=("topk",)), interpreter, Bars())
+    figures = command.run(settings, interpreter, Bars())
     (row,) = figures["results"]
     assert row["looked_at"] == 2 and row["refused"] == [] and row["shipped_ms"]["median"] > 0
     assert len(tuned.read(settings.output).entries) == row["faster"]

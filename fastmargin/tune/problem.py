@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.backends.triton import tuned
+from fastmargin.backends.triton.configs import OPERAND_DTYPES
 from fastmargin.spec import HardRule
 
 EMPTY_EVERY = 7
@@ -30,11 +31,12 @@ class Shape:
 class Variant:
     """What else a kernel is compiled for.
 
-    indexed: columns are rows of an index. hard: a rule for hard negatives. scale: s; from about
-    70 on sums need a running shift. counted: rows without a gradient are sorted out. k: nearest
-    negatives.
+    stored: centres lie in the operand type, else in fp32. indexed: columns are rows of an index.
+    hard: a rule for hard negatives. scale: s; from about 70 on sums need a running shift. counted:
+    rows without a gradient are sorted out. k: nearest negatives.
     """
 
+    stored: bool = False
     indexed: bool = False
     hard: bool = False
     scale: float = 64.0
@@ -43,17 +45,18 @@ class Variant:
 
 
 PLAIN = Variant()
-_OTHERS = {
-    "stats_pull": (Variant(hard=True, scale=100.0), Variant(indexed=True, hard=True, scale=100.0)),
-    "stats_sum": (Variant(hard=True, scale=100.0), Variant(indexed=True, hard=True, scale=100.0)),
-    "centre_pass": (Variant(hard=True), Variant(indexed=True, hard=True, counted=True)),
-    "topk": (Variant(k=16), Variant(indexed=True, k=16)),
+_FULL = {
+    "stats_pull": Variant(hard=True, scale=100.0),
+    "stats_sum": Variant(hard=True, scale=100.0),
+    "centre_pass": Variant(hard=True, counted=True),
+    "topk": Variant(k=16),
 }
 
 
 def variants(kernel: str) -> tuple[Variant, ...]:
     """The plain one, then those that take the most registers."""
-    return PLAIN, *_OTHERS[kernel]
+    full = _FULL[kernel]
+    return PLAIN, full, replace(full, stored=True), replace(full, indexed=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Problem:
     precision: str
     variant: Variant
     x_hat: Tensor  # (B, D) fp32
-    weight: Tensor  # (C, D) fp32
+    weight: Tensor  # (C, D) fp32, or the operand type
     index: Tensor | None  # (K,)
     labels: Tensor  # (B,)
     d_lse: Tensor  # (B,) fp32
@@ -87,8 +90,11 @@ def make_problem(
     weight = torch.randn(classes, dim, generator=g, device=device)
     x_hat = F.normalize(torch.randn(batch, dim, generator=g, device=device))
     labels = torch.randint(classes, (batch,), generator=g, device=device)
-    d_lse, d_cos = torch.rand(2, batch, generator=g, device=device) / batch
+    # of a size that gradients in 16 bits can have
+    d_lse, d_cos = torch.rand(2, batch, generator=g, device=device)
     d_cos = -variant.scale * d_cos
+    if variant.stored:
+        weight = weight.to(OPERAND_DTYPES[precision])
     index = None
     if variant.indexed:
         index = torch.randperm(classes, generator=g, device=device)
@@ -104,7 +110,7 @@ def make_problem(
         return made
     with tuned.using({}):
         lse_neg = _stats(made, TRITON, torch.float32, False, precision).lse_neg
-    return Problem(**vars(made) | {"lse_neg": lse_neg})
+    return replace(made, lse_neg=lse_neg)
 
 
 def run(problem: Problem) -> object:
@@ -122,10 +128,15 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     return _named(problem, _operation(problem, REFERENCE, torch.float64, "auto"))
 
 
+def _centres(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """As they lie, or in float64 for the reference."""
+    return problem.weight.to(dtype) if dtype == torch.float64 else problem.weight
+
+
 def _stats(problem: Problem, backend, dtype: torch.dtype, want_pull: bool, precision: str):
     return backend.row_stats(
         problem.x_hat.to(dtype),
-        problem.weight.to(dtype),
+        _centres(problem, dtype),
         problem.index,
         problem.labels,
         problem.variant.scale,
@@ -142,7 +153,7 @@ def _operation(problem: Problem, backend, dtype: torch.dtype, precision: str):
     if problem.kernel == "topk":
         return backend.row_topk(
             problem.x_hat.to(dtype),
-            problem.weight.to(dtype),
+            _centres(problem, dtype),
             problem.index,
             problem.labels,
             problem.variant.k,
@@ -153,7 +164,7 @@ def _operation(problem: Problem, backend, dtype: torch.dtype, precision: str):
         problem.d_lse.to(dtype),
         problem.d_cos.to(dtype),
         problem.x_hat.to(dtype),
-        problem.weight.to(dtype),
+        _centres(problem, dtype),
         problem.index,
         problem.labels,
         problem.lse_neg.to(dtype),

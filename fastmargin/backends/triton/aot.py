@@ -4,8 +4,7 @@
 
 lists registers, stack (which must be 0: nothing spilled) and shared memory of every configuration
 per architecture, and exits with 1 if one does not fit. Without ``--full`` a representative part:
-two widths, weights in fp32 and in the operand type. Tiles are those that ship, whatever table the
-user has. TRITON_INTERPRET must not be set.
+two widths, weights in fp32 and in the operand type. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -323,23 +322,23 @@ def main(arguments: list[str] | None = None) -> int:
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; nothing is compiled in the interpreter")
     reports = []
-    with using({}):
-        for arch in chosen.arch or ARCHS:
-            for build in builds(arch, chosen.full):
-                if chosen.match not in build.name:
-                    continue
-                reports.append(report := compile_build(build, arch))
-                if not chosen.json:
-                    print(
-                        f"sm_{arch:<4}{report.registers:4} registers {report.stack:5} B stack"
-                        f" {report.shared / 1024:7.1f} KB shared  {build.name}"
-                        f"{'' if report.fits else '  DOES NOT FIT'}",
-                        flush=True,
-                    )
+    for arch in chosen.arch or ARCHS:
+        for build in builds(arch, chosen.full):
+            if chosen.match not in build.name:
+                continue
+            reports.append(report := compile_build(build, arch))
+            if not chosen.json:
+                print(
+                    f"sm_{arch:<4}{report.registers:4} registers {report.stack:5} B stack"
+                    f" {report.shared / 1024:7.1f} KB shared  {build.name}"
+                    f"{'' if report.fits else '  DOES NOT FIT'}",
+                    flush=True,
+                )
     if chosen.json:
         print(json.dumps([asdict(r) | {"fits": r.fits} for r in reports], indent=1))
     return 0 if all(report.fits for report in reports) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with using({}):  # tiles that ship, whatever table this user has
+        sys.exit(main())
