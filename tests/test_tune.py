@@ -208,7 +208,8 @@ def test_a_choice_takes_the_tile_of_exactly_this_problem():
         assert pick("topk", 512, "fp16", 90) == tile
         assert pick("topk", 512, "bf16", 90) == base
         assert pick("topk", 500, "fp16", 90) == pick("topk", 512, "bf16", 90)
-        assert pick("stats_sum", 512, "fp16", 90).num_warps == 8
+        other = pick("stats_sum", 512, "fp16", 90)
+        assert other == candidates.shipped("stats_sum", 512, "fp16", 90) != tile
         assert pick("topk", 512, "fp16", 100) != tile
     assert pick("topk", 512, "fp16", 90) == base
     with tuned.using({("topk", 512, "fp16", 90): asdict(tile)}):
