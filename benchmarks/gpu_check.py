@@ -2,7 +2,8 @@
 
 Writes ``benchmarks/results/<gpu>.json``, a report of ``fastmargin bench`` with what became of the
 build and the tests beside it. Contenders that are wrong get no time, and what fails or no longer
-fits into the time is a row that says so. ``make gpu-check`` runs it.
+fits into the time is a row that says so. ``make gpu-check`` runs it. With ``--tune`` tile shapes
+are measured last, and ``benchmarks/results/<gpu>_tuned.json`` is their table, which nothing uses.
 """
 
 from __future__ import annotations
@@ -70,9 +71,32 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
+def tuning(cases, seconds: float, table) -> list[list[str]]:
+    """Commands that tune for each width of the suite, in so many seconds altogether.
+
+    On the middle one of its problems: a tile is chosen by the width, not by rows and classes.
+    """
+    from fastmargin.backends.triton.tuned import KERNELS
+
+    widths: dict[int, list] = {}
+    for case in cases:
+        if case.rate == 1 and case.dtype == "float32":
+            widths.setdefault(case.dim, []).append(case)
+    commands = []
+    for dim, own in widths.items():
+        own.sort(key=lambda case: (case.batch * case.classes, case.name))
+        case = own[(len(own) - 1) // 2]
+        each = max(1.0, seconds / (len(widths) * len(KERNELS)))
+        shape = ["--dim", dim, "--batch", case.batch, "--classes", case.classes]
+        options = [*shape, "--seconds", f"{each:.0f}", "--output", table]
+        commands.append([sys.executable, "-m", "fastmargin.cli", "tune", *map(str, options)])
+    return commands
+
+
 def failed(report: dict) -> bool:
-    """Whether the build, a test, or a contender of ours failed or was wrong."""
-    parts = [report["build"], report["tests"]] if "tests" in report else [report["build"]]
+    """Whether the build, a test, tuning, or a contender of ours failed or was wrong."""
+    parts = [report["build"], *report.get("tune", [])]
+    parts += [report["tests"]] if "tests" in report else []
     wrong = ("failed gate", "failed")
     return any(part["status"] != 0 for part in parts) or any(
         row["ours"] and row["status"] in wrong for row in report["rows"]
@@ -84,6 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=9, help="for everything")
     parser.add_argument("--skip-tests", action="store_true", help="benchmark only")
+    parser.add_argument(
+        "--tune",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="measure tile shapes in so many seconds of them, and leave their table beside the"
+        " results, not in use",
+    )
     options = parser.parse_args(arguments)
     import torch
 
@@ -104,9 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda")
     origin = provenance.provenance("make gpu-check", device)
     settings = bench.Settings(repeats=10, seconds=5)
-    found = benchmark(cases.of_suites(["gpu"]), device, settings, end - RESERVE)
-    report = {"provenance": origin, **found, **beside, "backends": fm.backends.available()}
+    suite = cases.of_suites(["gpu"])
+    found = benchmark(suite, device, settings, end - RESERVE - options.tune)
     path = RESULTS / file_name(origin["device"])
+    if options.tune:
+        torch.cuda.empty_cache()  # for the other process
+        table = path.with_stem(path.stem + "_tuned")
+        commands = tuning(suite, options.tune, table)
+        limit = options.tune / len(commands) + RESERVE
+        beside["tune"] = [run(command, limit) for command in commands]
+    report = {"provenance": origin, **found, **beside, "backends": fm.backends.available()}
     path.write_text(json.dumps(report, indent=1) + "\n")
     print_summary(report, path)
     return int(failed(report))
@@ -119,12 +158,12 @@ def print_summary(report: dict, path) -> None:
     from benchmarks.report import print_report
 
     console = Console(width=160)
-    for name in ("build", "tests"):
-        part = report.get(name)
-        if part and part["status"] != 0:
+    parts = [(name, report[name]) for name in ("build", "tests") if name in report]
+    parts += [("tune", part) for part in report.get("tune", [])]
+    for name, part in parts:
+        if part["status"] != 0 or name == "tune":
             console.print(part["tail"], markup=False)
-        if part:
-            console.print(f"{name}: status {part['status']}, {part['seconds']} s")
+        console.print(f"{name}: status {part['status']}, {part['seconds']} s")
     print_report(console, report)
     console.print(f"written: {path}")
 

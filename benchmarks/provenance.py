@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import ROOT
 from fastmargin.backends import _extension
+from fastmargin.backends.triton import tuned
 from fastmargin.build_info import build_info
 
 PACKAGES = (
@@ -87,6 +88,7 @@ def provenance(command: str, device: torch.device) -> dict[str, object]:
         "versions": {name: _version(name) for name in PACKAGES},
         "build": build_info(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+        "own_tiles": tuned.describe()["applied"],  # 0: tile shapes as shipped
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(
             git("status", "--porcelain", "--", "csrc", "fastmargin", "benchmarks/*.py")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastmargin.backends.triton import tuned
 from fastmargin.backends.triton.configs import TileConfig, choose, split_classes
 
 SHAPE = (1024, 1_000_000, 512)
@@ -92,4 +93,5 @@ def table() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    with tuned.using({}):
+        print("\n".join(table()))

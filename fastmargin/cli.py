@@ -28,6 +28,24 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+class Operand(str, Enum):
+    """Operand types of the Triton kernels."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Kernel(str, Enum):
+    """Triton kernels whose tiles are chosen."""
+
+    stats_pull = "stats_pull"
+    stats_sum = "stats_sum"
+    centre_pass = "centre_pass"
+    topk = "topk"
+
+
 @app.callback()
 def fastmargin() -> None:
     """Margin-softmax heads for PyTorch."""
@@ -240,6 +258,90 @@ def convert(
         typer.echo(json.dumps(figures))
     else:
         print_report(Console(), figures)
+
+
+@app.command()
+def tune(
+    dim: Annotated[
+        list[int] | None,
+        typer.Option(help="Width of the embeddings; may be given several times. Default: 512."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the problem that is timed.")] = 1024,
+    classes: Annotated[int, typer.Option(min=2, help="Its classes.")] = 1_000_000,
+    precision: Annotated[Operand, typer.Option(help="Operand type.")] = Operand.fp16,
+    kernel: Annotated[
+        list[Kernel] | None,
+        typer.Option(help="Kernel; may be given several times. Default: all four."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Time for each kernel and width, compilation included.")
+    ] = 120.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write this file instead of the user's own; it is not in use then."),
+    ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Delete the table and measure nothing.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be tried; measure and write nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
+    ] = False,
+) -> None:
+    """Measure tile shapes of the Triton kernels on this GPU and keep those that are faster.
+
+    Tries tiles around the one that ships, for each kernel and width: a tile must compile, not
+    spill registers and agree with float64 before it is timed, and is kept only if it is faster by
+    more than the spread of the times. Writes a JSON table, added to what is there: to --output, or
+    to $FASTMARGIN_TUNED, or to ~/.cache/fastmargin/tuned.json ($XDG_CACHE_HOME in the place of
+    ~/.cache). Training then uses it wherever GPU, Triton and fastmargin are the same; nothing is
+    ever measured except by this command. FASTMARGIN_TUNED= (empty) turns the table off, and
+    fastmargin doctor says what of it counts here. Ends with status 1 without a GPU.
+    """
+    from rich.console import Console
+
+    errors = Console(stderr=True)
+    try:
+        from fastmargin.backends.triton.tuned import KERNELS, TableError
+        from fastmargin.demo.progress import RichProgress
+        from fastmargin.tune import command
+    except ImportError as error:
+        errors.print(f"[red]error:[/red] {error}: pip install triton on Linux", highlight=False)
+        raise typer.Exit(1) from error
+    try:
+        if reset:
+            figures = command.reset(output, dry_run)
+        else:
+            settings = command.Settings(
+                dims=tuple(dim or (512,)),
+                batch=batch,
+                classes=classes,
+                precision=precision.value,
+                kernels=tuple(one.value for one in kernel or ()) or KERNELS,
+                seconds=seconds,
+                dry_run=dry_run,
+                output=output,
+            )
+            on = command.machine()
+            with RichProgress(errors) as progress:
+                figures = command.run(settings, on, progress)
+    except (command.TuneError, TableError, OSError) as error:
+        errors.print("[red]error:[/red]", end=" ")
+        errors.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(figures))
+    elif reset:
+        verb = "Deleted" if figures["deleted"] else "Would delete"
+        text = f"{verb} {figures['file']}" if figures["existed"] else f"No {figures['file']}"
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        command.print_report(Console(), figures)
+    if figures.get("interrupted"):
+        raise typer.Exit(130)  # as a shell has it
+    raise typer.Exit(1 if figures.get("error") else 0)
 
 
 @app.command(

@@ -17,6 +17,7 @@ import torch
 
 import fastmargin as fm
 from fastmargin import testing
+from fastmargin.backends.triton import tuned
 from fastmargin.build_info import build_info
 
 ALLOWED = {"fp32": 3e-5, "fp16": 3e-3}
@@ -160,6 +161,7 @@ def examine(with_kernels: bool = False) -> dict[str, object]:
         "backends": reasons,
         "notes": fm.backends.notes(),
         "self_test": tests,
+        "tuned": tuned.describe(),
         "kernels": compiled,
         "cuda_kernels": cuda,
         "advice": advice(reasons),
@@ -192,6 +194,21 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def tile_shapes(table: dict) -> list[str]:
+    """What is to be said of the user's table of tile shapes; see ``tuned.describe``."""
+    if table["file"] is None:
+        return [f"Tile shapes of the Triton kernels: as shipped; {tuned.why_none()}"]
+    if not table["exists"]:
+        lines = ["Tile shapes of the Triton kernels: as shipped; fastmargin tune measures others"]
+        if os.environ.get(tuned.VARIABLE):
+            lines.append(f"{tuned.VARIABLE} names {table['file']}, which does not exist")
+        return lines
+    applied, entries = table["applied"], table["entries"]
+    count = f"{applied} of {entries} {'entry' if entries == 1 else 'entries'} in use here"
+    left_out = [f"left out: {reason}" for reason in table["left_out"]]
+    return [f"Tile shapes of the Triton kernels: {table['file']}, {count}", *left_out]
+
+
 def print_report(console, report: dict) -> None:
     """The report as tables on a rich console."""
     from rich.table import Table
@@ -210,6 +227,8 @@ def print_report(console, report: dict) -> None:
         verdict = "runs" if test is None or test["passed"] else "[red]WRONG RESULTS[/red]"
         table.add_row(name, verdict if reason is None else f"no: {reason}", errors)
     console.print(table)
+    for line in tile_shapes(report["tuned"]):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["kernels"] is not None:
         table = Table("kernel", "sm", "registers", "stack B", "shared KB", title="Triton kernels")
         for kernel in report["kernels"]:

@@ -39,6 +39,8 @@ def test_verdict():
     assert gpu_check.failed(report | {"tests": {"status": 1}})
     assert gpu_check.failed(report | {"build": {"status": "timeout"}})
     assert gpu_check.failed(report | {"rows": [row, row | {"status": "failed gate"}]})
+    assert gpu_check.failed(report | {"tune": [fine, {"status": "timeout"}]})
+    assert not gpu_check.failed(report | {"tune": [fine]})
     peer = row | {"ours": False, "status": "failed"}
     assert not gpu_check.failed({"build": fine, "rows": [peer, row | {"status": "out of memory"}]})
 
@@ -51,6 +53,23 @@ def test_commands_have_a_limit():
     assert gpu_check.file_name("NVIDIA H200 (SXM)") == "nvidia_h200_sxm.json"
     for name in gpu_check.TEST_FILES:
         assert (ROOT / "tests" / f"test_{name}.py").exists()
+
+
+def test_tuning_is_on_the_middle_problem_of_each_width(tmp_path):
+    many = [
+        *(Case("a", 4, 10, 8), Case("b", 4, 30, 8), Case("c", 4, 20, 8), Case("d", 4, 40, 8)),
+        *(Case("pfc", 4, 20, 8, rate=0.5), Case("half", 4, 20, 8, dtype="float16")),
+        Case("wide", 2, 10, 16),
+    ]
+    table = tmp_path / "t.json"
+    first, second = gpu_check.tuning(many, 80, table)
+    assert first[1:4] == second[1:4] == ["-m", "fastmargin.cli", "tune"]
+    options = dict(zip(first[4::2], first[5::2], strict=True))
+    shape = {"--dim": "8", "--batch": "4", "--classes": "20"}
+    assert options == shape | {"--seconds": "10", "--output": str(table)}
+    assert second[4:10] == ["--dim", "16", "--batch", "2", "--classes", "10"]
+    done = gpu_check.run([*first, "--help"], 60)
+    assert done["status"] == 0 and "--seconds" in done["tail"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

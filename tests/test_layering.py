@@ -46,7 +46,7 @@ ALLOWED = {
     },
 }
 # may import anything; nothing below imports them
-TOP = {"cli", "compat", "convert", "demo", "doctor", "build_info"}
+TOP = {"cli", "compat", "convert", "demo", "doctor", "build_info", "tune"}
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed", "checkpoint"),

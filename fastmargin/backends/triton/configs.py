@@ -1,4 +1,7 @@
-"""Tile shapes and the pure functions that choose them. Later tuning changes this file only."""
+"""Tile shapes and the pure functions that choose them.
+
+Those of the user's own table (:mod:`tuned`) come before those that ship.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmargin.backends.triton.tuned import lookup
 from fastmargin.spec import HardRule
 
 STREAM_TYPES = {"fp32": tl.float32, "tf32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
@@ -127,6 +131,8 @@ _TUNED_CROWDED: dict = {}
 def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
+    That of the user's table if it has one for this width, else the one that ships.
+
     Args:
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
@@ -135,6 +141,10 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
             that do not lie one after the other.
     """
     block = block_of(d)
+    own = lookup(kernel, d, precision, arch)
+    if own is not None:
+        tile = TileConfig(**own)
+        return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))
     if arch == 0:
         # small enough to be quick, and cuts D where D > 32
         return TileConfig(16, 32, *((block, block) if d <= 32 else (32, 32)), 4, 1)

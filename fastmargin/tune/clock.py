@@ -1,0 +1,61 @@
+"""Seconds of a piece of work, and the median and spread of several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Clock(Protocol):
+    """Takes the time of a piece of work."""
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Does the work once."""
+
+
+class HostClock:
+    """For work that is over when the call returns."""
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+
+class DeviceClock:
+    """CUDA events around the work; the second-level cache holds something else before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(2 * size, 128 << 20), dtype=torch.int8, device=device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """median, and low and high: the 10th and 90th percentile of what was measured."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        shares = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+        return Spread(*torch.tensor(values, dtype=torch.float64).quantile(shares).tolist())
+
+    def below(self, other: Spread) -> bool:
+        """Whether this is less by more than the spread of both."""
+        return self.high < other.low
