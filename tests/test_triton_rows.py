@@ -165,15 +165,14 @@ def test_splits_cover_every_tile_once():
 def test_precision_and_shift_are_pure_choices():
     from fastmargin.backends.triton.configs import needs_shift, resolve_precision, slope_power
 
-    full = torch.float32
     assert resolve_precision("bf16", True) == "bf16"
     assert resolve_precision("auto", True) == "fp32"
     assert resolve_precision("auto", False) == "fp16"
-    assert not needs_shift(64.0, 10**8, full, "fp32", True)
-    assert needs_shift(80.0, 10**8, full, "fp32", True)
-    assert needs_shift(64.0, 10, full, "fp16", True)
-    assert not needs_shift(64.0, 10, full, "fp16", False)
-    assert needs_shift(64.0, 10, torch.bfloat16, "bf16", True)
+    assert not needs_shift(64.0, 10**8, True, "fp32", True)
+    assert needs_shift(80.0, 10**8, True, "fp32", True)
+    assert needs_shift(64.0, 10, True, "fp16", True)
+    assert not needs_shift(64.0, 10, True, "fp16", False)
+    assert needs_shift(64.0, 10, False, "bf16", True)
     threshold = torch.zeros(1)
     assert slope_power(None) == 1 and slope_power(HardRule.of(threshold, 1.0, 0.3, 0.0)) == 8
     assert slope_power(HardRule.of(threshold, 0.0, 0.0, 0.0)) == 4
@@ -186,7 +185,7 @@ def test_every_choice_of_a_tile_is_one_that_triton_takes():
     for kernel, d, precision, arch in itertools.product(
         kernels, (1, 16, 100, 192, 512, 1024), ("fp32", "tf32", "fp16"), (0, 80, 86, 90, 100, 120)
     ):
-        for raw, packed, indexed in itertools.product((True, False), repeat=3):
-            tile = choose(kernel, d, precision, raw and precision == "fp16", packed, indexed, arch)
+        for crowded in (True, False):
+            tile = choose(kernel, d, precision, arch, crowded)
             for size in (tile.block_b, tile.block_c, tile.block_k, tile.block_d):
                 assert size >= 16 and size & (size - 1) == 0

@@ -83,7 +83,7 @@ class TileClock:
 
 
 def pick(kernel, d=40, precision="fp32", arch=0):
-    return choose(kernel, d, precision, False, True, False, arch)
+    return choose(kernel, d, precision, arch)
 
 
 # ---- the table ----

@@ -23,7 +23,7 @@ TENSOR_MEMORY = 100
 def shipped(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
     """The tile that ships, for centres in fp32 that lie one after the other."""
     with tuned.using({}):
-        return choose(kernel, d, precision, False, True, False, arch)
+        return choose(kernel, d, precision, arch)
 
 
 def has_accumulator(kernel: str) -> bool:

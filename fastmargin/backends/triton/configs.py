@@ -131,7 +131,8 @@ _TUNED_CROWDED: dict = {}
 def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
-    That of the user's table if it has one for this width, else the one that ships.
+    That of the user's table if it has one for this width and registers are not short, else the
+    one that ships.
 
     Args:
         d: width of the embeddings.
@@ -141,7 +142,7 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
             that do not lie one after the other.
     """
     block = block_of(d)
-    own = lookup(kernel, d, precision, arch)
+    own = None if crowded else lookup(kernel, d, precision, arch)
     if own is not None:
         tile = TileConfig(**own)
         return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))
