@@ -109,23 +109,160 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB of shared memory that a program can have, by compute capability."""
 
 
+# Fits every chip from compute capability 8.0 on, every width and every layout of the centres.
+# Cuts the accumulator into columns of 128, so that D = 512 forms its cosines four times.
 _SMALL = {
     ("stats_pull", "half"): TileConfig(64, 64, 32, 128, 8, 2),
-    ("stats_pull", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
+    ("stats_pull", "tf32"): TileConfig(64, 32, 32, 128, 8, 2),
     ("stats_pull", "fp32"): TileConfig(32, 32, 16, 64, 4, 2),
     ("centre_pass", "half"): TileConfig(64, 64, 32, 128, 8, 2),
     ("centre_pass", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
     ("centre_pass", "fp32"): TileConfig(32, 32, 16, 64, 4, 2),
     ("stats_sum", "half"): TileConfig(64, 64, 32, 128, 4, 2),
-    ("stats_sum", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("stats_sum", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
     ("stats_sum", "fp32"): TileConfig(32, 32, 16, 128, 4, 2),
     # int64 keys fill the registers of a larger tile
     ("topk", "half"): TileConfig(64, 64, 32, 128, 4, 2),
-    ("topk", "tf32"): TileConfig(64, 64, 32, 128, 4, 2),
-    ("topk", "fp32"): TileConfig(32, 32, 16, 128, 8, 2),
+    ("topk", "tf32"): TileConfig(32, 64, 32, 128, 4, 2),
+    ("topk", "fp32"): TileConfig(16, 64, 16, 128, 4, 2),
 }
-_TUNED: dict = {}
-_TUNED_CROWDED: dict = {}
+
+# (kernel, operand, architecture) -> {widest D: tile}. "half": 16-bit operands. The first of a list,
+# best guess first, that compiled without spilling in every variant; not yet timed.
+_TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("centre_pass", "half", 80): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 32, 512, 512, 8, 2),
+    },
+    ("stats_pull", "half", 80): {
+        128: TileConfig(64, 128, 128, 128, 8, 3),
+        256: TileConfig(64, 64, 256, 256, 8, 3),
+        512: TileConfig(32, 32, 512, 512, 8, 3),
+    },
+    ("stats_sum", "half", 80): {
+        1024: TileConfig(64, 64, 32, 128, 4, 3),
+    },
+    ("topk", "half", 80): {
+        1024: TileConfig(32, 64, 32, 128, 4, 2),
+    },
+    ("centre_pass", "half", 90): {
+        128: TileConfig(128, 128, 128, 128, 8, 2),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 64, 512, 512, 8, 2),
+        1024: TileConfig(128, 64, 128, 512, 8, 3),
+    },
+    ("stats_pull", "half", 90): {
+        128: TileConfig(128, 128, 128, 128, 8, 3),
+        256: TileConfig(128, 64, 256, 256, 8, 3),
+        512: TileConfig(64, 64, 512, 512, 8, 2),
+        1024: TileConfig(64, 128, 128, 512, 8, 3),
+    },
+    ("stats_sum", "half", 90): {
+        1024: TileConfig(128, 256, 64, 128, 8, 4),
+    },
+    ("topk", "half", 90): {
+        1024: TileConfig(64, 128, 64, 128, 4, 4),
+    },
+    ("centre_pass", "tf32", 90): {
+        128: TileConfig(64, 128, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 2),
+        512: TileConfig(32, 32, 512, 512, 8, 2),
+    },
+    ("stats_pull", "tf32", 90): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(64, 32, 256, 256, 8, 3),
+        512: TileConfig(32, 32, 512, 512, 8, 2),
+    },
+    ("stats_sum", "tf32", 90): {
+        256: TileConfig(128, 128, 64, 128, 8, 3),
+        512: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("topk", "tf32", 90): {
+        256: TileConfig(64, 128, 64, 128, 4, 4),
+        512: TileConfig(64, 128, 64, 128, 4, 4),
+    },
+    ("centre_pass", "half", 100): {
+        128: TileConfig(128, 128, 128, 128, 8, 2),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
+        512: TileConfig(32, 64, 512, 512, 8, 3),
+        1024: TileConfig(128, 64, 128, 512, 8, 3),
+    },
+    ("stats_pull", "half", 100): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(64, 128, 256, 256, 8, 2),
+        512: TileConfig(64, 32, 512, 512, 8, 3),
+        1024: TileConfig(32, 64, 256, 512, 8, 3),
+    },
+    ("stats_sum", "half", 100): {
+        1024: TileConfig(128, 128, 64, 128, 8, 4),
+    },
+    ("topk", "half", 100): {
+        1024: TileConfig(64, 128, 64, 128, 4, 4),
+    },
+}
+
+# The same where registers are short: with a rule for hard negatives, centres that do not lie one
+# after the other, or Nesterov's step.
+_TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("centre_pass", "half", 80): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
+        512: TileConfig(64, 32, 512, 512, 8, 2),
+    },
+    ("stats_pull", "half", 80): {
+        128: TileConfig(64, 128, 128, 128, 8, 3),
+        256: TileConfig(64, 64, 256, 256, 8, 3),
+        512: TileConfig(32, 32, 512, 512, 8, 3),
+    },
+    ("stats_sum", "half", 80): {
+        1024: TileConfig(64, 64, 32, 128, 4, 3),
+    },
+    ("centre_pass", "half", 90): {
+        128: TileConfig(64, 128, 128, 128, 8, 3),
+        256: TileConfig(64, 64, 256, 256, 8, 3),
+        512: TileConfig(64, 32, 512, 512, 8, 3),
+        1024: TileConfig(64, 64, 256, 512, 8, 3),
+    },
+    ("stats_pull", "half", 90): {
+        128: TileConfig(128, 128, 128, 128, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 3),
+        512: TileConfig(32, 64, 512, 512, 8, 3),
+        1024: TileConfig(64, 64, 256, 512, 8, 3),
+    },
+    ("stats_sum", "half", 90): {
+        1024: TileConfig(128, 256, 64, 128, 8, 4),
+    },
+    ("centre_pass", "tf32", 90): {
+        128: TileConfig(64, 64, 128, 128, 8, 3),
+        256: TileConfig(32, 64, 256, 256, 8, 3),
+        512: TileConfig(32, 32, 512, 512, 8, 2),
+    },
+    ("stats_pull", "tf32", 90): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(64, 32, 256, 256, 8, 3),
+        512: TileConfig(32, 32, 512, 512, 8, 2),
+    },
+    ("stats_sum", "tf32", 90): {
+        256: TileConfig(128, 128, 64, 128, 8, 3),
+        512: TileConfig(128, 128, 64, 128, 8, 3),
+    },
+    ("centre_pass", "half", 100): {
+        128: TileConfig(64, 128, 128, 128, 8, 3),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
+        512: TileConfig(32, 32, 512, 512, 8, 3),
+        1024: TileConfig(128, 64, 64, 512, 8, 3),
+    },
+    ("stats_pull", "half", 100): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(64, 128, 256, 256, 8, 2),
+        512: TileConfig(64, 32, 512, 512, 8, 3),
+        1024: TileConfig(32, 64, 256, 512, 8, 3),
+    },
+    ("stats_sum", "half", 100): {
+        1024: TileConfig(128, 256, 64, 128, 8, 4),
+    },
+}
 
 
 def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:

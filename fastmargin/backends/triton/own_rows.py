@@ -23,7 +23,7 @@ from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import LOG2E, inverse
 
 NO_ROW: tl.constexpr = tl.constexpr(2**31 - 1)
-SCANNED_AT_ONCE = 256
+SCANNED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def constants(d: int, indexed: bool) -> dict:
     return {
         "INDEXED": indexed,
         "D": d,
-        "BLOCK_R": max(1, min(16, 2048 // block_d)),
+        "BLOCK_R": max(1, min(16, 1024 // block_d)),
         "BLOCK_D": block_d,
         "SCANNED": SCANNED_AT_ONCE,
         "num_warps": 4,

@@ -135,7 +135,7 @@ def constants(d: int, indexed: bool, want_x: bool, want_w: bool) -> dict:
         "WANT_W": want_w,
         "INDEXED": indexed,
         "D": d,
-        "BLOCK_R": max(1, min(16, 2048 // block_d)),
+        "BLOCK_R": max(1, min(16, 1024 // block_d)),
         "BLOCK_D": block_d,
         "SCANNED": SCANNED_AT_ONCE,
         "num_warps": 4,
