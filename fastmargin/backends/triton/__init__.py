@@ -315,12 +315,12 @@ def _row_stats(
     from fastmargin.backends.triton.stats_forward import stats_forward
 
     columns = _columns(weight, index)
-    unit = not lies_ready(weight, index, precision)
+    unit = not lies_ready(weight, index, precision, hard)
     bound = scale * (1.0 if hard is None else hard.bound)
     partials, last = stats_forward(
         operand,
         x_hat.shape[1],
-        centres_of(weight, index, precision),
+        centres_of(weight, index, precision, hard),
         columns,
         labels,
         scale,
@@ -369,7 +369,7 @@ def _centre_pass(
         lse_neg,
         rows,
         operand if operand.numel() else _as_operand(x_hat, precision),
-        centres_again(weight, index, precision, *centres),
+        centres_again(weight, index, precision, hard, *centres),
         weight,
         index,
         scale,

@@ -174,11 +174,14 @@ def _forward(arch: int, d: int, precision: str, unit: bool, gaps: bool, every: b
     label = f"D={d} {precision}{'' if unit else ' raw'}{' gaps' if gaps else ''}"
     inverse = {} if gaps or not unit else {"p_inverse": None}
     for pull, online, hard in itertools.product((True, False), repeat=3):
+        if hard and not unit:
+            continue
         if not online and needs_shift(64.0, 1000, unit, precision, pull):
             continue
-        if not every and hard != online:
+        if not every and hard != online and unit:
             continue
-        tile = choose("stats_pull" if pull else "stats_sum", d, precision, arch, hard)
+        kernel = "stats_pull" if pull else "stats_sum"
+        tile = choose(kernel, d, precision, arch, hard or not unit)
         types = {
             "d_x": _blocks(operand, tile.block_b, tile.block_k),
             "d_w": _blocks(operand, tile.block_c, tile.block_k),
@@ -217,10 +220,13 @@ def _centre_pass(
     raw = packed and not indexed and operand == weight != "fp32"
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
     for hard, counted, epilogue in itertools.product((True, False), (False, True), EPILOGUES):
-        tile = choose("centre_pass", d, precision, arch, hard or not packed)
+        crowded = hard or not packed or epilogue == "sgd_nesterov"
+        tile = choose("centre_pass", d, precision, arch, crowded)
         updates = epilogue != "store_gradient"
         if updates and not (packed and tile.block_d >= d):
             continue  # not updated in place: see centre_step
+        if hard and raw:
+            continue
         if not every and (counted or (hard and updates) or epilogue == "sgd"):
             continue
         base = {

@@ -35,6 +35,7 @@ from fastmargin.backends.triton.tile import (
     LOG2E,
     cast,
     cosines,
+    first_product,
     halves,
     hard_rule,
     indexed_rows,
@@ -263,8 +264,7 @@ def centre_pass_kernel(
         m_b = o_b < B
         if WHOLE:
             b_x = d_x.load([first, 0])
-            b_cos = tl.zeros([BLOCK_C, BLOCK_B], tl.float32)
-            b_cos = matmul(b_w, tl.trans(b_x), b_cos, PRECISION)
+            b_cos = first_product(b_w, tl.trans(b_x), C, BLOCK_C, BLOCK_B, PRECISION)
         else:
             b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
         if not UNIT:

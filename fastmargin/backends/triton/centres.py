@@ -33,6 +33,7 @@ from fastmargin.backends.triton.tile import (
     load_rows,
     row_pointer,
 )
+from fastmargin.spec import HardRule
 
 STAGED_BYTES = 256 << 20
 """Most that is staged at a time."""
@@ -70,11 +71,16 @@ def blocks_of(rows: Tensor, block_rows: int, block_columns: int) -> TensorDescri
     return TensorDescriptor.from_tensor(rows, [block_rows, block_columns])
 
 
-def lies_ready(weight: Tensor, index: Tensor | None, precision: str) -> bool:
-    """Whether tiles can be copied from the weight itself; only 16 bits, where it saves most."""
+def lies_ready(weight: Tensor, index: Tensor | None, precision: str, hard: HardRule | None) -> bool:
+    """Whether tiles can be copied from the weight itself.
+
+    Only with 16 bits, where it saves most, and without a rule for hard negatives: it and the
+    scaling together would not fit the registers.
+    """
     dtype = OPERAND_DTYPES[precision]
     return (
         index is None
+        and hard is None
         and dtype.itemsize == 2
         and weight.dtype == dtype
         and is_packed(weight)
@@ -83,17 +89,20 @@ def lies_ready(weight: Tensor, index: Tensor | None, precision: str) -> bool:
     )
 
 
-def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator[Centres]:
+def centres_of(
+    weight: Tensor, index: Tensor | None, precision: str, hard: HardRule | None = None
+) -> Iterator[Centres]:
     """The columns of a pass, some at a time. The next ones overwrite those before.
 
     Args:
         weight: (C, D), C > 0.
         index: (K,) contiguous, K > 0, or None.
         precision: one of "fp32", "tf32", "bf16", "fp16".
+        hard: rule for hard negatives of the pass.
     """
     count, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
     dtype = OPERAND_DTYPES[precision]
-    ready, width = lies_ready(weight, index, precision), operand_width(d, dtype)
+    ready, width = lies_ready(weight, index, precision, hard), operand_width(d, dtype)
     step = COLUMNS_AT_A_TIME
     if not ready:
         step = min(step, max(1, STAGED_BYTES // (width * dtype.itemsize)))
@@ -120,11 +129,16 @@ def kept(centres: Centres, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def centres_again(
-    weight: Tensor, index: Tensor | None, precision: str, rows: Tensor, inverse: Tensor
+    weight: Tensor,
+    index: Tensor | None,
+    precision: str,
+    hard: HardRule | None,
+    rows: Tensor,
+    inverse: Tensor,
 ) -> Iterator[Centres]:
     """As :func:`centres_of`, from what :func:`kept` returned where that is all of them."""
     if not inverse.numel():
-        yield from centres_of(weight, index, precision)
+        yield from centres_of(weight, index, precision, hard)
     elif rows.numel():
         yield Centres(0, rows, inverse, True, index is not None)
     else:

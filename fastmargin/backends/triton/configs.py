@@ -202,8 +202,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
 }
 
-# The same where registers are short: with a rule for hard negatives, centres that do not lie one
-# after the other, or Nesterov's step.
+# The same where registers are short.
 _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "half", 80): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
@@ -227,7 +226,7 @@ _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("stats_pull", "half", 90): {
         128: TileConfig(128, 128, 128, 128, 8, 2),
         256: TileConfig(64, 64, 256, 256, 8, 3),
-        512: TileConfig(32, 64, 512, 512, 8, 3),
+        512: TileConfig(64, 32, 512, 512, 8, 4),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
     ("stats_sum", "half", 90): {
@@ -275,8 +274,9 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
-        crowded: whether registers are short, because of a rule for hard negatives or of centres
-            that do not lie one after the other.
+        crowded: whether registers are short: because of a rule for hard negatives, centres that are
+            read as they lie (or, in the centre pass, do not lie one after the other), or
+            Nesterov's step.
     """
     block = block_of(d)
     own = None if crowded else lookup(kernel, d, precision, arch)

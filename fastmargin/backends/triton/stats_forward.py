@@ -34,6 +34,7 @@ from fastmargin.backends.triton.tile import (
     START,
     cast,
     cosines,
+    first_product,
     hard_rule,
     local_columns,
     matmul,
@@ -102,15 +103,13 @@ def stats_forward_kernel(
         o_c = start + tl.arange(0, BLOCK_C)
         if WHOLE:
             b_w = d_w.load([start, 0])
-            b_cos = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-            b_cos = matmul(b_x, tl.trans(b_w), b_cos, PRECISION)
+            b_cos = first_product(b_x, tl.trans(b_w), C, BLOCK_B, BLOCK_C, PRECISION)
         else:
             b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
         m_c = o_c < C
         if GAPS or not UNIT:
-            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
-        if GAPS:
-            m_c = m_c & (b_inverse >= 0)
+            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=-1.0)
+            m_c = b_inverse >= 0
         if not UNIT:
             b_cos *= b_inverse[None, :]
         m_negative = m_c[None, :] & (o_c[None, :] != b_column[:, None])
@@ -121,12 +120,12 @@ def stats_forward_kernel(
         if HAS_HARD:
             b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
             b_z = scale2 * b_f
+        if WANT_PULL and not UNIT:
+            # the weights of the second product carry 1 / ||w||, and are kept in range with it
+            b_carried = tl.maximum(b_inverse, 1e-12)
+            b_z += tl.log2(b_carried)[None, :]
         if ONLINE:
-            # weights of the second product that carry 1 / ||w|| are kept in range like logits
-            if WANT_PULL and not UNIT:
-                b_reach = b_z + tl.log2(tl.maximum(b_inverse, 1e-12))[None, :]
-                b_top = tl.max(b_reach, 1)
-            elif HAS_HARD:
+            if HAS_HARD or (WANT_PULL and not UNIT):
                 b_top = tl.max(b_z, 1)
             else:
                 b_top *= scale2
@@ -138,12 +137,13 @@ def stats_forward_kernel(
                 b_pull *= b_ratio[:, None]
             b_z -= b_shift[:, None]
         b_e = tl.exp2(b_z)
-        b_sum += tl.sum(b_e, 1)
+        if WANT_PULL and not UNIT:
+            b_sum += tl.sum(b_e / b_carried[None, :], 1)
+        else:
+            b_sum += tl.sum(b_e, 1)
         if WANT_PULL:
             if HAS_HARD:
                 b_e *= b_slope * slope_unit
-            if not UNIT:
-                b_e *= b_inverse[None, :]
             if not (WHOLE and COLUMNS == 1):
                 b_w = d_w_pull.load([start, i_d * BLOCK_D])
             b_pull = matmul(cast(b_e, d_w.dtype), b_w, b_pull, PRECISION)
@@ -215,13 +215,14 @@ def stats_forward(
     b = x.shape[0]
     here = chip(x.device)
     kernel = "stats_pull" if want_pull else "stats_sum"
-    tile = choose(kernel, d, precision, here.arch, hard is not None)
-    row_programs = triton.cdiv(b, tile.block_b)
-    if want_pull:
-        row_programs *= triton.cdiv(d, tile.block_d)
     partials = None
     for part in centres:
         n = part.inverse.shape[0]
+        if partials is None:
+            tile = choose(kernel, d, precision, here.arch, hard is not None or not part.unit)
+            row_programs = triton.cdiv(b, tile.block_b)
+            if want_pull:
+                row_programs *= triton.cdiv(d, tile.block_d)
         tiles = triton.cdiv(n, tile.block_c)
         if partials is None:
             splits, _ = split_classes(row_programs, tiles, here.processors)

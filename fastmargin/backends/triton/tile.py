@@ -154,6 +154,24 @@ def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def first_product(
+    b_left, b_right, count, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``b_left @ b_right`` (LEFT, RIGHT) for another product to take; ``count`` is above 0.
+
+    Triton shares the rows of such a product out among all warps, so that two groups of four compute
+    64 rows twice. It does not look for the other product past a branch, though one that is always
+    taken, and shares out the columns too.
+    """
+    b_product = tl.zeros([LEFT, RIGHT], tl.float32)
+    if count > 0:
+        b_product = matmul(b_left, b_right, b_product, PRECISION)
+    else:
+        b_product = matmul(b_left, b_right, b_product + 1.0, PRECISION)
+    return b_product
+
+
+@triton.jit
 def halves(b_tile, ROWS: tl.constexpr, HALF: tl.constexpr):
     """The left and the right half of the columns."""
     return tl.split(tl.permute(tl.reshape(b_tile, [ROWS, 2, HALF]), [0, 2, 1]))
