@@ -279,7 +279,7 @@ def test_the_grid_is_around_what_ships_and_bounded(arch, d):
             assert candidates.excess(kernel, base, d, precision, arch) is None
             tiles = candidates.grid(kernel, d, precision, arch)
             assert 20 < len(tiles) == len(set(tiles)) < 2500 and base not in tiles
-            assert sum(candidates.distance(tile, base) <= 1 for tile in tiles) >= 4
+            assert sum(candidates.distance(tile, base) <= 1 for tile in tiles) >= 3
             for tile in tiles:
                 assert tuned.fault(kernel, asdict(tile)) is None
                 with tuned.using({(kernel, d, precision, arch): asdict(tile)}):

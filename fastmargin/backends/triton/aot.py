@@ -225,8 +225,6 @@ def _centre_pass(
         updates = epilogue != "store_gradient"
         if updates and not (packed and tile.block_d >= d):
             continue  # not updated in place: see centre_step
-        if hard and raw:
-            continue
         if not every and (counted or (hard and updates) or epilogue == "sgd"):
             continue
         base = {
@@ -248,7 +246,7 @@ def _centre_pass(
                 precision,
                 packed,
                 indexed,
-                not raw,
+                hard or not raw,
                 tile,
                 hard,
                 counted,

@@ -194,6 +194,9 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         512: TileConfig(64, 32, 512, 512, 8, 3),
         1024: TileConfig(32, 64, 256, 512, 8, 3),
     },
+    ("stats_pull", "tf32", 100): {
+        1024: TileConfig(64, 64, 64, 128, 8, 2),
+    },
     ("stats_sum", "half", 100): {
         1024: TileConfig(128, 128, 64, 128, 8, 4),
     },
@@ -206,7 +209,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
 _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "half", 80): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(128, 64, 256, 256, 8, 2),
+        256: TileConfig(64, 32, 256, 256, 8, 2),
         512: TileConfig(64, 32, 512, 512, 8, 2),
     },
     ("stats_pull", "half", 80): {
@@ -249,7 +252,7 @@ _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "half", 100): {
         128: TileConfig(64, 128, 128, 128, 8, 3),
         256: TileConfig(128, 64, 256, 256, 8, 2),
-        512: TileConfig(32, 32, 512, 512, 8, 3),
+        512: TileConfig(32, 64, 128, 256, 8, 2),
         1024: TileConfig(128, 64, 64, 512, 8, 3),
     },
     ("stats_pull", "half", 100): {
@@ -259,7 +262,7 @@ _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         1024: TileConfig(32, 64, 256, 512, 8, 3),
     },
     ("stats_sum", "half", 100): {
-        1024: TileConfig(128, 256, 64, 128, 8, 4),
+        1024: TileConfig(128, 128, 64, 128, 8, 4),
     },
 }
 
