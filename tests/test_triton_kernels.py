@@ -20,7 +20,7 @@ from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.norms import inverse_norm
 from fastmargin.rows import take
-from fastmargin.spec import HardRule, RowStats
+from fastmargin.spec import HardRule, RowStats, SgdUpdate
 from fastmargin.testing import REGIMES, assert_close_as_torch, make_case, relative_error
 
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -374,6 +374,79 @@ def test_what_is_staged_does_not_grow_with_the_classes(monkeypatch):
     strided = torch.cat([weight, weight], 1).half()[:, :24]
     assert next(iter(centres.centres_of(strided, None, "fp16"))).unit
     assert next(iter(centres.centres_of(weight[:, :20].half().contiguous(), None, "fp16"))).unit
+
+
+UPDATES = {
+    "plain": SgdUpdate(0.1, 0.0, 0.0, False),
+    "decay": SgdUpdate(0.1, 0.0, 0.3, False),
+    "momentum": SgdUpdate(0.1, 0.9, 0.3, False),
+    "nesterov": SgdUpdate(0.1, 0.9, 0.3, True),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_step_in_place(dtype, indexed, update, monkeypatch):
+    """Tiles of whole rows, finished in parts, in pieces of the centres; the rest is not touched."""
+    from fastmargin.backends.composed import ComposedLoss
+    from fastmargin.backends.triton import centre_pass
+    from fastmargin.backends.triton.configs import TileConfig
+
+    monkeypatch.setattr(centre_pass, "choose", lambda *_: TileConfig(16, 16, 128, 128, 4, 1))
+    monkeypatch.setattr(ComposedLoss, "centre_step", None)  # it must be the kernel's own
+    staged_in_pieces(monkeypatch)
+    update = UPDATES[update]
+    p = problem("some_ignored", dim=100, dtype=OPERANDS[dtype], class_start=7)
+    p = through_index(p) if indexed else p
+    stats, d_weight = solve(REFERENCE, p, "auto", torch.float64)
+    rows = p.index[p.index >= 0] if indexed else torch.arange(len(p.weight))
+    gradient = d_weight[p.index >= 0] if indexed else d_weight
+    buffer = torch.randn(p.weight.shape) if update.momentum else None
+    truth = [p.weight.double(), *([] if buffer is None else [buffer.double()])]
+    parts = [t[rows] for t in truth]
+    update.apply_(*parts, gradient)
+    for whole, part in zip(truth, parts, strict=True):
+        whole[rows] = part
+
+    on = device_for("triton")
+    weight, labels, x_hat = (t.to(on, copy=True) for t in (p.weight, p.labels, p.x_hat))
+    state = None if buffer is None else buffer.to(on, copy=True)
+    TRITON.centre_step(
+        weight,
+        state,
+        update,
+        p.d_lse.to(on),
+        p.d_cos.to(on),
+        x_hat,
+        p.index.to(on) if indexed else None,
+        labels,
+        stats.lse_neg.float().to(on),
+        p.scale,
+        None,
+        p.class_start,
+        "fp32",
+    )
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(weight.cpu().double(), truth[0], **tolerance)
+    if state is not None:
+        torch.testing.assert_close(state.cpu().double(), truth[1], rtol=1e-5, atol=2e-5)
+    others = torch.ones(len(p.weight), dtype=torch.bool)
+    others[rows] = False
+    assert torch.equal(weight.cpu()[others], p.weight[others])
+
+
+def test_no_step_in_place_where_programs_share_a_centre(monkeypatch):
+    from fastmargin.backends.triton import centre_pass
+
+    weight, momentum = torch.randn(9, 24), torch.zeros(9, 24)
+    update = UPDATES["momentum"]
+    assert centre_pass.steps_in_place(weight, None, "fp32", update, momentum)
+    wide = torch.randn(9, 40)  # the interpreter's tiles have 32 columns of it
+    assert not centre_pass.steps_in_place(wide, None, "fp32", update, None)
+    across = weight.t().contiguous().t()
+    assert not centre_pass.steps_in_place(across, None, "fp32", update, momentum)
+    assert not centre_pass.steps_in_place(weight, None, "fp32", update, across)
 
 
 @pytest.mark.parametrize("processors", [1, 64])

@@ -12,7 +12,6 @@ from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.backends.triton import tuned
 from fastmargin.backends.triton.configs import OPERAND_DTYPES
-from fastmargin.spec import HardRule
 
 EMPTY_EVERY = 7
 """One of so many places of an index is empty."""
@@ -32,13 +31,12 @@ class Variant:
     """What else a kernel is compiled for.
 
     stored: centres lie in the operand type, else in fp32. indexed: columns are rows of an index.
-    hard: a rule for hard negatives. scale: s; from about 70 on sums need a running shift. counted:
-    rows without a gradient are sorted out. k: nearest negatives.
+    scale: s; from about 70 on sums need a running shift. counted: rows without a gradient are
+    sorted out. k: nearest negatives. With a rule for hard negatives the user's table is not asked.
     """
 
     stored: bool = False
     indexed: bool = False
-    hard: bool = False
     scale: float = 64.0
     counted: bool = False
     k: int = 1
@@ -46,9 +44,9 @@ class Variant:
 
 PLAIN = Variant()
 _FULL = {
-    "stats_pull": Variant(hard=True, scale=100.0),
-    "stats_sum": Variant(hard=True, scale=100.0),
-    "centre_pass": Variant(hard=True, counted=True),
+    "stats_pull": Variant(scale=100.0),
+    "stats_sum": Variant(scale=100.0),
+    "centre_pass": Variant(counted=True),
     "topk": Variant(k=16),
 }
 
@@ -73,12 +71,6 @@ class Problem:
     d_lse: Tensor  # (B,) fp32
     d_cos: Tensor  # (B,) fp32
     lse_neg: Tensor | None  # (B,) fp32, for the centre pass
-
-    def hard(self, dtype: torch.dtype) -> HardRule | None:
-        if not self.variant.hard:
-            return None
-        # meets the plain logits at its threshold: rounding may put a cosine on its other side
-        return HardRule.of(torch.full_like(self.d_lse, 0.2, dtype=dtype), 0.0, 1.5, -0.1)
 
 
 def make_problem(
@@ -140,7 +132,7 @@ def _stats(problem: Problem, backend, dtype: torch.dtype, want_pull: bool, preci
         problem.index,
         problem.labels,
         problem.variant.scale,
-        problem.hard(dtype),
+        None,
         0,
         want_pull,
         precision,
@@ -169,7 +161,7 @@ def _operation(problem: Problem, backend, dtype: torch.dtype, precision: str):
         problem.labels,
         problem.lse_neg.to(dtype),
         problem.variant.scale,
-        problem.hard(dtype),
+        None,
         0,
         precision,
         problem.variant.counted,

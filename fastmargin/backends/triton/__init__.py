@@ -366,6 +366,7 @@ def _centre_pass(
         rows = own_rows(d_lse, d_cos, lse_neg, x_hat, *about)
     return centre_pass(
         d_lse,
+        lse_neg,
         rows,
         operand if operand.numel() else _as_operand(x_hat, precision),
         centres_again(weight, index, precision, *centres),

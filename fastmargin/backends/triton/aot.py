@@ -229,7 +229,7 @@ def _centre_pass(
             "d_w": _blocks(operand, tile.block_c, tile.block_k),
             **_weights(weight, packed, indexed),
         }
-        types = {} if hard else {"p_threshold": None, "p_rule": None}
+        types = {} if hard else {"p_lse": None, "p_threshold": None, "p_rule": None}
         types |= {} if counted else {"p_count": None}
         state = {"sgd_momentum": "fp32", "sgd_nesterov": "fp32", "sgd": weight}.get(epilogue)
         types["p_state"] = state and f"*{state}"

@@ -171,6 +171,8 @@ def _finish(
         b_w = load_rows(p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED)
         b_w = b_w.to(tl.float32)
         b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
+        if INDEXED:  # the exponentials of an empty place have no bound
+            b_grad = tl.where(m_c[:, None], b_grad, 0.0)
         if IN_PLACE:
             p_out_tile = row_tile(
                 p_out, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
@@ -193,6 +195,7 @@ def centre_pass_kernel(
     p_inverse,  # (C,) 1 / ||w||; below 0 at an empty place
     p_level,  # (B,) of own_rows.py
     p_code,  # (B,) int32, of own_rows.py
+    p_lse,  # (B,) lse_neg, if HAS_HARD
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
     p_count,  # (1,) int32 number of rows above that take part, the first ones, if COUNTED
@@ -275,6 +278,12 @@ def centre_pass_kernel(
             b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
         b_z = scale2 * b_f - b_level[None, :]
         b_z = tl.where((column_start + o_c)[:, None] == (b_code >> 1)[None, :], float("-inf"), b_z)
+        if HAS_HARD:
+            # rounding may put a cosine on the other side of its threshold than in the forward pass,
+            # and its exponential above the sum of all
+            b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
+            b_most = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E) - b_level
+            b_z = tl.minimum(b_z, b_most[None, :], propagate_nan=tl.PropagateNan.ALL)
         b_g = tl.exp2(b_z)
         b_g = tl.where((b_code & 1)[None, :] == 1, -b_g, b_g)
         if HAS_HARD:
@@ -381,6 +390,7 @@ def steps_in_place(
 
 def centre_pass(
     d_lse: Tensor,
+    lse_neg: Tensor,
     rows: OwnRows,
     x: Tensor,
     centres: Iterable[Centres],
@@ -398,7 +408,7 @@ def centre_pass(
     With ``update`` None: these rows of ``weight`` and of ``momentum`` are stepped in place.
 
     Args:
-        d_lse: (B,) contiguous, fp32.
+        d_lse, lse_neg: (B,) contiguous, fp32.
         rows: what else is to be known of them.
         x: (B, D') unit rows in the operand type.
         centres: the columns of the pass, some at a time.
@@ -416,9 +426,9 @@ def centre_pass(
     if update is None:
         out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
     count, level, code = None, rows.level, rows.code
-    threshold = None if hard is None else hard.threshold
+    lse, threshold = (None, None) if hard is None else (lse_neg, hard.threshold)
     if skip_zero_rows:
-        count, level, code, threshold, x = compact(level, code, threshold, x)
+        count, level, code, lse, threshold, x = compact(level, code, lse, threshold, x)
     tile = _tile(weight, hard, precision, update)
     for part in centres:
         n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
@@ -446,6 +456,7 @@ def centre_pass(
                 part.inverse,
                 level,
                 code,
+                lse,
                 threshold,
                 None if hard is None else hard.coefficients,
                 count,

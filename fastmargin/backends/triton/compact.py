@@ -28,11 +28,13 @@ def _has_gradient(p_level, o_b, B):
 def compact_kernel(
     p_level,  # (B,) of own_rows.py
     p_code,  # (B,) int32, of own_rows.py
+    p_lse,  # (B,), if HAS_HARD
     p_threshold,  # (B,), if HAS_HARD
     p_x,  # (B, D) contiguous
     p_count,  # (1,) int32, out: how many rows have one
     p_level_out,  # as above, out: only the first rows are written
     p_code_out,
+    p_lse_out,
     p_threshold_out,
     p_x_out,
     B,
@@ -68,6 +70,7 @@ def compact_kernel(
     tl.store(p_level_out + o_out, tl.load(p_level + o_b, mask=m_b), mask=m_b)
     tl.store(p_code_out + o_out, tl.load(p_code + o_b, mask=m_b), mask=m_b)
     if HAS_HARD:
+        tl.store(p_lse_out + o_out, tl.load(p_lse + o_b, mask=m_b), mask=m_b)
         tl.store(p_threshold_out + o_out, tl.load(p_threshold + o_b, mask=m_b), mask=m_b)
     m_tile = m_b[:, None] & (o_d < D)[None, :]
     b_x = tl.load(p_x + o_b.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_tile)
@@ -89,20 +92,20 @@ def constants(d: int, has_hard: bool) -> dict:
 
 
 def compact(
-    level: Tensor, code: Tensor, threshold: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    level: Tensor, code: Tensor, lse: Tensor | None, threshold: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """The number of rows that do anything, (1,) int32, then the arguments, those rows first.
 
     What follows them is not written, but for a block of ``x``, which is 0.
 
     Args:
         level, code: (B,) of :class:`OwnRows`.
-        threshold: (B,) contiguous, fp32, of a hard rule.
+        lse, threshold: (B,) contiguous, fp32, with a hard rule.
         x: (B, D') contiguous.
     """
     b, d = x.shape
     count = torch.empty(1, dtype=torch.int32, device=x.device)
-    given = level, code, threshold, x
+    given = level, code, lse, threshold, x
     moved = [None if tensor is None else torch.empty_like(tensor) for tensor in given]
     fixed = constants(d, threshold is not None)
     with on_device(x):
