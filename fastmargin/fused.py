@@ -1,7 +1,8 @@
 """The loss of a softmax margin with a kernel form as one step of autograd.
 
 The same numbers as the operators one by one (``functional.py``), in fewer launches: eight on the
-Triton backend from embeddings to both gradients, with the one that autograd begins with.
+Triton backend from embeddings to both gradients, with the one that autograd begins with, and more
+where the centres are staged in pieces.
 """
 
 from __future__ import annotations

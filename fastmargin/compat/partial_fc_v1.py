@@ -199,7 +199,7 @@ class PartialFCV1(nn.Module):
                 loss = self._official(x, label, sample, *weights)
                 loss.backward()
             else:
-                # read where they lie, and the gradient is of these rows only
+                # picked by an index, without a copy here, and the gradient is of these rows only
                 centres = self.sub_weight
                 if sample is not None:
                     centres = self.weight.detach().requires_grad_()
