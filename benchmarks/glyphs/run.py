@@ -113,12 +113,13 @@ def run(settings: Settings, progress: Progress | None = None) -> Figures:
 
 def write(figures: Figures, out: Path) -> None:
     """``glyphs.json`` and the plots."""
-    from benchmarks.glyphs import plots  # matplotlib takes half a second to import
+    # matplotlib takes half a second to import
+    from benchmarks.glyphs.plots import PICTURES
+    from benchmarks.plots import draw
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "glyphs.json").write_text(json.dumps(figures, indent=1) + "\n")
-    plots.plot_curves(out / "curves.png", figures)
-    plots.plot_accuracy(out / "accuracy.png", figures)
+    draw(figures, out, formats=("png",), pictures=PICTURES)
 
 
 def compare(
