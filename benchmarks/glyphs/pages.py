@@ -67,9 +67,9 @@ def curves(figures: Row) -> str:
     first = max(row["first_step_gap"] for row in rows)
     against = sorted(row["first_epoch_gap"] / row["first_epoch_gap_of_one_bit"] for row in rows)
     return (
-        f"The losses of the first step differ by {first:.0e} of their size at most. Difference over one "
-        f"bit is {statistics.median(against):.1f} in the median of the {len(rows)} pairs, "
-        f"{against[0]:.1f} to {against[-1]:.1f}."
+        f"The losses of the first step differ by {first:.0e} of their size at most. "
+        f"Difference over one bit is {statistics.median(against):.1f} in the median of the "
+        f"{len(rows)} pairs, {against[0]:.1f} to {against[-1]:.1f}."
     )
 
 
