@@ -195,6 +195,7 @@ def glyphs() -> str:
         *pictures,
         "Accuracies, plain / fastmargin:",
         glyph_pages.accuracies(found),
+        glyph_pages.differences(found),
         "Curves and costs, plain / fastmargin:",
         glyph_pages.costs(found),
         glyph_pages.curves(found),

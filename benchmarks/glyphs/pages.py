@@ -73,6 +73,17 @@ def curves(figures: Row) -> str:
     )
 
 
+def differences(figures: Row) -> str:
+    """Of the accuracies of both heads, in a sentence."""
+    found = [points("fastmargin")(row) for row in figures["runs"]]
+    error = statistics.stdev(found) / len(found) ** 0.5
+    return (
+        f"Rank-1 by means, fastmargin less plain PyTorch: {min(found):+.1f} to {max(found):+.1f} "
+        f"points, {statistics.fmean(found):+.1f} on average over the {len(found)} pairs, with a "
+        f"standard error of {error:.1f}."
+    )
+
+
 def summary(figures: Row) -> str:
     """Lowest and highest of all margins, a line for every rate."""
     head = ["classes", "difference of losses", "one bit", "rank-1", "head time", "peak memory"]
