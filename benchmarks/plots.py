@@ -37,13 +37,21 @@ STYLE = {
     "svg.hashsalt": "fastmargin",
 }
 DPI = 150
+Picture = Callable[[dict], Figure | None]
+"""Of a report; None where it has no figures for it."""
 
 
-def draw(report: dict, folder: Path, formats: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Writes what the report has figures for; the files."""
+def draw(
+    report: dict,
+    folder: Path,
+    formats: tuple[str, ...] = ("png", "svg"),
+    pictures: dict[str, Picture] | None = None,
+) -> list[Path]:
+    """Writes what the report has figures for; the files. pictures: by the stem of their file,
+    those of ``fastmargin bench`` unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
-    for name, make in PICTURES.items():
+    for name, make in (PICTURES if pictures is None else pictures).items():
         for kind in formats:
             with matplotlib.rc_context(STYLE):
                 figure = make(report)  # anew: a layout remembers the last drawing
@@ -151,7 +159,7 @@ def error(report: dict) -> Figure | None:
     return figure
 
 
-PICTURES: dict[str, Callable[[dict], Figure | None]] = {
+PICTURES: dict[str, Picture] = {
     "identities": identities,
     "rates": rates,
     "roofline": roofline,

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the pictures, from committed reports.
+"""Writes the tables of README.md and of pages in docs, and the pictures, from committed reports.
 
     python -m benchmarks.publish           (make docs)
     python -m benchmarks.publish --check   exits with 1 if something is not up to date
@@ -17,14 +17,20 @@ from pathlib import Path
 from benchmarks import RESULTS, ROOT
 from benchmarks.bench import SCHEMA
 from benchmarks.cases import CASES, Case
+from benchmarks.glyphs import pages as glyph_pages
+from benchmarks.markdown import NOT_YET, table
 from benchmarks.report import by_case, seconds, several, size, spread, title, worst_error
 
-PAGES = tuple(ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/migrating.md"))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "data", "glyphs", "migrating")),
+)
 PICTURES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADLINES = ("arc-200k", "pfc-1m-r0.1")
 """Cases that README shows."""
-NOT_YET = "Not measured yet on this version"
+GLYPHS = "glyphs_cpu"
+ONE_BIT = "glyphs_one_bit_cpu"
 PHASES = ("forward", "backward", "update")
 
 
@@ -34,9 +40,10 @@ def reports() -> dict[str, dict]:
     return {name: report for name, report in found.items() if report.get("schema") == SCHEMA}
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def committed(name: str) -> dict | None:
+    """Any one file of results, by its stem."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 # ---- README ----
@@ -84,10 +91,9 @@ def headlines(found: dict[str, dict]) -> str:
 
 def sampling() -> str:
     """Sampling alone, of benchmarks/sampling.py."""
-    file = RESULTS / "sampling_cpu.json"
-    if not file.exists():
+    found = committed("sampling_cpu")
+    if found is None:
         return f"{NOT_YET}: `python -m benchmarks.sampling`.\n"
-    found = json.loads(file.read_text())
     rows = []
     for case in found["cases"]:
         both = case["seconds_median"]
@@ -105,10 +111,9 @@ def sampling() -> str:
 
 def dropins() -> str:
     """Drop-in heads beside their originals' operations, of benchmarks/dropins.py."""
-    file = RESULTS / "dropins_cpu.json"
-    if not file.exists():
+    found = committed("dropins_cpu")
+    if found is None:
         return f"{NOT_YET}: `python -m benchmarks.dropins`.\n"
-    found = json.loads(file.read_text())
     body = []
     for row in found["rows"]:
         if row["status"] != "measured":
@@ -130,6 +135,90 @@ def dropins() -> str:
         f"{case['classes']:,} classes, {case['dim']} dimensions; peak memory beyond the gradient "
         f"of the centres. On {where}, {found['date'][:10]}, `{found['command']}`.\n"
     )
+
+
+READING = {
+    "in_file_order": "all, in the order of the file",
+    "random_batches": "batches at random",
+    "first_labels": "labels alone",
+    "scan": "scan of a file without an index",
+}
+"""Tasks of benchmarks/record_reading.py, from memory."""
+
+
+def record_reading() -> str:
+    """Both readers and both orders, of benchmarks/record_reading.py."""
+    found = committed("record_reading")
+    if found is None:
+        return f"{NOT_YET}: `python -m benchmarks.record_reading`.\n"
+
+    def line(words: str, measured: dict, *names: str) -> list[str]:
+        rates = measured["records_per_second"]
+        ratio = f"{measured['time_ratio_median']:.2f}"
+        return [words, *(f"{float(f'{rates[name]:.3g}'):,.0f}/s" for name in names), ratio]
+
+    memory = table(
+        ["from memory", "in Python", "compiled", "ratio of times"],
+        [
+            line(words, found["from_memory"][task], "python", "compiled")
+            for task, words in READING.items()
+        ],
+    )
+    cold = found["from_disk"]
+    order = f"blocks of {cold['block']}, window of {cold['window']:,}"
+    disk = table(
+        ["cold, compiled reader", "full shuffle", "`BlockShuffleSampler`", "ratio of times"],
+        [line(order, cold, "random_batches", "block_shuffle")],
+    )
+    threads = found["machine"]["threads"]
+    return (
+        f"{memory}\n\n{disk}\n\nRecords a second, of {found['records']:,} with "
+        f"{found['mean_bytes']:,} bytes on average, in batches of {found['batch']}; no image is "
+        f"decoded. On {found['machine']['cpu']}, {threads} thread{'s' * (threads > 1)}, "
+        f"{found['date'][:10]}, `{found['command']}`.\n"
+    )
+
+
+# ---- docs/glyphs.md ----
+
+
+def glyphs() -> str:
+    """Everything of benchmarks/glyphs: pictures, accuracies, curves and costs."""
+    found = committed(GLYPHS)
+    if found is None:
+        return f"{NOT_YET}: `python -m benchmarks.glyphs`.\n"
+    pictures = [
+        f"![{picture.stem}](benchmarks/{GLYPHS}/{picture.name})" for picture in _pictures(GLYPHS)
+    ]
+    parts = [
+        f"{glyph_pages.origin(found)}, [{GLYPHS}.json](../benchmarks/results/{GLYPHS}.json).",
+        *pictures,
+        "Accuracies, plain / fastmargin:",
+        glyph_pages.accuracies(found),
+        glyph_pages.differences(found),
+        "Curves and costs, plain / fastmargin:",
+        glyph_pages.costs(found),
+        glyph_pages.curves(found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def glyphs_summary() -> str:
+    """Of the same in a few lines."""
+    found = committed(GLYPHS)
+    if found is None:
+        return f"{NOT_YET}: `python -m benchmarks.glyphs`.\n"
+    return glyph_pages.summary(found) + "\n"
+
+
+def glyphs_rounding() -> str:
+    """How much of a difference of accuracies rounding makes."""
+    found = committed(ONE_BIT)
+    if found is None:
+        return f"{NOT_YET}: `python -m benchmarks.glyphs --one-bit`.\n"
+    where = f"[{ONE_BIT}.json](../benchmarks/results/{ONE_BIT}.json)"
+    commit = found["commit"][:10]
+    return f"{glyph_pages.rounding(found)}\n\nCommit {commit}, `{found['command']}`, {where}.\n"
 
 
 # ---- docs/benchmarks.md ----
@@ -231,6 +320,10 @@ def blocks() -> dict[str, str]:
         "headlines": headlines(found),
         "sampling": sampling(),
         "dropins": dropins(),
+        "record-reading": record_reading(),
+        "glyphs": glyphs(),
+        "glyphs-summary": glyphs_summary(),
+        "glyphs-rounding": glyphs_rounding(),
         "results": results(found),
         "peers": peers(),
         "not-measured": not_measured(found),
@@ -248,6 +341,18 @@ def documents() -> Iterator[tuple[Path, str]]:
         yield page, BLOCK.sub(lambda hit: hit[1] + made[hit[2]] + hit[3], page.read_text())
 
 
+def drawn() -> Iterator[tuple[str, dict, dict]]:
+    """Folder of pictures, the report that they show, and the pictures by their names."""
+    from benchmarks import plots
+    from benchmarks.glyphs.plots import PICTURES as OF_GLYPHS
+
+    for name, report in reports().items():
+        yield name, report, plots.PICTURES
+    found = committed(GLYPHS)
+    if found is not None:
+        yield GLYPHS, found, OF_GLYPHS
+
+
 def _pictures(name: str) -> list[Path]:
     return sorted((PICTURES / name).glob("*.svg"))
 
@@ -256,14 +361,14 @@ def pictures_match(name: str, report: dict) -> bool:
     """Whether the committed pictures were drawn from this report."""
     from benchmarks.plots import digest
 
-    drawn = _pictures(name)
-    return bool(drawn) and all(digest(report) in path.read_text() for path in drawn)
+    found = _pictures(name)
+    return bool(found) and all(digest(report) in path.read_text() for path in found)
 
 
 def stale() -> list[str]:
     """What is not as the reports say."""
     found = [str(page.relative_to(ROOT)) for page, text in documents() if page.read_text() != text]
-    for name, report in reports().items():
+    for name, report, _ in drawn():
         if not pictures_match(name, report):
             found.append(f"docs/benchmarks/{name}")
     return found
@@ -276,8 +381,8 @@ def main(arguments: list[str]) -> int:
         return int(bool(found))
     from benchmarks import plots
 
-    for name, report in reports().items():
-        plots.draw(report, PICTURES / name, formats=("svg",))
+    for name, report, pictures in drawn():
+        plots.draw(report, PICTURES / name, ("svg",), pictures)
     for page, text in documents():
         page.write_text(text)
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from bench_reports import report
+from bench_reports import glyph_figures, report
 from PIL import Image
 
 from benchmarks import plots
+from benchmarks.glyphs.plots import PICTURES as OF_GLYPHS
 
 LIGHT, DARK = "#ffffff", "#0d1117"
 
@@ -27,14 +28,20 @@ def contrast(a: str, b: str) -> float:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return {path.name: path for path in plots.draw(report(), tmp_path_factory.mktemp("pictures"))}
+    folder = tmp_path_factory.mktemp("pictures")
+    found = [
+        *plots.draw(report(), folder),
+        *plots.draw(glyph_figures(), folder, pictures=OF_GLYPHS),
+    ]
+    return {path.name: path for path in found}
 
 
 def test_all_are_drawn_and_alike_each_time(drawn, tmp_path):
-    assert len(drawn) == 2 * len(plots.PICTURES)
-    for again in plots.draw(report(), tmp_path, formats=("svg",)):
-        assert again.read_text() == drawn[again.name].read_text()
-        assert plots.digest(report()) in again.read_text()
+    assert len(drawn) == 2 * (len(plots.PICTURES) + len(OF_GLYPHS))
+    for figures, pictures in ((report(), None), (glyph_figures(), OF_GLYPHS)):
+        for again in plots.draw(figures, tmp_path, ("svg",), pictures):
+            assert again.read_text() == drawn[again.name].read_text()
+            assert plots.digest(figures) in again.read_text()
 
 
 def test_every_colour_can_be_seen_on_both_pages(drawn):

@@ -408,6 +408,26 @@ def test_the_whole_benchmark(letters, tmp_path):
     assert all(len(line) <= 80 for line in text.getvalue().splitlines())
 
 
+def test_one_bit_to_the_end(split, monkeypatch):
+    def ends(one_bit):
+        return run.compare("ArcFace", 0.5, split, TINY, 0, one_bit=one_bit)
+
+    row, without = ends(True), ends(False)
+    assert "one_bit_apart" not in without
+    shared = ("first_epoch_steps", "first_epoch_gap", "first_epoch_gap_of_one_bit")
+    assert [row[key] for key in shared] == [without[key] for key in shared]
+    nudged, plain = row["one_bit_apart"], row["plain"]
+    assert set(nudged) == set(plain)
+    assert len(nudged["loss"]) == len(plain["loss"]) == 6
+    assert nudged["loss"][:3] == pytest.approx(plain["loss"][:3], rel=1e-3)
+    assert nudged["final_loss"] != plain["final_loss"]
+
+    monkeypatch.setattr(run, "NudgedHead", heads.PlainHead)  # nothing apart: the same to the end
+    same = ends(True)
+    for key in ("final_loss", "loss", "rank_1_centres", "rank_1_means", "tar_at_far_1e-4"):
+        assert same["one_bit_apart"][key] == same["plain"][key]
+
+
 class Wrong(heads.FusedHead):
     def forward(self, embeddings, labels):
         return 1.001 * super().forward(embeddings, labels)
@@ -441,6 +461,7 @@ def test_options_of_the_command(capsys, monkeypatch, tmp_path):
     assert quick.classes == 500 and quick.rates == (0.5,) and quick.seed == 3
     default = command.settings_of(command.parse([]))
     assert default == run.Settings()
+    assert command.settings_of(command.parse(["--one-bit"])).one_bit
     monkeypatch.setattr("sys.argv", ["glyphs", "--fonts", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         command.main()

@@ -42,6 +42,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU, instead of torch's own choice")
     parser.add_argument(
+        "--one-bit",
+        action="store_true",
+        help="plain PyTorch from one bit apart to the end: what rounding does to an accuracy",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help=f"where nothing else is given: {QUICK}"
     )
     parser.add_argument("--json", action="store_true", help="print figures instead of tables")
