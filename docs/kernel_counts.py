@@ -165,10 +165,9 @@ def _instructions(
 def products(stationary: int, streamed: int, tile: TileConfig, d: int) -> Products | None:
     """Of (stationary, K) @ (K, streamed) over all of D, then (stationary, streamed) @ (., BLOCK_D).
 
-    Warpgroups share the rows of a tile as far as there are 64 for each, then its columns. But if
-    the first product is not in a loop of its own, Triton gives all of them rows, so that its result
-    need not move; where there are too few, they compute the same. An instruction reads its left
-    operand (64, 16) from shared memory, or has it in registers, and its right one (16, width).
+    Warpgroups share the rows of a tile as far as there are 64 for each, then its columns. An
+    instruction reads its left operand (64, 16) from shared memory, or has it in registers, and its
+    right one (16, width).
 
     Args:
         stationary: rows of the tile that a program keeps; a multiple of 64, or None comes back.
@@ -180,9 +179,8 @@ def products(stationary: int, streamed: int, tile: TileConfig, d: int) -> Produc
     of_rows = min(groups, stationary // 64)
     share = max(1, tile.num_warps // (stationary // 16))
     width, wide = (min(256, size // share) for size in (streamed, tile.block_d))
-    in_loop = tile.block_k < d
     depth = math.ceil(d / tile.block_k) * tile.block_k
-    one = _instructions(stationary, streamed, depth, of_rows if in_loop else groups, groups, width)
+    one = _instructions(stationary, streamed, depth, of_rows, groups, width)
     two = _instructions(stationary, tile.block_d, streamed, of_rows, groups, wide)
     return Products(
         one[0] * (64 + width) * 16 * OPERAND,
@@ -194,7 +192,8 @@ def products(stationary: int, streamed: int, tile: TileConfig, d: int) -> Produc
 
 def tile_of(kernel: str, stored: Stored) -> TileConfig:
     """What ships for a plain training step: packed centres, no rule for hard negatives."""
-    return choose(kernel, SHAPE[2], "fp16", ARCH)
+    crowded = stored.ready and kernel != "centre_pass"
+    return choose(kernel, SHAPE[2], "fp16", ARCH, crowded)
 
 
 def _shape(tile: TileConfig | None) -> str:

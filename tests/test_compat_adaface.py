@@ -15,6 +15,7 @@ from torch import nn
 from fastmargin.compat import adaface as head
 from fastmargin.compat.logits import StreamedLogits
 from fastmargin.compat.scores import CentreScores
+from fastmargin.testing import relative_error
 
 HEADS = {
     "adaface_official": head.AdaFace,
