@@ -12,6 +12,7 @@ from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.backends.triton import tuned
 from fastmargin.backends.triton.configs import OPERAND_DTYPES
+from fastmargin.spec import SgdUpdate
 
 EMPTY_EVERY = 7
 """One of so many places of an index is empty."""
@@ -32,13 +33,16 @@ class Variant:
 
     stored: centres lie in the operand type, else in fp32. indexed: columns are rows of an index.
     scale: s; from about 70 on sums need a running shift. counted: rows without a gradient are
-    sorted out. k: nearest negatives. With a rule for hard negatives the user's table is not asked.
+    sorted out. step: the pass takes a step of SGD with momentum. k: nearest negatives.
+
+    With a rule for hard negatives the user's table is not asked.
     """
 
     stored: bool = False
     indexed: bool = False
     scale: float = 64.0
     counted: bool = False
+    step: bool = False
     k: int = 1
 
 
@@ -54,7 +58,10 @@ _FULL = {
 def variants(kernel: str) -> tuple[Variant, ...]:
     """The plain one, then those that take the most registers."""
     full = _FULL[kernel]
-    return PLAIN, full, replace(full, stored=True), replace(full, indexed=True)
+    found = PLAIN, full, replace(full, stored=True), replace(full, indexed=True)
+    if kernel == "centre_pass":  # another end of the same pass
+        return *found, replace(full, step=True), replace(full, stored=True, step=True)
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,20 +159,19 @@ def _operation(problem: Problem, backend, dtype: torch.dtype, precision: str):
             0,
             precision,
         )
-    return backend.row_stats_backward(
-        problem.d_lse.to(dtype),
-        problem.d_cos.to(dtype),
-        problem.x_hat.to(dtype),
-        _centres(problem, dtype),
-        problem.index,
-        problem.labels,
-        problem.lse_neg.to(dtype),
-        problem.variant.scale,
-        None,
-        0,
-        precision,
-        problem.variant.counted,
+    d_lse, d_cos, x_hat = (t.to(dtype) for t in (problem.d_lse, problem.d_cos, problem.x_hat))
+    weight, variant = _centres(problem, dtype), problem.variant
+    about = problem.index, problem.labels, problem.lse_neg.to(dtype), variant.scale, None, 0
+    if not variant.step:
+        rest = *about, precision, variant.counted
+        return backend.row_stats_backward(d_lse, d_cos, x_hat, weight, *rest)
+    # a buffer of zeros becomes the gradient
+    weight, buffer = weight.clone(), torch.zeros_like(weight, dtype=dtype)
+    step = SgdUpdate(0.1, 0.9, 0.0, False)
+    backend.centre_step(
+        weight, buffer, step, d_lse, d_cos, x_hat, *about, precision, variant.counted
     )
+    return buffer
 
 
 def _named(problem: Problem, result) -> dict[str, Tensor]:
