@@ -405,7 +405,7 @@ def centre_pass(
 ) -> Tensor | None:
     """Gradient (C, D) of ``weight``, or (K, D) of its rows in ``index``: contiguous, in its dtype.
 
-    With ``update`` None: these rows of ``weight`` and of ``momentum`` are stepped in place.
+    None with ``update``: these rows of ``weight`` and ``momentum`` are stepped in place instead.
 
     Args:
         d_lse, lse_neg: (B,) contiguous, fp32.
