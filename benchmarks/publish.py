@@ -31,6 +31,7 @@ HEADLINES = ("arc-200k", "pfc-1m-r0.1")
 """Cases that README shows."""
 GLYPHS = "glyphs_cpu"
 ONE_BIT = "glyphs_one_bit_cpu"
+MANY_GLYPHS = "glyphs_19k_cpu"
 PHASES = ("forward", "backward", "update")
 
 
@@ -203,6 +204,16 @@ def glyphs() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def many_glyphs() -> str:
+    """Accuracies and costs with ten times as many classes."""
+    found = committed(MANY_GLYPHS)
+    if found is None:
+        return f"{NOT_YET}: `python -m benchmarks.glyphs --classes 19000`.\n"
+    where = f"[{MANY_GLYPHS}.json](../benchmarks/results/{MANY_GLYPHS}.json)"
+    tables = glyph_pages.accuracies(found), glyph_pages.costs(found)
+    return "\n\n".join((f"{glyph_pages.origin(found)}, {where}.", *tables)) + "\n"
+
+
 def glyphs_summary() -> str:
     """Of the same in a few lines."""
     found = committed(GLYPHS)
@@ -322,6 +333,7 @@ def blocks() -> dict[str, str]:
         "dropins": dropins(),
         "record-reading": record_reading(),
         "glyphs": glyphs(),
+        "glyphs-many": many_glyphs(),
         "glyphs-summary": glyphs_summary(),
         "glyphs-rounding": glyphs_rounding(),
         "results": results(found),
