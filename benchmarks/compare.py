@@ -1,7 +1,13 @@
-"""Two reports: ratios of the second to the first, with the spread of both."""
+"""Two reports: ratios of the second to the first, with the spread of both.
+
+Between two runs the machine changes too: clocks, neighbours, where pages lie. The peers of a case
+run the same code both times, so what the others of them do is taken off a row's ratio.
+"""
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -13,11 +19,16 @@ from benchmarks.spread import Spread, ratio_of_runs
 
 @dataclass(frozen=True)
 class Difference:
-    """step: ratio of the second report's step to the first's. memory: of the peaks, or None."""
+    """step: ratio of the second report's step to the first's, over ``machine``.
+
+    machine: the median of that ratio over the peers of the case, without this one; 1 if there is
+    none. memory: ratio of the peaks, or None.
+    """
 
     case: str
     contender: str
     step: Spread
+    machine: float
     memory: float | None
 
     @property
@@ -31,16 +42,26 @@ class Difference:
 def differences(first: dict, second: dict) -> list[Difference]:
     """Of every row that was measured in both."""
     old = {_key(row): row for row in first["rows"] if row["status"] == "measured"}
+    both = [
+        (row, old[_key(row)])
+        for row in second["rows"]
+        if row["status"] == "measured" and _key(row) in old
+    ]
+    steps = [ratio_of_runs(row["seconds"]["step"], then["seconds"]["step"]) for row, then in both]
+    peers: dict[str, dict[str, float]] = defaultdict(dict)
+    for (row, _), step in zip(both, steps, strict=True):
+        if not row["ours"]:
+            peers[row["case"]["name"]][row["contender"]] = step.median
     found = []
-    for row in second["rows"]:
-        before = old.get(_key(row))
-        if before is None or row["status"] != "measured":
-            continue
+    for (row, then), step in zip(both, steps, strict=True):
+        case, name = row["case"]["name"], row["contender"]
+        others = [value for peer, value in peers[case].items() if peer != name]
+        machine = statistics.median(others) if others else 1.0
         memory = None
-        if before.get("peak_bytes") and "peak_bytes" in row:
-            memory = row["peak_bytes"] / before["peak_bytes"]
-        step = ratio_of_runs(row["seconds"]["step"], before["seconds"]["step"])
-        found.append(Difference(row["case"]["name"], row["contender"], step, memory))
+        if then.get("peak_bytes") and "peak_bytes" in row:
+            memory = row["peak_bytes"] / then["peak_bytes"]
+        step = Spread(*(value / machine for value in (step.median, step.low, step.high)))
+        found.append(Difference(case, name, step, machine, memory))
     return found
 
 
@@ -68,11 +89,13 @@ def warnings(first: dict, second: dict) -> list[str]:
 
 
 def print_differences(console: Console, first: dict, second: dict) -> None:
-    table = Table("case", "", "step, second / first", "memory", "", title="Second run / first run")
+    columns = "case", "", "step, over machine", "machine", "memory", ""
+    table = Table(*columns, title="Second run / first run")
     for found in differences(first, second):
         memory = "" if found.memory is None else f"{found.memory:.2f}"
         step = ratio(vars(found.step))
-        table.add_row(found.case, found.contender, step, memory, found.verdict)
+        machine = f"{found.machine:.2f}"
+        table.add_row(found.case, found.contender, step, machine, memory, found.verdict)
     console.print(table)
     for line in warnings(first, second):
         console.print(line, highlight=False)

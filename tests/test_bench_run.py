@@ -96,20 +96,45 @@ def test_a_report_agrees_with_itself_and_not_with_one_twice_as_slow(finished, tm
     assert {one.verdict for one in compare.differences(found, found)} == {"same"}
     slow = json.loads(json.dumps(found))
     for row in slow["rows"]:
-        if row["status"] == "measured":
+        if row["status"] == "measured" and row["ours"]:
             low, high = min(row["seconds"]["step"]), max(row["seconds"]["step"])
             row["seconds"]["step"] = [2 * high * high / low] * 3
             row["peak_bytes"] *= 3
     changed = compare.differences(found, slow)
-    assert len(changed) == 4 and {one.verdict for one in changed} == {"slower"}
-    assert {round(one.memory) for one in changed} == {3}
-    assert {one.verdict for one in compare.differences(slow, found)} == {"faster"}
+    assert len(changed) == 4
+    ours = [one for one in changed if one.contender.startswith("fastmargin")]
+    assert ours and {one.verdict for one in ours} == {"slower"}
+    assert {round(one.memory) for one in ours} == {3}
+    assert {one.verdict for one in changed if one not in ours} == {"same"}
+    back = compare.differences(slow, found)
+    assert {one.verdict for one in back if one.contender.startswith("fastmargin")} == {"faster"}
     slow["provenance"]["device"] = "another"
     (tmp_path / "slow.json").write_text(json.dumps(slow))
     both = [str(folder / "bench.json"), str(tmp_path / "slow.json")]
     assert run.main(["--compare", *both]) == 0
     told = capsys.readouterr().out
     assert "slower" in told and "another" in told
+
+
+def test_what_all_peers_do_is_the_machine():
+    def report(**steps):
+        rows = [
+            {"case": {"name": "a"}, "contender": name, "ours": name == "own", "status": "measured"}
+            | {"seconds": {"step": [value] * 3}}
+            for name, value in steps.items()
+        ]
+        return {"rows": rows}
+
+    first = report(own=1.0, one=1.0, two=1.0, three=1.0)
+    slower_machine = report(own=2.0, one=2.0, two=2.0, three=2.0)
+    found = compare.differences(first, slower_machine)
+    assert [one.machine for one in found] == [2.0] * 4
+    assert {one.verdict for one in found} == {"same"}
+    own, one, *_ = compare.differences(first, report(own=3.0, one=3.0, two=2.0, three=2.0))
+    assert (own.machine, own.step.median, own.verdict) == (2.0, 1.5, "slower")
+    assert (one.step.median, one.verdict) == (1.5, "slower")  # a peer is not its own yardstick
+    (alone,) = compare.differences(report(own=1.0), report(own=1.2))
+    assert (alone.machine, alone.verdict) == (1.0, "slower")
 
 
 def test_without_matplotlib_there_are_no_pictures_and_the_remedy(monkeypatch, tmp_path, capsys):
