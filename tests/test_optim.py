@@ -353,6 +353,19 @@ actions = st.one_of(
 )
 
 
+@pytest.mark.parametrize("lr", [5e-324, 1e-320, 1e-315, 1e-308])
+def test_a_learning_rate_that_float64_hardly_holds(lr):
+    """Rows that never had a gradient stay where they are, and do not become 0 / 0."""
+    weight = torch.nn.Parameter(torch.ones(4, 2))
+    optimizer = RowAdamW([weight], lr=lr)
+    for _ in range(3):
+        rows, values = torch.tensor([[0]]), torch.ones(1, 2)
+        weight.grad = torch.sparse_coo_tensor(rows, values, (4, 2), check_invariants=False)
+        optimizer.step()
+    optimizer.settle()
+    assert torch.equal(weight.detach(), torch.ones(4, 2))
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     rule=st.sampled_from(list(RULES)),

@@ -15,6 +15,10 @@ from fastmargin.optim.row_optimizer import RowOptimizer
 __all__ = ["RowAdamW"]
 
 
+LEAST_MOVEMENT = 1e-290
+"""Sums of learning rates up to here move nothing, in any float type."""
+
+
 @dataclass(frozen=True)
 class AdamWStep:
     """One step, the ``count``-th of its parameter, from 1.
@@ -64,7 +68,10 @@ class AdamWStep:
     @staticmethod
     def catch_up(ways: Tensor, weight: Tensor, mean: Tensor, square: Tensor) -> None:
         *_, moved, moved_eps = ways
-        eps = torch.where(moved > 0, moved_eps / moved, 1)  # any number will do beside moved = 0
+        # any number will do beside moved = 0; of what float64 hardly holds the quotient may be 0
+        some = moved > LEAST_MOVEMENT
+        moved = torch.where(some, moved, 0)
+        eps = torch.where(some, moved_eps / torch.where(some, moved, 1), 1)
         ways = torch.stack([*ways[:3], moved, eps])
         decay, of_mean, of_square, moved, eps = beside(ways, weight)
         direction = mean / square.sqrt().add_(eps)
