@@ -1,4 +1,4 @@
-"""``fastmargin tune``: what is chosen was right and faster, is written, and is then used.
+"""``fastmargin tune``: what is chosen was right and faster.
 
 Kernels run in the interpreter on small problems. Where a time must come out one way or the other,
 the clock is one that is set by the tile.
@@ -6,37 +6,37 @@ the clock is one that is set by the tile.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import device_for
-from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from fastmargin import doctor
+from tune_cases import (
+    GOOD,
+    OPERATIONS,
+    OTHER,
+    SHAPE,
+    Bars,
+    TileClock,
+    broken,
+    interpreted_machine,
+    pick,
+    trial_with,
+)
+
 from fastmargin.backends.triton import BACKEND, tuned
-from fastmargin.backends.triton.configs import SHARED_LIMIT, TileConfig, choose
-from fastmargin.cli import app
-from fastmargin.tune import candidates, command, problem, trial
-from fastmargin.tune import search as search_module
-from fastmargin.tune.clock import DeviceClock, HostClock, Spread
+from fastmargin.backends.triton.configs import SHARED_LIMIT, TileConfig
+from fastmargin.tune import candidates, problem, trial
+from fastmargin.tune.clock import DeviceClock, Spread
 from fastmargin.tune.problem import PLAIN, Shape
 from fastmargin.tune.search import LEAST_TURNS, MOST_TURNS, search
 from fastmargin.tune.trial import Machine, Trial, TuneError
-
-SHAPE = Shape(18, 40, 40)
-GOOD = TileConfig(32, 16, 64, 64, 4, 1)
-OTHER = TileConfig(16, 64, 32, 64, 4, 1)
-HERE = tuned.Here({90: frozenset({"gpu"}), 80: frozenset({"a", "b"})}, "3.7", "1.0")
-ENTRY = tuned.Entry("topk", 512, "fp16", "gpu", 90, "3.7", "1.0", asdict(GOOD), {"turns": 9})
 
 
 @pytest.fixture(autouse=True)
@@ -48,223 +48,7 @@ def fresh_table():
 
 @pytest.fixture
 def interpreter():
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is for machines without a GPU")
-    device_for("triton")
-    return Machine(torch.device("cpu"), tuned.INTERPRETER, 0, HostClock())
-
-
-class Bars:
-    """A progress that remembers: what was begun, and steps of each."""
-
-    def __init__(self):
-        self.begun, self.steps = [], []
-
-    def begin(self, what, steps):
-        self.begun.append((what, steps))
-        self.steps.append(0)
-
-    def advance(self, steps=1):
-        self.steps[-1] += steps
-
-
-class TileClock:
-    """Says how long a tile takes, by the numbers that are chosen when it would run."""
-
-    def __init__(self, times, problem=("stats_sum", 40, "fp32", 0)):
-        self.times, self.problem, self.asked = times, problem, []
-
-    def seconds(self, _):
-        numbers = tuned.lookup(*self.problem)
-        tile = TileConfig(**numbers)
-        self.asked.append(tile)
-        value = self.times.get(tile, 1.0)
-        return value if isinstance(value, float) else value[len(self.asked) % len(value)]
-
-
-def pick(kernel, d=40, precision="fp32", arch=0):
-    return choose(kernel, d, precision, arch)
-
-
-# ---- the table ----
-
-
-def test_numbers_of_a_tile_have_one_list():
-    assert [field.name for field in fields(TileConfig)] == list(tuned.FIELDS)
-    assert tuned.PRECISIONS == BACKEND.precisions
-
-
-def test_a_table_is_read_as_it_was_written(tmp_path):
-    file = tmp_path / "new" / "tuned.json"
-    assert tuned.read(file) == tuned.Table()
-    second = replace(ENTRY, kernel="centre_pass")
-    tuned.write(file, [ENTRY, second])
-    assert tuned.read(file) == tuned.Table((ENTRY, second))
-    assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
-    (tmp_path / "plain").touch()
-    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others may read it
-
-
-def test_an_entry_replaces_that_of_its_key_only(tmp_path):
-    file = tmp_path / "tuned.json"
-    others = [replace(ENTRY, dim=256), replace(ENTRY, triton="3.6"), replace(ENTRY, device="x")]
-    tuned.write(file, [ENTRY, *others])
-    better = replace(ENTRY, tile=asdict(OTHER))
-    tuned.merge(file, better, better.key)
-    assert tuned.read(file).entries == (*others, better)
-    tuned.merge(file, None, ENTRY.key)
-    assert tuned.read(file).entries == tuple(others)
-    stamp = file.stat().st_mtime_ns
-    tuned.merge(file, None, ENTRY.key)
-    assert file.stat().st_mtime_ns == stamp
-
-
-def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
-    file = tmp_path / "tuned.json"
-    tuned.write(file, [ENTRY])
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(tuned.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        tuned.write(file, [])
-    assert tuned.read(file).entries == (ENTRY,)
-    assert [path.name for path in tmp_path.iterdir()] == ["tuned.json"]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"kernel": "stats"}, "unknown kernel 'stats'"),
-        ({"precision": "fp8"}, "precision must be one of"),
-        ({"dim": 0}, "dim must be at least 1"),
-        ({"dim": "512"}, "dim must be of type int"),
-        ({"arch": True}, "arch must be of type int"),
-        ({"tile": {"block_b": 64}}, "a tile has the numbers"),
-        ({"block_b": 48}, "block_b must be a power of two, got 48"),
-        ({"block_k": 8}, "block_k must be from 16 to 1024, got 8"),
-        ({"block_d": 2048}, "block_d must be from 16 to 1024"),
-        ({"block_c": 64.0}, "block_c must be a whole number"),
-        ({"num_warps": 6}, "num_warps must be a power of two"),
-        ({"num_stages": 0}, "num_stages must be from 1 to 8"),
-    ],
-)
-def test_bad_entries_are_refused_with_the_reason(tmp_path, change, reason):
-    raw = asdict(ENTRY)
-    for name, value in change.items():
-        (raw["tile"] if name in tuned.FIELDS else raw)[name] = value
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"format": 1, "entries": [raw, asdict(ENTRY)]}))
-    table = tuned.read(file)
-    assert table.entries == (ENTRY,)
-    assert len(table.refused) == 1 and table.refused[0].startswith("entry 0: ")
-    assert reason in table.refused[0]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"device": "other"},
-        {"arch": 100},
-        {"triton": "3.6"},
-        {"fastmargin": "0.9"},
-        {"arch": 80, "device": "a"},  # another GPU there has the same compute capability
-    ],
-)
-def test_entries_of_another_place_do_not_count(change):
-    tiles = tuned.applicable(tuned.Table((ENTRY, replace(ENTRY, **change))), HERE)
-    assert tiles == {("topk", 512, "fp16", 90): asdict(GOOD)}
-    assert tuned.applicable(tuned.Table((replace(ENTRY, **change),)), HERE) == {}
-
-
-def test_where_the_table_is(monkeypatch, tmp_path):
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "t.json"))
-    assert tuned.user_file() == tmp_path / "t.json"
-    monkeypatch.setenv(tuned.VARIABLE, "")
-    assert tuned.user_file() is None
-    monkeypatch.delenv(tuned.VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuned.user_file() == tmp_path / "fastmargin" / "tuned.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert tuned.user_file() == tmp_path / ".cache" / "fastmargin" / "tuned.json"
-
-    def no_home(_):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(tuned.Path, "expanduser", no_home)
-    assert tuned.user_file() is None and tuned.why_none() == "there is no home folder"
-    assert pick("topk") == candidates.shipped("topk", 40, "fp32", 0)
-
-
-# ---- the choice ----
-
-
-def test_a_choice_takes_the_tile_of_exactly_this_problem():
-    tile = TileConfig(64, 128, 256, 512, 4, 3)
-    base = pick("topk", 512, "fp16", 90)
-    with tuned.using({("topk", 512, "fp16", 90): asdict(tile)}):
-        assert pick("topk", 512, "fp16", 90) == tile
-        assert pick("topk", 512, "bf16", 90) == base
-        assert pick("topk", 500, "fp16", 90) == pick("topk", 512, "bf16", 90)
-        other = pick("stats_sum", 512, "fp16", 90)
-        assert other == candidates.shipped("stats_sum", 512, "fp16", 90) != tile
-        assert pick("topk", 512, "fp16", 100) != tile
-    assert pick("topk", 512, "fp16", 90) == base
-    with tuned.using({("topk", 512, "fp16", 90): asdict(tile)}):
-        assert candidates.shipped("topk", 512, "fp16", 90) == base
-    with tuned.using({("topk", 64, "fp16", 90): asdict(tile)}):
-        assert pick("topk", 64, "fp16", 90) == replace(tile, block_k=64, block_d=64)
-
-
-def test_the_table_is_read_once_and_first_at_a_choice(monkeypatch, tmp_path):
-    file = tmp_path / "tuned.json"
-    monkeypatch.setenv(tuned.VARIABLE, str(file))
-    monkeypatch.setattr(tuned, "here", lambda: HERE)
-    reads, read = [], tuned.read
-    monkeypatch.setattr(tuned, "read", lambda file: reads.append(file) or read(file))
-    tuned.write(file, [ENTRY])
-    assert reads == []
-    for _ in range(2):
-        assert pick("topk", 512, "fp16", 90) == GOOD
-    tuned.write(file, [])
-    assert pick("topk", 512, "fp16", 90) == GOOD and reads == [file]
-    with tuned.using({}):
-        assert pick("topk", 512, "fp16", 90) != GOOD
-    tuned.forget()
-    assert pick("topk", 512, "fp16", 90) != GOOD
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (None, "does not exist"),
-        ("{", "cannot read the table"),
-        ("[]", "has no list 'entries'"),
-        ('{"format": 2, "entries": []}', "has format 2"),
-        ('{"format": 1, "entries": [{"kernel": "topk"}]}', "entry 0: dim must be"),
-    ],
-)
-def test_a_bad_file_is_one_warning_and_no_table(monkeypatch, tmp_path, text, reason):
-    file = tmp_path / "tuned.json"
-    if text is not None:
-        file.write_text(text)
-    monkeypatch.setenv(tuned.VARIABLE, str(file))
-    with pytest.warns(UserWarning) as seen:
-        first = pick("topk")
-    assert len(seen) == 1 and reason in str(seen[0].message) and str(file) in str(seen[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert pick("topk") == first == candidates.shipped("topk", 40, "fp32", 0)
-
-
-def test_no_table_of_the_user_is_nothing_to_warn_of(monkeypatch, tmp_path):
-    monkeypatch.delenv(tuned.VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert pick("topk") == candidates.shipped("topk", 40, "fp32", 0)
+    return interpreted_machine()
 
 
 # ---- candidates ----
@@ -279,7 +63,7 @@ def test_the_grid_is_around_what_ships_and_bounded(arch, d):
             assert candidates.excess(kernel, base, d, precision, arch) is None
             tiles = candidates.grid(kernel, d, precision, arch)
             assert 20 < len(tiles) == len(set(tiles)) < 2500 and base not in tiles
-            assert sum(candidates.distance(tile, base) <= 1 for tile in tiles) >= 3
+            assert sum(candidates.distance(tile, base) <= 1 for tile in tiles) >= 4
             for tile in tiles:
                 assert tuned.fault(kernel, asdict(tile)) is None
                 with tuned.using({(kernel, d, precision, arch): asdict(tile)}):
@@ -328,29 +112,6 @@ def test_right_tiles_pass_in_every_variant(interpreter, kernel, precision):
     assert found.base == candidates.shipped(kernel, 40, precision, 0)
     assert found.wrong(GOOD) is None and found.wrong_elsewhere(GOOD) is None
     assert 0 < found.seconds(GOOD) < 60
-
-
-OPERATIONS = {
-    "stats_pull": ("row_stats", lambda stats: stats.pull[3].mul_(1.01)),
-    "stats_sum": ("row_stats", lambda stats: stats.lse_neg[3].add_(0.01)),
-    "centre_pass": ("row_stats_backward", lambda d_weight: d_weight[39].neg_()),
-    "topk": ("row_topk", lambda found: found[1][3].add_(1).remainder_(40)),
-}
-
-
-def broken(monkeypatch, kernel, tile, spoil, when=lambda arguments: True):
-    """The operation of a kernel, its result spoilt where this tile is chosen, or any if None."""
-    name, _ = OPERATIONS[kernel]
-    right = getattr(type(BACKEND), name)
-
-    def wrong(self, *arguments):
-        result = right(self, *arguments)
-        chosen = tuned.lookup(kernel, 40, "fp32", 0)
-        if (tile is None or chosen == asdict(tile)) and when(arguments):
-            spoil(result)
-        return result
-
-    monkeypatch.setattr(type(BACKEND), name, wrong)
 
 
 @pytest.mark.parametrize("kernel", tuned.KERNELS)
@@ -486,15 +247,6 @@ def test_fewer_negatives_than_asked_for(interpreter):
 
 
 # ---- the search ----
-
-
-def trial_with(times):
-    return Trial(
-        "stats_sum",
-        SHAPE,
-        "fp32",
-        Machine(torch.device("cpu"), tuned.INTERPRETER, 0, TileClock(times)),
-    )
 
 
 def test_the_fastest_right_tile_is_chosen(interpreter, monkeypatch):
@@ -639,221 +391,3 @@ def test_spread():
     assert Spread.of([float(v) for v in range(11)]) == Spread(5.0, 1.0, 9.0)
     assert Spread(1.0, 0.9, 1.1).below(Spread(2.0, 1.2, 3.0))
     assert not Spread(1.0, 0.9, 1.2).below(Spread(2.0, 1.2, 3.0))
-
-
-# ---- the command ----
-
-
-@pytest.fixture
-def settings(tmp_path):
-    return command.Settings(
-        (40,), 18, 40, "fp32", ("stats_sum",), 3600, output=tmp_path / "tuned.json"
-    )
-
-
-@pytest.fixture
-def few(monkeypatch):
-    monkeypatch.setattr(candidates, "grid", lambda *_: [GOOD, OTHER])
-
-
-def on_clock(times):
-    return Machine(torch.device("cpu"), tuned.INTERPRETER, 0, TileClock(times))
-
-
-def test_from_candidates_to_a_choice(interpreter, settings, few, monkeypatch):
-    """Measured, written, and taken by the next pass that runs."""
-    figures = command.run(settings, on_clock({GOOD: 0.5}), Bars())
-    (row,) = figures["results"]
-    assert row["faster"] and row["chosen"] == asdict(GOOD) and row["ratio"] == 0.5
-    (entry,) = tuned.read(settings.output).entries
-    assert entry.tile == asdict(GOOD)
-    assert entry.key[:5] == ("stats_sum", 40, "fp32", tuned.INTERPRETER, 0)
-    made = entry.made
-    assert (made["batch"], made["classes"]) == (18, 40) and made["torch"] == torch.__version__
-    assert made["shipped_ms"] == 1000 and made["chosen_ms"] == 500
-    assert made["shipped_tile"] == asdict(candidates.shipped("stats_sum", 40, "fp32", 0))
-    monkeypatch.setenv(tuned.VARIABLE, str(settings.output))
-    assert pick("stats_sum") == GOOD
-
-    taken, arguments = [], TileConfig.arguments
-    monkeypatch.setattr(TileConfig, "arguments", lambda tile: taken.append(tile) or arguments(tile))
-    problem.run(problem.make_problem("stats_sum", SHAPE, "fp32", PLAIN, torch.device("cpu")))
-    assert taken == [GOOD]
-
-
-def test_measured_in_the_interpreter(interpreter, settings, few, monkeypatch):
-    """With the real clock; which tile wins is not said beforehand."""
-    monkeypatch.setattr(search_module, "MOST_TURNS", 2)
-    figures = command.run(settings, interpreter, Bars())
-    (row,) = figures["results"]
-    assert row["looked_at"] == 2 and row["refused"] == [] and row["shipped_ms"]["median"] > 0
-    assert len(tuned.read(settings.output).entries) == row["faster"]
-
-
-def test_the_table_of_before_is_tried_first_and_corrected(interpreter, settings, monkeypatch):
-    monkeypatch.setattr(candidates, "grid", lambda *_: [OTHER])
-    at = tuned.here()
-    here = (tuned.INTERPRETER, 0, at.triton, at.fastmargin)
-    mine = tuned.Entry("stats_sum", 40, "fp32", *here, asdict(GOOD))
-    tuned.write(settings.output, [ENTRY, mine])
-    clock = on_clock({GOOD: 0.5, OTHER: 0.6})
-    command.run(settings, clock, Bars())
-    assert next(t for t in clock.clock.asked if t in (GOOD, OTHER)) == GOOD
-    assert [e.tile for e in tuned.read(settings.output).entries] == [ENTRY.tile, asdict(GOOD)]
-    command.run(settings, on_clock({}), Bars())  # now it is no faster than as shipped
-    assert tuned.read(settings.output).entries == (ENTRY,)
-
-
-def test_an_interrupt_keeps_what_is_done(interpreter, settings, few):
-    class Interrupted(TileClock):
-        def seconds(self, work):
-            if tuned.lookup(*self.problem) is None:  # another kernel
-                raise KeyboardInterrupt
-            return super().seconds(work)
-
-    machine = replace(interpreter, clock=Interrupted({GOOD: 0.5}))
-    figures = command.run(replace(settings, kernels=("stats_sum", "topk")), machine, Bars())
-    assert figures["interrupted"] and [r["kernel"] for r in figures["results"]] == ["stats_sum"]
-    assert len(tuned.read(settings.output).entries) == 1
-
-
-def test_an_error_later_on_keeps_what_is_done(interpreter, settings, few, monkeypatch):
-    made = command.Trial
-
-    def fail(kernel, *rest):
-        if kernel == "topk":
-            raise TuneError("out of luck")
-        return made(kernel, *rest)
-
-    monkeypatch.setattr(command, "Trial", fail)
-    both = replace(settings, kernels=("stats_sum", "topk"))
-    figures = command.run(both, on_clock({GOOD: 0.5}), Bars())
-    assert figures["error"] == "out of luck" and len(figures["results"]) == 1
-    assert len(tuned.read(settings.output).entries) == 1
-    with pytest.raises(TuneError, match="out of luck"):
-        command.run(replace(settings, kernels=("topk",)), on_clock({}), Bars())
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dims": (2000,)}, "--dim must be from 1 to 1024, got 2000"),
-        ({"batch": 0}, "--batch must be at least 1"),
-        ({"classes": 1}, "--classes must be at least 2"),
-        ({"precision": "fp8"}, "--precision must be one of"),
-        ({"kernels": ("stats",)}, "--kernel must be one of"),
-        ({"seconds": 0.0}, "--seconds must be more than 0"),
-    ],
-)
-def test_bad_settings_are_refused_first(interpreter, settings, monkeypatch, change, reason):
-    monkeypatch.setattr(command, "Trial", None)
-    with pytest.raises(TuneError, match=reason):
-        command.run(replace(settings, **change), interpreter, Bars())
-
-
-def test_a_file_that_cannot_be_written_is_refused_first(
-    interpreter, settings, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(command, "Trial", None)
-    with pytest.raises(OSError, match="folder"):
-        command.run(replace(settings, output=tmp_path), interpreter, Bars())
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="no folder"):
-        command.run(replace(settings, output=tmp_path / "file" / "t.json"), interpreter, Bars())
-    settings.output.write_text("{")
-    with pytest.raises(tuned.TableError, match="cannot read"):
-        command.run(settings, interpreter, Bars())
-    assert settings.output.read_text() == "{"
-    with pytest.raises(TuneError, match="is empty"):  # FASTMARGIN_TUNED, in the tests
-        command.run(replace(settings, output=None), interpreter, Bars())
-
-
-def invoke(*arguments, code=0, **environ):
-    environ = {"COLUMNS": "200", "NO_COLOR": "1"} | environ
-    outcome = CliRunner().invoke(app, ["tune", *map(str, arguments)], env=environ)
-    assert outcome.exit_code == code, outcome.output
-    return outcome
-
-
-def test_command(interpreter, few, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "machine", lambda: on_clock({GOOD: 0.5}))
-    file = tmp_path / "mine.json"
-    options = ("--dim", 40, "--batch", 18, "--classes", 40, "--precision", "fp32")
-    options = (*options, "--kernel", "stats_sum", "--seconds", 3600, "--output", file)
-    text = invoke(*options, "--dry-run").stdout
-    assert "Nothing was measured" in text and str(file) in text and not file.exists()
-    assert "16 32 32 32, 4 warps, 1 stage" in text
-    figures = json.loads(invoke(*options, "--dry-run", "--json").stdout)
-    assert figures["results"][0]["candidates"] == [asdict(GOOD), asdict(OTHER)]
-    text = invoke(*options).stdout
-    assert "32 16 64 64, 4 warps, 1 stage " in text and "0.500" in text
-    assert "1 of 1 faster than as shipped" in text and str(file) in text
-    figures = json.loads(invoke(*options, "--json").stdout)
-    assert figures["results"][0]["chosen"] == asdict(GOOD)
-    assert len(tuned.read(file).entries) == 1
-    assert "Would delete" in invoke("--reset", "--dry-run", "--output", file).stdout
-    assert file.exists()
-    assert f"Deleted {file}" in invoke("--reset", "--output", file).stdout
-    assert not file.exists()
-    assert f"No {file}" in invoke("--reset", "--output", file).stdout
-    ended = {"results": [], "interrupted": True}
-    monkeypatch.setattr(command, "run", lambda *_: ended)
-    invoke(*options, "--json", code=130)
-    monkeypatch.setattr(command, "run", lambda *_: ended | {"interrupted": False, "error": "x"})
-    invoke(*options, "--json", code=1)
-
-
-def test_command_without_a_gpu(interpreter, monkeypatch, tmp_path):
-    assert "TRITON_INTERPRET is set" in invoke(code=1).stderr
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert "measured on a CUDA GPU, and there is none here" in invoke(code=1).stderr
-    outcome = invoke("--reset", code=1)
-    assert "FASTMARGIN_TUNED is empty" in outcome.stderr
-    mine = tmp_path / "t.json"
-    mine.touch()
-    invoke("--reset", FASTMARGIN_TUNED=str(mine))
-    assert not mine.exists()
-
-
-def test_the_doctor_tells_of_the_table(monkeypatch, tmp_path):
-    def lines():
-        return doctor.tile_shapes(tuned.describe())
-
-    assert lines() == ["Tile shapes of the Triton kernels: as shipped; FASTMARGIN_TUNED is empty"]
-    file = tmp_path / "tuned.json"
-    monkeypatch.setenv(tuned.VARIABLE, str(file))
-    assert "as shipped" in lines()[0] and "does not exist" in lines()[1]
-    monkeypatch.setattr(tuned, "here", lambda: HERE)
-    passed = {"errors": {"fp32": 0.0}, "passed": True}
-    monkeypatch.setattr(doctor, "self_test", lambda _: passed)
-    tuned.write(file, [ENTRY, replace(ENTRY, kernel="centre_pass"), replace(ENTRY, arch=100)])
-    first, second = lines()
-    assert f"{file}, 2 of 3 entries in use here" in first
-    assert second == "left out: there is no gpu here"
-    file.write_text("{")
-    assert "cannot read the table" in lines()[1]
-    report = doctor.examine()
-    assert report["tuned"] == tuned.describe()
-    outcome = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    assert f"Tile shapes of the Triton kernels: {file}, 0 of 0 entries" in outcome.stdout
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu(tmp_path):
-    settings = command.Settings(
-        (128,), 256, 20_000, "fp16", ("stats_sum", "centre_pass"), 15, output=tmp_path / "t.json"
-    )
-    figures = command.run(settings, command.machine(), Bars())
-    for row in figures["results"]:
-        assert row["looked_at"] > 0 and row["shipped_ms"]["median"] > 0
-    applied = tuned.applicable(tuned.read(settings.output), tuned.here())
-    assert len(applied) == sum(row["faster"] for row in figures["results"])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_spill_on_a_gpu_is_refused():
-    found = Trial("centre_pass", Shape(128, 512, 512), "fp16", command.machine())
-    reason = found.wrong(TileConfig(64, 128, 64, 512, 4, 1))
-    assert reason and ("spills" in reason or "OutOfResources" in reason)

@@ -11,6 +11,8 @@ from fastmargin.backends.triton.configs import SHARED_LIMIT, TileConfig, block_o
 
 ROWS = CLASSES = (16, 32, 64, 128)
 CHUNKS = (64, 128, 256, 512)
+SMALL_CHUNK = 32
+"""Without an accumulator beside them tiles are larger, and may stream narrower chunks."""
 COLUMNS = (128, 256, 512)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
@@ -34,7 +36,8 @@ def has_accumulator(kernel: str) -> bool:
 def grid(kernel: str, d: int, precision: str, arch: int) -> list[TileConfig]:
     """The candidates, without the tile that ships."""
     base, block = shipped(kernel, d, precision, arch), block_of(d)
-    chunks = _within((*CHUNKS, block, base.block_k), block)
+    small = () if has_accumulator(kernel) else (SMALL_CHUNK,)
+    chunks = _within((*small, *CHUNKS, block, base.block_k), block)
     columns = (
         _within((*COLUMNS, base.block_d), block) if has_accumulator(kernel) else [base.block_d]
     )
