@@ -81,7 +81,8 @@ class Learner:
             )
             for optimiser in (self.backbone_optimiser, self.head_optimiser)
         ]
-        self.losses: list[Tensor] = []
+        # one by one they would lie between the logits in memory and keep it from being used again
+        self.losses = torch.empty(steps, device=device)
         self.head_seconds: list[float] = []
 
     def step(self, views: Tensor, labels: Tensor) -> None:
@@ -94,8 +95,8 @@ class Learner:
         self.head_optimiser.zero_grad()
         loss.backward()
         self.head_optimiser.step()
+        self.losses[len(self.head_seconds)] = loss.detach()
         self.head_seconds.append(_now(views.device) - start)
-        self.losses.append(loss.detach())
         self.backbone_optimiser.zero_grad()
         embeddings.backward(leaf.grad)
         self.backbone_optimiser.step()
@@ -108,9 +109,8 @@ class Learner:
             self.head.margin.end_epoch()
 
     def trained(self) -> Trained:
-        return Trained(
-            self.network, self.head, torch.stack(self.losses).cpu().double(), self.head_seconds
-        )
+        losses = self.losses[: len(self.head_seconds)].cpu().double()
+        return Trained(self.network, self.head, losses, self.head_seconds)
 
 
 def train_in_step(
