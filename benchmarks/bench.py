@@ -20,12 +20,14 @@ MARKED = 0.25
 
 @dataclass(frozen=True)
 class Settings:
-    """repeats: turns that count. seconds: after so long a case starts no further turn. only: keep
+    """repeats: turns that count. seconds: after so long a case starts no further turn. rounds: all
+    cases are gone through so often, each time with new heads and its share of the turns. only: keep
     contenders whose names contain one of these. memory, accuracy: whether to measure them.
     small_ceilings: from small operands, for tests."""
 
     repeats: int = 9
     seconds: float = 15.0
+    rounds: int = 3
     only: tuple[str, ...] = ()
     memory: bool = True
     accuracy: bool = True
@@ -41,7 +43,8 @@ def pieces(cases: list[Case], device: torch.device, settings: Settings) -> int:
     count = 2
     for case in cases:
         able = [c for c in _takers(case, device, settings) if c.refuses(case, device) is None]
-        count += len(able) * (2 + settings.memory) if case.world == 1 else 1
+        once = (1 + settings.memory) * (case.world == 1)
+        count += len(able) * once + settings.rounds * (len(able) if case.world == 1 else 1)
     return count
 
 
@@ -55,7 +58,12 @@ def run(
     tell("ceilings: matrix product and copy")
     ceilings = roofline.measure(device, clock, settings.small_ceilings)
     bench = _Bench(device, settings, clock, canary, ceilings, tell)
-    rows = [row for case in cases for row in bench.case(case)]
+    entries = [bench.enter(case) for case in cases]
+    # far apart, so that the spread holds what changes in a machine from minute to minute
+    for turn in range(settings.rounds):
+        for entry in entries:
+            bench.round(entry, turn == 0)
+    rows = [row for entry in entries for row in bench.finished(entry)]
     tell("error against float64")
     errors = bench.accuracy(cases) if settings.accuracy else []
     canary.sing()
@@ -73,37 +81,55 @@ def run(
     }
 
 
+@dataclass
+class _Entry:
+    """What is known of a case: rows and times by contender, and who is still in it."""
+
+    case: Case
+    rows: dict[str, dict]
+    able: list[Contender]
+    times: dict[str, timing.Times]
+
+
 class _Bench:
     def __init__(self, device, settings, clock, canary, ceilings, tell) -> None:
         self.device, self.settings, self.clock, self.canary = device, settings, clock, canary
         self.ceilings, self.tell = ceilings, tell
         self.verdicts: dict[tuple[str, Case], gate.Verdict | Exception] = {}
 
-    def case(self, case: Case) -> list[dict]:
-        """Rows of one case, in the order of the contenders."""
+    def enter(self, case: Case) -> _Entry:
+        """Gates; rows come in the order of the contenders."""
         takers = _takers(case, self.device, self.settings)
-        rows = {taker.name: _row(case, taker) for taker in takers}
-        able = []
+        entry = _Entry(case, {taker.name: _row(case, taker) for taker in takers}, [], {})
         for taker in takers:
-            row, refusal = rows[taker.name], taker.refuses(case, self.device)
+            row, refusal = entry.rows[taker.name], taker.refuses(case, self.device)
             if refusal is not None:
                 row |= {"status": "not run", "reason": refusal}
             elif case.world > 1 or self._passes(case, taker, row):
-                able.append(taker)
-        if case.world > 1:
-            self.tell(f"{case.name}: {case.world} processes")
-            self._shared_out(case, able, rows)
+                entry.able.append(taker)
+        return entry
+
+    def round(self, entry: _Entry, first: bool) -> None:
+        """Times of everybody with new heads; in the first round memory, too."""
+        if entry.case.world > 1:
+            self.tell(f"{entry.case.name}: {entry.case.world} processes")
+            self._shared_out(entry)
         elif self.device.type == "cuda":
-            for taker in able:  # one at a time: several would not fit together
-                self._memory_and_times(case, [taker], rows)
+            for taker in list(entry.able):  # one at a time: several would not fit together
+                self._memory_and_times(entry, [taker], first)
         else:
-            self._memory_and_times(case, able, rows)
-        self._ratios(rows)
-        return list(rows.values())
+            self._memory_and_times(entry, list(entry.able), first)
+
+    def finished(self, entry: _Entry) -> list[dict]:
+        """The rows, with all times."""
+        for taker in entry.able:
+            self._fill(entry.rows[taker.name], entry.case, entry.times[taker.name])
+        self._ratios(entry.rows)
+        return list(entry.rows.values())
 
     def _passes(self, case: Case, taker: Contender, row: dict) -> bool:
         self.tell(f"{case.name}: gate of {taker.name}")
-        key = taker.name, replace(gate_case(case), name="", suites=(), state="none")
+        key = taker.name, replace(gate_case(case), name="", suites=())
         if key not in self.verdicts:
             try:
                 self.verdicts[key] = gate.check(taker, case, self.device)
@@ -119,21 +145,27 @@ class _Bench:
             row |= {"status": "failed gate", "reason": verdict.reason}
         return verdict.passed
 
-    def _memory_and_times(self, case: Case, takers: list[Contender], rows: dict) -> None:
+    def _out(self, entry: _Entry, taker: Contender, problem: dict) -> None:
+        """It takes no further part, and what was timed does not count."""
+        entry.rows[taker.name] |= problem
+        entry.able.remove(taker)
+
+    def _memory_and_times(self, entry: _Entry, takers: list[Contender], first: bool) -> None:
         on_cpu, heads, batches = self.device.type == "cpu", {}, {}
+        case, want_memory = entry.case, self.settings.memory and first
         for taker in takers:
-            row = rows[taker.name]
+            row = entry.rows[taker.name]
             try:
-                if self.settings.memory and on_cpu:  # first, since a process may die of it
+                if want_memory and on_cpu:  # first, since a process may die of it
                     self.tell(f"{case.name}: memory of {taker.name}")
                     threads = torch.get_num_threads()
                     row |= asdict(memory.in_fresh_process(case, taker.name, threads))
                 head, own = self._make(case, taker)
-                if self.settings.memory and not on_cpu:
+                if want_memory and not on_cpu:
                     self.tell(f"{case.name}: memory of {taker.name}")
                     row |= asdict(memory.of_step(head, own, self.device))
             except Exception as error:
-                row |= _failure(error)
+                self._out(entry, taker, _failure(error))
                 head = own = None
             if head is None:  # what the error held is free by now
                 _let_go(self.device)
@@ -143,11 +175,15 @@ class _Bench:
         for name in heads:
             self.tell(f"{case.name}: times of {name if not on_cpu else 'all in turns'}")
         settings = self.settings
-        found = timing.measure(
-            heads, batches, self.clock, self.canary, settings.repeats, settings.seconds
-        )
-        for name, times in found.items():
-            self._fill(rows[name], case, times)
+        repeats = -(-settings.repeats // settings.rounds)
+        seconds = settings.seconds / settings.rounds
+        found = timing.measure(heads, batches, self.clock, self.canary, repeats, seconds)
+        for taker in [taker for taker in takers if taker.name in found]:
+            times = found[taker.name]
+            if times.error is not None:
+                self._out(entry, taker, _failure(times.error))
+            else:
+                entry.times.setdefault(taker.name, timing.Times()).extend(times)
         heads.clear()
         batches.clear()
         _let_go(self.device)
@@ -157,27 +193,24 @@ class _Bench:
         weight = data.centres(case, self.device, unit)
         return taker.make(case, weight), data.batches(case, self.device, unit)
 
-    def _shared_out(self, case: Case, takers: list[Contender], rows: dict) -> None:
-        for taker in takers:
-            row, before = rows[taker.name], self.canary.sing()
+    def _shared_out(self, entry: _Entry) -> None:
+        case, repeats = entry.case, -(-self.settings.repeats // self.settings.rounds)
+        for taker in list(entry.able):
+            row, before = entry.rows[taker.name], self.canary.sing()
             try:
-                verdict, times = sharded.measure(
-                    case, taker.name, self.device, self.settings.repeats
-                )
+                verdict, times = sharded.measure(case, taker.name, self.device, repeats)
             except Exception as error:
-                row |= _failure(error)
+                self._out(entry, taker, _failure(error))
                 continue
             row["gate"] = {"errors": verdict.errors, "allowed": verdict.allowed}
             if not verdict.passed:
-                row |= {"status": "failed gate", "reason": verdict.reason}
+                problem = {"status": "failed gate", "reason": verdict.reason}
+                self._out(entry, taker, problem)
                 continue
             times.around = [(before, self.canary.sing())] * len(times.step)
-            self._fill(row, case, times)
+            entry.times.setdefault(taker.name, timing.Times()).extend(times)
 
     def _fill(self, row: dict, case: Case, times: timing.Times) -> None:
-        if times.error is not None:
-            row |= _failure(times.error)
-            return
         floor, step = roofline.floor(case), Spread.of(times.step)
         row |= {
             "status": "measured",

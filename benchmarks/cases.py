@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 MARGINS = ("arcface", "cosface", "adaface")
 DTYPES = ("float32", "bfloat16", "float16")
-STATES = ("none", "sgd")
+STATES = ("none", "sgd", "sgd-16-bit", "sgd-16-bit-plain")
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,10 @@ class Case:
 
     batch, classes, dim: B, C, D. margin: one of MARGINS, at its usual setting. dtype: of the
     centres; embeddings are float32. rate: share of the classes that take part, in (0, 1]. state:
-    "none" for forward and backward alone, "sgd" for a whole step with momentum and weight decay.
-    world: processes that share out the classes, each with ``batch`` rows.
+    "none" for forward and backward alone, "sgd" for a whole step with momentum and weight decay,
+    "sgd-16-bit" for one with momentum in 16 bits, as the centres (ours: stochastic rounding),
+    "sgd-16-bit-plain" for the same without momentum. world: processes that share out the classes,
+    each with ``batch`` rows.
     """
 
     name: str
@@ -46,17 +48,23 @@ class Case:
         """Classes that take part in a step, over all processes."""
         return self.classes if self.rate == 1 else max(1, int(self.rate * self.classes))
 
+    @property
+    def momentum(self) -> bool:
+        """Whether the optimiser keeps momentum."""
+        return self.state in ("sgd", "sgd-16-bit")
+
 
 CPU, LARGE, GPU, SMOKE = ("cpu",), ("cpu-large",), ("gpu",), ("smoke",)
+HALF, LOW, LEAST = "float16", "sgd-16-bit", "sgd-16-bit-plain"
 CASES = (
     Case("smoke-arc", 16, 500, 32, suites=SMOKE),
     Case("smoke-ada", 16, 300, 32, "adaface", suites=SMOKE),
     Case("smoke-pfc", 16, 600, 32, "cosface", rate=0.2, state="sgd", suites=SMOKE),
     # growing numbers of identities, otherwise alike
-    Case("arc-5k", 256, 5_000, 128, suites=CPU),
-    Case("arc-20k", 256, 20_000, 128, suites=CPU),
-    Case("arc-80k", 256, 80_000, 128, suites=CPU),
-    Case("arc-200k", 256, 200_000, 128, suites=LARGE),
+    Case("arc-5k", 256, 5_000, 128, state="sgd", suites=CPU),
+    Case("arc-20k", 256, 20_000, 128, state="sgd", suites=CPU),
+    Case("arc-80k", 256, 80_000, 128, state="sgd", suites=CPU),
+    Case("arc-200k", 256, 200_000, 128, state="sgd", suites=LARGE),
     Case("ada-20k", 256, 20_000, 128, "adaface", suites=CPU),
     Case("arc-20k-d512", 256, 20_000, 512, suites=LARGE),
     # a whole step at falling sample rates
@@ -66,17 +74,23 @@ CASES = (
     Case("pfc-1m-r0.1", 256, 1_000_000, 128, "cosface", rate=0.1, state="sgd", suites=LARGE),
     Case("world2-20k", 128, 20_000, 128, "cosface", state="sgd", world=2, suites=LARGE),
     # a GPU, what matters most first: gpu-check stops when its time is up
-    Case("gpu-100k", 512, 100_000, 512, suites=GPU),
-    Case("gpu-1m", 1024, 1_000_000, 512, suites=GPU),
-    Case("gpu-10m", 1024, 10_000_000, 512, suites=GPU),
+    Case("gpu-100k", 512, 100_000, 512, state="sgd", suites=GPU),
+    Case("gpu-1m", 1024, 1_000_000, 512, state="sgd", suites=GPU),
+    Case("gpu-10m", 1024, 10_000_000, 512, state="sgd", suites=GPU),
+    Case("gpu-1m-16-bit", 1024, 1_000_000, 512, dtype=HALF, state=LOW, suites=GPU),
+    Case("gpu-10m-16-bit", 1024, 10_000_000, 512, dtype=HALF, state=LOW, suites=GPU),
+    Case("gpu-100m", 1024, 100_000_000, 512, dtype=HALF, state=LEAST, suites=GPU),
     Case("gpu-pfc-1m-r0.1", 1024, 1_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
     Case("gpu-pfc-10m-r0.1", 8192, 10_000_000, 512, "cosface", rate=0.1, state="sgd", suites=GPU),
-    Case("gpu-1m-b4096", 4096, 1_000_000, 512, suites=GPU),
+    Case("gpu-1m-b4096", 4096, 1_000_000, 512, state="sgd", suites=GPU),
+    Case("gpu-1m-b4096-16-bit", 4096, 1_000_000, 512, dtype=HALF, state=LOW, suites=GPU),
     Case("gpu-ada-1m", 1024, 1_000_000, 512, "adaface", suites=GPU),
     Case("gpu-pfc-1m-r1", 1024, 1_000_000, 512, "cosface", state="sgd", suites=GPU),
     Case("gpu-pfc-1m-r0.3", 1024, 1_000_000, 512, "cosface", rate=0.3, state="sgd", suites=GPU),
-    Case("gpu-2m", 1024, 2_060_000, 512, suites=GPU),
-    Case("gpu-1m-bf16", 1024, 1_000_000, 512, dtype="bfloat16", suites=GPU),
+    Case("gpu-2m", 1024, 2_060_000, 512, state="sgd", suites=GPU),
+    Case("gpu-2m-16-bit", 1024, 2_060_000, 512, dtype=HALF, state=LOW, suites=GPU),
+    Case("gpu-100k-16-bit", 512, 100_000, 512, dtype=HALF, state=LOW, suites=GPU),
+    Case("gpu-1m-bf16", 1024, 1_000_000, 512, dtype="bfloat16", state=LOW, suites=GPU),
 )
 SUITES = tuple(dict.fromkeys(suite for case in CASES for suite in case.suites))
 

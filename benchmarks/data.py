@@ -8,6 +8,8 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 
+CHUNK = 1 << 28
+"""Numbers drawn at a time."""
 BATCHES = 4
 """Batches that a run takes in turn, so that none is served from a cache."""
 
@@ -15,11 +17,11 @@ BATCHES = 4
 def centres(case: Case, device: torch.device, unit: bool = False, seed: int = 0) -> Tensor:
     """(C, D) of the case's dtype, N(0, 0.01^2) as training starts; ``unit``: of unit length."""
     g = torch.Generator(device).manual_seed(seed)
-    weight = torch.empty(case.classes, case.dim, device=device)
-    weight.normal_(0, 0.01, generator=g)
-    if unit:
-        weight = F.normalize(weight)
-    return weight.to(getattr(torch, case.dtype))
+    weight = torch.empty(case.classes, case.dim, device=device, dtype=getattr(torch, case.dtype))
+    for rows in weight.split(max(1, CHUNK // case.dim)):  # float32 of all might not fit
+        drawn = torch.empty(rows.shape, device=device).normal_(0, 0.01, generator=g)
+        rows.copy_(F.normalize(drawn) if unit else drawn)
+    return weight
 
 
 def batches(

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 
 from benchmarks import RESULTS, ROOT
 
-TEST_FILES = ("gpu", "backends", "ops", "margins", "head")
+TEST_FILES = ("gpu", "rounding", "backends", "ops", "margins", "head")
 TEST_SHARE = 0.5
 """Of the time that the build leaves, for the tests."""
 RESERVE = 60
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda")
     origin = provenance.provenance("make gpu-check", device)
-    settings = bench.Settings(repeats=10, seconds=5)
+    settings = bench.Settings(repeats=10, seconds=5, rounds=1)
     suite = cases.of_suites(["gpu"])
     found = benchmark(suite, device, settings, end - RESERVE - options.tune)
     path = RESULTS / file_name(origin["device"])

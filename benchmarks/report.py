@@ -49,6 +49,14 @@ def ratio(summary: dict) -> str:
     return f"{summary['median']:.2f} ({summary['low']:.2f} to {summary['high']:.2f})"
 
 
+UPDATES = {
+    "none": "forward and backward",
+    "sgd": "SGD with momentum",
+    "sgd-16-bit": "SGD with momentum in 16 bits",
+    "sgd-16-bit-plain": "SGD without momentum",
+}
+
+
 def title(case: Case) -> str:
     """A case in words."""
     text = f"{case.name}: {case.margin}, {case.batch} rows, {case.classes:,} classes, "
@@ -57,7 +65,7 @@ def title(case: Case) -> str:
         text += f", {case.sampled:,} classes sampled"
     if case.world > 1:
         text += f", shared out among {case.world} processes"
-    return text + (", SGD with momentum" if case.state == "sgd" else ", forward and backward")
+    return f"{text}, {UPDATES[case.state]}"
 
 
 def worst_error(row: dict) -> float:

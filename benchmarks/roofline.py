@@ -27,7 +27,8 @@ class Floor:
 
     Products: cosines, gradient of the embeddings, gradient of the centres, 2 B K D each; one that
     keeps no logits multiplies a fourth time. Bytes: the K centres that take part read and their
-    gradient written, or with an optimiser centres and momentum read and written once.
+    gradient written, or with an optimiser centres, and momentum if it has any, read and written
+    once.
     """
 
     flops: float
@@ -42,7 +43,7 @@ def floor(case: Case) -> Floor:
     """Of one process's share."""
     rows, columns = case.batch * case.world, case.sampled / case.world
     item = getattr(torch, case.dtype).itemsize
-    touched = 2 if case.state == "none" else 4
+    touched = 4 if case.momentum else 2
     return Floor(6.0 * rows * columns * case.dim, touched * columns * case.dim * item)
 
 

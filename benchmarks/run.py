@@ -69,10 +69,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
     how.add_argument("--repeats", type=int, default=9, help="turns that count (default 9)")
     how.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="go through all cases so often, each time with new heads and a share of the turns "
+        "(default 3)",
+    )
+    how.add_argument(
         "--seconds",
         type=float,
         default=15.0,
-        help="after so many of a case no further turn starts, but there are three (default 15)",
+        help="after so many of a case no further turn starts, but there are three in every round "
+        "(default 15)",
     )
     how.add_argument("--no-memory", action="store_true", help="no peak memory")
     how.add_argument("--no-accuracy", action="store_true", help="no error by logit gap")
@@ -138,6 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("--device cuda: torch sees no CUDA device")
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        for name in ("repeats", "rounds"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
         chosen = chosen_cases(options, device)
     except (ValueError, OSError) as error:
         errors.print(f"[red]error:[/red] {error}", highlight=False)
@@ -174,6 +185,7 @@ def measure(
     settings = bench.Settings(
         repeats=options.repeats,
         seconds=options.seconds,
+        rounds=options.rounds,
         only=tuple(options.only),
         memory=not options.no_memory,
         accuracy=not options.no_accuracy,

@@ -100,6 +100,12 @@ class Times:
     around: list[tuple[int, int]] = field(default_factory=list)
     error: BaseException | None = None
 
+    def extend(self, more: Times) -> None:
+        """By the turns of another measurement of the same head."""
+        for phase, laps in more.phases.items():
+            self.phases.setdefault(phase, []).extend(laps)
+        self.around += more.around
+
     @property
     def step(self) -> list[float]:
         """Seconds of the whole step of every turn."""

@@ -17,7 +17,8 @@ DRAWN_TOGETHER = 1024
 def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
     """Fills rows (C_local, D), of the classes from ``start`` on, from N(0, 0.01^2).
 
-    The same centres for any number of processes, from torch's default generator on the first one.
+    The same centres for any number of processes, from torch's default generator on the first one,
+    drawn in float32 and rounded to their type.
     """
     if weight.is_meta:
         return
@@ -30,7 +31,7 @@ def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
     for block in range(start // DRAWN_TOGETHER, -(-stop // DRAWN_TOGETHER)):
         first = block * DRAWN_TOGETHER
         generator.manual_seed((base + block) % 2**63)
-        drawn = weight.new_empty((DRAWN_TOGETHER, weight.shape[1]))
+        drawn = weight.new_empty((DRAWN_TOGETHER, weight.shape[1]), dtype=torch.float32)
         drawn.normal_(std=INIT_STD, generator=generator)
         low, high = max(first, start), min(first + DRAWN_TOGETHER, stop)
         weight[low - start : high - start] = drawn[low - first : high - first]

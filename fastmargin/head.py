@@ -74,7 +74,7 @@ class MarginHead(SettledCopies, nn.Module):
             first one repeats them for other rows. All make the head, with the same arguments.
             (``torch.distributed.group.WORLD`` is None before ``init_process_group``.)
         backend, precision, validate: as :func:`fastmargin.margin_loss`.
-        device: where the centres are made.
+        device, dtype: where the centres are made, and of which float type.
         num_sampled: number of classes per shard to take part, instead of ``sample_rate``.
         sparse_grad: ``weight.grad`` is a sparse COO tensor of the rows that took part, for
             :mod:`fastmargin.optim`; a dense (C, D) gradient is never built.
@@ -112,6 +112,7 @@ class MarginHead(SettledCopies, nn.Module):
         precision: str = "auto",
         validate: bool | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         num_sampled: int | None = None,
         sparse_grad: bool = False,
@@ -140,6 +141,8 @@ class MarginHead(SettledCopies, nn.Module):
             raise ValueError(
                 "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
             )
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a float type, got {dtype}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         checks.check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
@@ -154,7 +157,7 @@ class MarginHead(SettledCopies, nn.Module):
         self.shard = None if group is None else ClassShard.of(num_classes, group, device.type)
         self.margin = margin.to(device)
         margin.processes = GroupProcesses(self.shard, batch_size)
-        self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device))
+        self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device, dtype=dtype))
         self._check_alike()
         self._bind()
         self._rows: LossRows | None = None

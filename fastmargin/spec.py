@@ -126,12 +126,17 @@ class MarginForm:
 
 @dataclass(frozen=True)
 class SgdUpdate:
-    """The numbers of one step of ``torch.optim.SGD``, which are the host's."""
+    """The numbers of one step of ``torch.optim.SGD``, which are the host's.
+
+    rounding: key of the stochastic rounding of what has 16 bits (:mod:`fastmargin.rounding`), 31
+    bits, or None to round to nearest.
+    """
 
     lr: float
     momentum: float
     weight_decay: float
     nesterov: bool
+    rounding: int | None = None
 
     def apply_(self, weight: Tensor, *buffer_and_grad: Tensor) -> None:
         """Steps weight and momentum buffer in place; a buffer of zeros is torch's missing one."""

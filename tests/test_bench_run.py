@@ -48,7 +48,8 @@ def test_rows_hold_everything(finished):
         assert [sum(laps) for laps in parts] == pytest.approx(seconds["step"])
         low, median, high = (row["summary"]["step"][k] for k in ("low", "median", "high"))
         assert 0 < low <= median <= high
-        assert row["gradient_bytes"] == row["case"]["classes"] * 32 * 4
+        # ours leaves the gradient to the optimiser
+        assert row["gradient_bytes"] == (0 if row["ours"] else row["case"]["classes"] * 32 * 4)
         assert row["flops_per_s"] * median == pytest.approx(6 * 16 * row["case"]["classes"] * 32)
         assert 0 < row["share_of_floor"] and 0 <= row["disturbed_share"] <= 1
         if row["contender"] == "insightface-like":

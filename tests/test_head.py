@@ -36,6 +36,20 @@ def test_centres_start_as_insightface_does():
     assert abs(float(weight.std()) - 0.01) < 2e-4 and abs(float(weight.mean())) < 2e-4
 
 
+def test_centres_of_other_types_start_as_those_of_float32():
+    heads = {}
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        torch.manual_seed(3)
+        heads[dtype] = fm.MarginHead(8, 1100, fm.AdaFace(), dtype=dtype)
+    for dtype, head in heads.items():
+        assert torch.equal(head.weight, heads[torch.float32].weight.to(dtype))
+        assert head.margin.batch_mean.dtype == torch.float32
+        x = torch.randn(4, 8, dtype=dtype)
+        loss = head(x, torch.tensor([0, 5, 1099, -1]))
+        loss.backward()
+        assert loss.isfinite() and head.weight.grad.dtype == dtype
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_inference(backend):
     device = device_for(backend)
@@ -222,6 +236,7 @@ def test_bad_construction():
         ((5, 5, fm.ArcFace()), {"grad_reduce": "avg"}, ValueError),
         ((5, 5, fm.ArcFace()), {"batch_size": 0}, ValueError),
         ((5, 5, fm.ArcFace()), {"group": object()}, TypeError),
+        ((5, 5, fm.ArcFace()), {"dtype": torch.int32}, TypeError),
     ):
         with pytest.raises(error):
             fm.MarginHead(*args, **kwargs)

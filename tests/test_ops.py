@@ -65,11 +65,11 @@ def test_opcheck(backend):
     checks["centre_step"] = [
         (
             *(x_hat, kind(weight), places, own, *rule, 0, lse + 5, False, [], *after, lse, lse),
-            *(None if heavy == 0 else buffer.clone(), 0.1, heavy, 0.01, False),
+            *(None if heavy == 0 else buffer.clone(), 0.1, heavy, 0.01, False, key),
         )
-        for kind, places, own, rule, heavy in (
-            (torch.clone, None, labels, plain, 0.9),
-            (torch.Tensor.bfloat16, index, columns, hard, 0.0),
+        for kind, places, own, rule, heavy, key in (
+            (torch.clone, None, labels, plain, 0.9, None),
+            (torch.Tensor.bfloat16, index, columns, hard, 0.0, 12345),
         )
     ]
     checks["row_stats_backward_x"] = [

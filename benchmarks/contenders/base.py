@@ -28,7 +28,8 @@ class Head:
 
     loss: embeddings (B, D) and labels (B,) to the mean loss. weight: the centres' parameter,
     (C, D), or (D, C) if ``transposed``. optimiser: None if the case has no state. columns: the
-    rows of the centres that the last loss was over, in order, or None for all.
+    rows of the centres that the last loss was over, in order, or None for all. left: what the
+    optimiser would take the gradient (C, D) for, where the backward pass leaves it to that.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -36,16 +37,19 @@ class Head:
     optimiser: torch.optim.Optimizer | None = None
     transposed: bool = False
     columns: Callable[[], Tensor | None] = lambda: None
+    left: Callable[[], Tensor] | None = None
 
     def gradient(self) -> Tensor:
         """(C, D) dense gradient of the centres."""
-        grad = self.weight.grad
+        grad = self.weight.grad if self.left is None else self.left()
         grad = grad.to_dense() if grad.is_sparse else grad
         return grad.t() if self.transposed else grad
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradient as it is held after the backward pass."""
         grad = self.weight.grad
+        if grad is None:
+            return 0
         parts = [grad._indices(), grad._values()] if grad.is_sparse else [grad]
         return sum(part.numel() * part.element_size() for part in parts)
 
@@ -81,9 +85,14 @@ class Contender:
         return self.margin is None
 
 
+def sgd_numbers(case: Case) -> dict[str, float]:
+    """Of the case's optimiser."""
+    return SGD if case.momentum else SGD | {"momentum": 0.0}
+
+
 def sgd(case: Case, parameters) -> torch.optim.Optimizer | None:
     """torch's own, over all rows; foreach or fused as torch chooses."""
-    return torch.optim.SGD(parameters, **SGD) if case.state == "sgd" else None
+    return None if case.state == "none" else torch.optim.SGD(parameters, **sgd_numbers(case))
 
 
 def missing(package: str, distribution: str) -> str | None:

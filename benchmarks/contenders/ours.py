@@ -6,7 +6,10 @@ import torch
 
 import fastmargin as fm
 from benchmarks.cases import Case
-from benchmarks.contenders.base import SCALE, SGD, Contender, Head
+from benchmarks.contenders.base import SCALE, Contender, Head, sgd_numbers
+from fastmargin.optim import RowSGD
+
+LOW = {"momentum_dtype": torch.bfloat16, "stochastic_rounding": True}
 
 
 def margin(name: str) -> fm.margins.Margin:
@@ -18,31 +21,43 @@ def margin(name: str) -> fm.margins.Margin:
     return fm.ArcFace(m=0.5, s=SCALE)
 
 
+def _head(case: Case, weight: torch.Tensor, options: dict) -> fm.MarginHead:
+    """A head on these centres, without others beside them: one may fill the device."""
+    size, own = (case.dim, case.classes), margin(case.margin)
+    if case.rate == case.world == 1:
+        head = fm.MarginHead(*size, own, device="meta", **options)
+        state = margin(case.margin).to(weight.device).state_dict()
+        state = {f"margin.{name}": value for name, value in state.items()}
+        head.load_state_dict({"weight": weight, **state}, assign=True)
+        return head
+    head = fm.MarginHead(*size, own, device=weight.device, **options)
+    if head.shard is not None:
+        weight = weight[head.shard.start : head.shard.stop]
+    head.weight = torch.nn.Parameter(weight)
+    return head
+
+
 def contender(backend: str, precision: str) -> Contender:
-    """MarginHead; for a sampled case with row-sparse gradients and lazy rows."""
+    """MarginHead; with an optimiser the step inside the centre pass, and lazy rows if sampled."""
 
     def make(case: Case, weight: torch.Tensor) -> Head:
-        sampling = {} if case.rate == 1 else {"num_sampled": case.sampled // case.world}
-        head = fm.MarginHead(
-            case.dim,
-            case.classes,
-            margin(case.margin),
-            group="world" if case.world > 1 else None,
-            backend=backend,
-            precision=precision,
-            device=weight.device,
-            sparse_grad=case.rate < 1,
-            batch_size=case.batch if case.world > 1 else None,
-            **sampling,
-        )
-        start, stop = (
-            (0, case.classes) if head.shard is None else (head.shard.start, head.shard.stop)
-        )
-        head.weight = torch.nn.Parameter(weight[start:stop])
-        optimiser = None
-        if case.state == "sgd":
-            make_optimiser = torch.optim.SGD if case.rate == 1 else fm.optim.RowSGD
-            optimiser = make_optimiser([head.weight], **SGD)
+        options = {"backend": backend, "precision": precision, "sparse_grad": case.rate < 1}
+        if case.rate < 1:
+            options["num_sampled"] = case.sampled // case.world
+        if case.world > 1:
+            options |= {"group": "world", "batch_size": case.batch}
+        head = _head(case, weight, options)
+        optimiser, left = None, None
+        if case.state != "none":
+            low = LOW if case.state != "sgd" else {}
+            optimiser = RowSGD([head.weight], **sgd_numbers(case), **low, fused=True)
+
+            def left() -> torch.Tensor:
+                # whose first momentum is the gradient itself
+                still = RowSGD([head.weight], 0.0, 0.9, **low, unsampled="frozen", fused=True)
+                still.step()
+                return still.state[head.weight]["momentum_buffer"]
+
         drawn: list = []
         if head.sampler is not None:
             draw = head.sampler.draw
@@ -52,7 +67,8 @@ def contender(backend: str, precision: str) -> Contender:
                 return drawn[0]
 
             head.sampler.draw = remembered
-        return Head(head, head.weight, optimiser, columns=lambda: drawn[0].index if drawn else None)
+        columns = lambda: drawn[0].index if drawn else None  # noqa: E731
+        return Head(head, head.weight, optimiser, columns=columns, left=left)
 
     def refuses(case: Case, device: torch.device) -> str | None:
         if case.world > 1 and case.rate < 1:
@@ -67,7 +83,7 @@ def contender(backend: str, precision: str) -> Contender:
         make,
         margin,
         settings=f"MarginHead, backend={backend!r}, precision={precision!r}; row-sparse gradients "
-        "and RowSGD where classes are sampled",
+        "where classes are sampled; RowSGD with fused=True, in 16 bits with stochastic rounding",
         limits=note,
         ours=True,
         refuses=refuses,

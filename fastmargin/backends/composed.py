@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
+from fastmargin.rounding import narrowed
 from fastmargin.rows import inside, stand_ins
 from fastmargin.spec import HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
 
@@ -130,7 +131,9 @@ class ComposedLoss:
                 views = [tensor[part] for tensor in tensors]
                 rows = [view.to(dtype) for view in views]
                 update.apply_(*rows, gradient(rows[0], None, start))
-                for view, values in zip(views, rows, strict=True):
+                numbers = torch.arange(start, start + len(rows[0]), device=weight.device)
+                written = narrowed(rows, views, numbers, update.rounding)
+                for view, values in zip(views, written, strict=True):
                     if values is not view:
                         view.copy_(values)
                 continue
@@ -142,5 +145,6 @@ class ComposedLoss:
             own = torch.arange(here.shape[0], device=here.device)
             own = torch.where(inside(here, weight.shape[0]), own, -1)
             update.apply_(*rows, gradient(rows[0], own, start).index_select(0, place))
-            for tensor, old, new in zip(tensors, before, rows, strict=True):
-                tensor.index_copy_(0, ids, torch.where(some, new.to(tensor.dtype), old))
+            written = narrowed(rows, tensors, ids, update.rounding)
+            for tensor, old, new in zip(tensors, before, written, strict=True):
+                tensor.index_copy_(0, ids, torch.where(some, new, old))

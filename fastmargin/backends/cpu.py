@@ -166,7 +166,8 @@ class CpuBackend(ComposedLoss):
             rows = d_lse, d_cos, x_hat, labels, lse_neg
             (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
         rest = index, labels, lse_neg, scale, hard, class_start, precision
-        if not _in_rows(weight, momentum):
+        plain = update.rounding is None and (momentum is None or momentum.dtype == x_hat.dtype)
+        if not (plain and _in_rows(weight, momentum)):
             super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
             return
         torch.ops.fastmargin.cpu_centre_step(

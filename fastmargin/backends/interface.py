@@ -196,8 +196,8 @@ class Backend(Protocol):
     ) -> None:
         """:meth:`row_stats_backward`, and the update of the rows it is about, in place.
 
-        ``momentum`` (C, D) is float32 or float64, any strides; None only if the update has none.
-        Rows of ``weight`` are updated in that type and rounded once. Without an index these are
-        all rows, else those in it; nothing is written for an empty place. Nothing of the size of
-        ``weight`` is allocated.
+        ``momentum`` (C, D) is of any float type and strides; None only if the update has none.
+        Rows are updated in float32, float64 ones in that, and rounded once, as ``update`` says.
+        Without an index these are all rows, else those in it; nothing is written for an empty
+        place. Nothing of the size of ``weight`` is allocated.
         """

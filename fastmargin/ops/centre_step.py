@@ -13,7 +13,8 @@ from fastmargin.spec import SgdUpdate
     "centre_step",
     f"({STATS_ARGS.replace('Tensor weight', 'Tensor(a!) weight')}, Tensor lse_neg,"
     " bool skip_zero_rows, Tensor[] kept, str precision, str backend, Tensor d_lse, Tensor d_cos,"
-    " Tensor(b!)? buffer, float lr, float momentum, float weight_decay, bool nesterov) -> ()",
+    " Tensor(b!)? buffer, float lr, float momentum, float weight_decay, bool nesterov,"
+    " int? rounding) -> ()",
     mutates=("weight", "buffer"),
 )
 def _centre_step(
@@ -79,4 +80,5 @@ def centre_step(
         update.momentum,
         update.weight_decay,
         update.nesterov,
+        update.rounding,
     )

@@ -20,6 +20,7 @@ from fastmargin.optim.row_chunks import (
     scatter,
     slices,
 )
+from fastmargin.rounding import Rounding
 
 HORIZON = 1024
 """Steps a table holds. When it is full, all rows catch up and it starts anew."""
@@ -53,12 +54,19 @@ class OwedSteps:
         names: of the per-row states that a missed step moves; those not in ``state`` are left out.
         state: the optimiser's state of the parameter; ``last_step`` must be ``now`` everywhere.
         now: steps taken so far.
+        rounding: of 16-bit rows that are brought up to date; None: to nearest.
     """
 
     def __init__(
-        self, step_type: type[Step], names: tuple[str, ...], state: dict[str, Any], now: int
+        self,
+        step_type: type[Step],
+        names: tuple[str, ...],
+        state: dict[str, Any],
+        now: int,
+        rounding: Rounding | None,
     ) -> None:
         self.step_type, self.names, self.state = step_type, names, state
+        self.rounding = rounding
         self.base = self.now = now
         self.owing = False
         still = torch.tensor(step_type.STILL, dtype=torch.float64)
@@ -97,9 +105,11 @@ class OwedSteps:
         # now multiplies by 1 and adds 0.
         tensors = self.rows_of(parameter.data)
         dtype, last_step = compute_dtype(parameter.dtype), self.state["last_step"]
+        # a row stops at a step once, so the same noise never meets it twice
+        key = None if self.rounding is None else self.rounding.key(self.now)
         if rows is None:
             if self.owing:
-                for start, stop, part in slices(tensors, dtype):
+                for start, stop, part in slices(tensors, dtype, key):
                     self.catch_up(last_step[start:stop], part)
                     last_step[start:stop].fill_(self.now)
             self._start_anew()
@@ -110,7 +120,7 @@ class OwedSteps:
                 ids = rows[start : start + size]
                 part = gather(tensors, ids, dtype)
                 self.catch_up(last_step.index_select(0, ids), part)
-                scatter(tensors, ids, part)
+                scatter(tensors, ids, part, key)
                 last_step.index_fill_(0, ids, self.now)
 
     def _start_anew(self) -> None:

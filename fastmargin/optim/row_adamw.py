@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmargin.optim.row_chunks import beside
 from fastmargin.optim.row_optimizer import RowOptimizer
+from fastmargin.rounding import Rounding
 
 __all__ = ["RowAdamW"]
 
@@ -111,6 +112,9 @@ class RowAdamW(RowOptimizer):
         betas, eps, weight_decay: as ``torch.optim.AdamW``, with ``betas[1] > 0``. "lazy" needs
             ``betas[0] <= betas[1]`` and ``lr * weight_decay < 1``.
         unsampled: "dense", "lazy" or "frozen".
+        stochastic_rounding: of 16-bit weights, see :mod:`fastmargin.rounding`. To nearest, a step
+            below half the distance to the next 16-bit number is lost.
+        seed: of that rounding.
 
     Raises:
         ValueError: a number out of its range, in a group or, changed since, at the step.
@@ -129,7 +133,10 @@ class RowAdamW(RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         unsampled: str = "lazy",
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
+        self.rounding = Rounding(seed) if stochastic_rounding else None
         super().__init__(
             params,
             {

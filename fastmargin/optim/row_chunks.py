@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastmargin.rounding import narrowed
+
 CHUNK_BYTES = 32 << 20
 """Most bytes of one temporary; about six are alive at a time."""
 
@@ -32,21 +34,30 @@ def gather(tensors: list[Tensor], ids: Tensor, dtype: torch.dtype) -> list[Tenso
     return [tensor.index_select(0, ids).to(dtype) for tensor in tensors]
 
 
-def scatter(tensors: list[Tensor], ids: Tensor, rows: list[Tensor]) -> None:
-    """Writes rows back; a row that occurs twice must come with the same values twice."""
-    for tensor, values in zip(tensors, rows, strict=True):
-        tensor.index_copy_(0, ids, values.to(tensor.dtype))
+def scatter(tensors: list[Tensor], ids: Tensor, rows: list[Tensor], key: int | None) -> None:
+    """Writes rows back; a row that occurs twice must come with the same values twice.
+
+    key: of :func:`fastmargin.rounding.narrowed`.
+    """
+    for tensor, values in zip(tensors, narrowed(rows, tensors, ids, key), strict=True):
+        tensor.index_copy_(0, ids, values)
 
 
-def slices(tensors: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """All rows in chunks: ``start``, ``stop``, and rows to edit, written back where copied."""
+def slices(
+    tensors: list[Tensor], dtype: torch.dtype, key: int | None
+) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """All rows in chunks: ``start``, ``stop``, and rows to edit, written back where copied.
+
+    key: of :func:`fastmargin.rounding.narrowed`.
+    """
     size = chunk_rows(tensors[0], dtype)
     for start in range(0, tensors[0].shape[0], size):
         stop = min(start + size, tensors[0].shape[0])
         views = [tensor[start:stop] for tensor in tensors]
         rows = [view.to(dtype) for view in views]
         yield start, stop, rows
-        for view, values in zip(views, rows, strict=True):
+        numbers = torch.arange(start, stop, device=tensors[0].device)
+        for view, values in zip(views, narrowed(rows, views, numbers, key), strict=True):
             if values is not view:
                 view.copy_(values)
 

@@ -21,6 +21,7 @@ from fastmargin.optim.row_chunks import (
     scatter,
     slices,
 )
+from fastmargin.rounding import Rounding
 from fastmargin.rows import stand_ins
 
 UNSAMPLED = ("lazy", "dense", "frozen")
@@ -46,6 +47,9 @@ class RowOptimizer(Optimizer):
     fused: bool = False
     """Whether backward passes leave the factors of gradients (:mod:`fastmargin.factors`)."""
 
+    rounding: Rounding | None = None
+    """Of what has 16 bits; None: to nearest."""
+
     def __init__(self, params, defaults: dict[str, Any]) -> None:
         self._owed: dict[Tensor, OwedSteps] = {}
         super().__init__(params, defaults)
@@ -66,6 +70,14 @@ class RowOptimizer(Optimizer):
     def _needed_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Which of ``_row_states`` a step of this group needs."""
         raise NotImplementedError
+
+    def _state_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of ``_row_states``."""
+        return compute_dtype(parameter.dtype)
+
+    def _key(self, count: int) -> int | None:
+        """Of the rounding of what the ``count``-th step writes."""
+        return None if self.rounding is None else self.rounding.key(count)
 
     def _make_step(self, group: dict[str, Any], count: int) -> Step:
         """The ``count``-th step of a parameter of this group, from 1."""
@@ -151,10 +163,11 @@ class RowOptimizer(Optimizer):
             state["step"] = torch.tensor(0.0)
         for name in self._needed_states(group):
             if name not in state:
-                state[name] = torch.zeros_like(parameter, dtype=dtype)
+                state[name] = torch.zeros_like(parameter, dtype=self._state_dtype(parameter))
         owed = self._ready(parameter, state, group["unsampled"])
         state["step"] += 1
-        step = self._make_step(group, int(state["step"]))
+        count = int(state["step"])
+        step, key = self._make_step(group, count), self._key(count)
         names = [name for name in self._row_states if name in state]
         tensors = [as_rows(tensor) for tensor in (parameter.data, *map(state.get, names))]
         by_factors = isinstance(grad, GradientFactors)
@@ -167,10 +180,10 @@ class RowOptimizer(Optimizer):
                 _note_step(owed, grad.index)
         elif every_row:
             grad = as_rows(grad)
-            for start, stop, rows in slices(tensors, dtype):
+            for start, stop, rows in slices(tensors, dtype, key):
                 step.update(*rows, grad[start:stop].to(dtype))
         else:
-            _update_sparse(tensors, grad, step, dtype, owed)
+            _update_sparse(tensors, grad, step, dtype, owed, key)
         # a backward through weights from before this step must find out, late movers included
         torch.autograd.graph.increment_version(parameter)
         if owed is None:
@@ -212,7 +225,7 @@ class RowOptimizer(Optimizer):
             now = int(state["step"])
             rows = as_rows(parameter).shape[:1]
             state["last_step"] = torch.full(rows, now, dtype=torch.int32, device=parameter.device)
-            owed = OwedSteps(self._step_type, self._row_states, state, now)
+            owed = OwedSteps(self._step_type, self._row_states, state, now, self.rounding)
             self._owed[parameter] = owed
         elif owed.full:
             owed.settle(parameter)
@@ -274,12 +287,13 @@ class RowOptimizer(Optimizer):
                     f"{name} has shape {tuple(tensor.shape)}, its parameter "
                     f"{tuple(parameter.shape)}; load the state of these rows"
                 )
-            dtype = compute_dtype(parameter.dtype)
+            dtype = self._state_dtype(parameter)
             loadable[name] = _Opaque(tensor.to(device=parameter.device, dtype=dtype))
         return loadable
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_owed": self._owed, "fused": self.fused}
+        own = {name: getattr(self, name) for name in ("_owed", "fused", "rounding")}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also what ``load_state_dict`` ends with; a loaded state owes nothing."""
@@ -305,7 +319,12 @@ def _check_grad(grad: Tensor | None) -> None:
 
 
 def _update_sparse(
-    tensors: list[Tensor], grad: Tensor, step: Step, dtype: torch.dtype, owed: OwedSteps | None
+    tensors: list[Tensor],
+    grad: Tensor,
+    step: Step,
+    dtype: torch.dtype,
+    owed: OwedSteps | None,
+    key: int | None,
 ) -> None:
     """Steps the rows of a sparse gradient: weight and states (C, ...), after what they are owed."""
     last_step = [] if owed is None else [owed.state["last_step"]]
@@ -316,7 +335,7 @@ def _update_sparse(
         if owed is not None and owed.owing:
             owed.catch_up(owed.state["last_step"].index_select(0, ids), rows)
         step.update(*rows, values)
-        scatter(tensors, ids, rows)
+        scatter(tensors, ids, rows, key)
         if owed is not None:
             owed.state["last_step"].index_fill_(0, ids, owed.now + 1)
         for tensor, old in zip(tensors + last_step, before, strict=False):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmargin import ops
 from fastmargin.factors import GradientFactors
 from fastmargin.optim.row_chunks import beside
 from fastmargin.optim.row_optimizer import RowOptimizer
+from fastmargin.rounding import Rounding
 from fastmargin.spec import SgdUpdate
 
 __all__ = ["RowSGD"]
@@ -63,8 +65,8 @@ class RowSGD(RowOptimizer):
 
     A parameter whose ``grad`` is None takes no step in any mode.
 
-    State per parameter: ``step``; ``momentum_buffer`` as the parameter (float32 for a 16-bit one)
-    once there is momentum; ``last_step`` (C,) int32, but not with "frozen".
+    State per parameter: ``step``; ``momentum_buffer`` as the parameter (float32 for a 16-bit one,
+    or ``momentum_dtype``) once there is momentum; ``last_step`` (C,) int32, but not with "frozen".
 
     With ``fused=True`` the gradient of class centres is never formed. ``backward()`` leaves what it
     follows from, of about the size of the batch, and ``grad`` None; ``step()`` runs the centre pass
@@ -80,12 +82,16 @@ class RowSGD(RowOptimizer):
         lr: learning rate, a number of the host.
         momentum, weight_decay, nesterov: as ``torch.optim.SGD``.
         unsampled, fused: see above.
+        momentum_dtype: of the momentum, instead; ``torch.bfloat16`` halves it.
+        stochastic_rounding: of 16-bit weights and momentum, see :mod:`fastmargin.rounding`. To
+            nearest, a step below half the distance to the next 16-bit number is lost.
+        seed: of that rounding.
 
     Raises:
         RuntimeError: at the step, with ``fused``: a parameter was written to since the backward
             pass, or a GradScaler's ``unscale_`` has passed over the gradient. Nothing has changed.
         ValueError: a number out of its range, in a group or, changed since, at the step.
-        TypeError: a number that is a tensor.
+        TypeError: a number that is a tensor, or a ``momentum_dtype`` that is no float type.
     """
 
     _step_type = SGDStep
@@ -101,8 +107,15 @@ class RowSGD(RowOptimizer):
         nesterov: bool = False,
         unsampled: str = "lazy",
         fused: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
+        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
+            raise TypeError(f"momentum_dtype must be a float type or None, got {momentum_dtype}")
         self.fused = bool(fused)
+        self.momentum_dtype = momentum_dtype
+        self.rounding = Rounding(seed) if stochastic_rounding else None
         super().__init__(
             params,
             {
@@ -122,9 +135,15 @@ class RowSGD(RowOptimizer):
     def _needed_states(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._row_states if group["momentum"] else ()
 
+    def _state_dtype(self, parameter: Tensor) -> torch.dtype:
+        return self.momentum_dtype or super()._state_dtype(parameter)
+
     def _make_step(self, group: dict[str, Any], count: int) -> SGDStep:
         numbers = (float(group[name]) for name in self._numbers)
-        return SGDStep(*numbers, bool(group["nesterov"]))
+        return SGDStep(*numbers, bool(group["nesterov"]), self._key(count))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "momentum_dtype": self.momentum_dtype}
 
     def _step_by_factors(
         self, tensors: list[Tensor], found: GradientFactors, step: SGDStep

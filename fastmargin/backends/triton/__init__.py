@@ -17,6 +17,8 @@ from fastmargin.backends.composed import ComposedLoss
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
 
 _LEAST_CAPABILITY = (8, 0)
+MAX_COLUMNS = 1 << 30
+"""A row's column and a sign share an int32."""
 
 
 def _interpreted() -> bool:
@@ -285,8 +287,18 @@ class TritonBackend(ComposedLoss):
 
 
 def _columns(weight: Tensor, index: Tensor | None) -> int:
-    """How many columns the pass has; 0 where there is no centre that could be one."""
-    return weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
+    """How many columns the pass has; 0 where there is no centre that could be one.
+
+    Raises:
+        ValueError: more than the kernels can number.
+    """
+    columns = weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
+    if columns > MAX_COLUMNS:
+        raise ValueError(
+            f"weight: the Triton kernels take at most {MAX_COLUMNS:,} classes in one process, got "
+            f"{columns:,}; share them out (group=...) or sample them (sample_rate=...)"
+        )
+    return columns
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

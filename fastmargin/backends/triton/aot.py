@@ -219,13 +219,18 @@ def _centre_pass(
     operand = _OPERANDS[precision]
     raw = packed and not indexed and operand == weight != "fp32"
     label = f"D={d} {precision} W={weight}{_layout(packed, indexed)}"
-    for hard, counted, epilogue in itertools.product((True, False), (False, True), EPILOGUES):
+    kinds = itertools.product((True, False), (False, True), EPILOGUES, (False, True))
+    for hard, counted, epilogue, stochastic in kinds:
         crowded = hard or not packed or epilogue == "sgd_nesterov"
         tile = choose("centre_pass", d, precision, arch, crowded)
         updates = epilogue != "store_gradient"
         if updates and not (packed and tile.block_d >= d):
             continue  # not updated in place: see centre_step
+        if stochastic and (not updates or (epilogue == "sgd" and weight == "fp32")):
+            continue  # nothing to round
         if not every and (counted or (hard and updates) or epilogue == "sgd"):
+            continue
+        if not every and stochastic and not (raw and epilogue == "sgd_momentum"):
             continue
         base = {
             "d_x": _blocks(operand, tile.block_b, tile.block_k),
@@ -235,11 +240,12 @@ def _centre_pass(
         }
         types = {} if hard else {"p_lse": None, "p_threshold": None, "p_rule": None}
         types |= {} if counted else {"p_count": None}
-        state = {"sgd_momentum": "fp32", "sgd_nesterov": "fp32", "sgd": weight}.get(epilogue)
+        heavy = "bf16" if stochastic else "fp32"
+        state = {"sgd_momentum": heavy, "sgd_nesterov": heavy, "sgd": weight}.get(epilogue)
         types["p_state"] = state and f"*{state}"
         yield Build(
             f"centre_pass {label}{' hard' if hard else ''}{' counted' if counted else ''}"
-            f"{' ' + epilogue if updates else ''}",
+            f"{' ' + epilogue if updates else ''}{' stochastic' if stochastic else ''}",
             centre_pass.centre_pass_kernel,
             centre_pass.constants(
                 d,
@@ -251,6 +257,7 @@ def _centre_pass(
                 hard,
                 counted,
                 getattr(epilogues, epilogue),
+                stochastic,
             ),
             base | types,
         )

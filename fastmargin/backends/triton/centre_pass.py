@@ -31,6 +31,7 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.own_rows import NO_ROW, OwnRows
+from fastmargin.backends.triton.rounding import noise
 from fastmargin.backends.triton.tile import (
     LOG2E,
     cast,
@@ -106,6 +107,7 @@ def _finish(
     out,
     own,
     numbers,
+    place,
     start,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -115,6 +117,7 @@ def _finish(
     INDEXED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     """``(b_grad - b_radial w) b_factor`` and own rows to the epilogue, MOST columns at a time.
 
@@ -131,6 +134,7 @@ def _finish(
             out,
             own,
             numbers,
+            place,
             start,
             D,
             ROWS,
@@ -140,6 +144,7 @@ def _finish(
             INDEXED,
             IN_PLACE,
             EPILOGUE,
+            STOCHASTIC,
         )
         _finish(
             b_right,
@@ -149,6 +154,7 @@ def _finish(
             out,
             own,
             numbers,
+            place,
             start + HALF,
             D,
             ROWS,
@@ -158,12 +164,14 @@ def _finish(
             INDEXED,
             IN_PLACE,
             EPILOGUE,
+            STOCHASTIC,
         )
     else:
         p_wc, m_c, stride_wc, stride_wd = centre
         p_out, p_state, m_out = out
         p_own, b_slot = own
         rate, momentum, decay = numbers
+        b_row, key = place
         o_d = start + tl.arange(0, WIDTH)
         m_d = o_d < D
         m_own = b_slot < NO_ROW
@@ -185,10 +193,24 @@ def _finish(
             p_out_tile = row_tile(p_out, D, 1, start, D, ROWS, WIDTH, True, False)
             p_state_tile = p_out_tile
         m_tile = m_out[:, None] & m_d[None, :]
-        EPILOGUE(b_w, b_grad, p_out_tile, p_state_tile, m_tile, rate, momentum, decay)
+        b_noise = 0
+        if STOCHASTIC:
+            b_noise = noise(b_row, o_d, key)
+        EPILOGUE(
+            b_w,
+            b_grad,
+            p_out_tile,
+            p_state_tile,
+            m_tile,
+            rate,
+            momentum,
+            decay,
+            b_noise,
+            STOCHASTIC,
+        )
 
 
-@triton.jit(do_not_specialize=["B", "B_own", "C", "rows_w", "column_start"])
+@triton.jit(do_not_specialize=["B", "B_own", "C", "rows_w", "column_start", "key"])
 def centre_pass_kernel(
     d_x,  # (B, D') unit rows in the operand type, in blocks of (BLOCK_B, BLOCK_K)
     d_x_grad,  # the same in blocks of (BLOCK_B, BLOCK_D)
@@ -219,6 +241,7 @@ def centre_pass_kernel(
     rate,
     momentum,
     decay,
+    key,  # int32, of the rounding, if STOCHASTIC
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
     UNIT: tl.constexpr,
@@ -234,6 +257,7 @@ def centre_pass_kernel(
     COUNTED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
 ):
     if COUNTED:
         B = tl.load(p_count)
@@ -297,7 +321,9 @@ def centre_pass_kernel(
 
     b_inverse = tl.maximum(tl.load(p_inverse + o_c, mask=o_c < C, other=0.0), 0.0)
     m_out = o_c < C
+    b_row = column_start + o_c
     if INDEXED:
+        b_row = tl.load(p_index + o_c, mask=m_out, other=0)
         p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
     else:
         p_wc, m_c = row_pointer(p_w, start.to(tl.int64), stride_wc, D, PACKED), m_out
@@ -323,6 +349,7 @@ def centre_pass_kernel(
         (p_first, p_state, m_out),
         (p_own, b_slot),
         (rate, momentum, decay),
+        (b_row, key),
         i_d * BLOCK_D,
         D,
         BLOCK_C,
@@ -332,6 +359,7 @@ def centre_pass_kernel(
         INDEXED,
         IN_PLACE,
         EPILOGUE,
+        STOCHASTIC,
     )
 
 
@@ -345,6 +373,7 @@ def constants(
     has_hard: bool,
     counted: bool,
     epilogue: triton.JITFunction = epilogues.store_gradient,
+    stochastic: bool = False,
 ) -> dict:
     """Compile-time arguments."""
     return {
@@ -359,6 +388,7 @@ def constants(
         "COUNTED": counted,
         "IN_PLACE": epilogue is not epilogues.store_gradient,
         "EPILOGUE": epilogue,
+        "STOCHASTIC": stochastic,
         **tile.arguments(),
     }
 
@@ -423,6 +453,7 @@ def centre_pass(
     """
     columns, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
     out, epilogue = None, epilogues.of(update)
+    key = None if update is None else update.rounding
     if update is None:
         out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
     count, level, code = None, rows.level, rows.code
@@ -442,6 +473,7 @@ def centre_pass(
             hard is not None,
             skip_zero_rows,
             epilogue,
+            key is not None,
         )
         rows_of = slice(part.start, stop) if index is None else slice(None)
         here = weight[rows_of]
@@ -477,6 +509,7 @@ def centre_pass(
                 float(scale),
                 slope_power(hard),
                 *epilogues.numbers(update),
+                key or 0,
                 **fixed,
             )
     return out

@@ -205,20 +205,10 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
 }
 
-# The same where registers are short.
-_TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+# What differs where registers are short.
+_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "half", 80): {
-        128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 32, 256, 256, 8, 2),
-        512: TileConfig(64, 32, 512, 512, 8, 2),
-    },
-    ("stats_pull", "half", 80): {
-        128: TileConfig(64, 128, 128, 128, 8, 3),
-        256: TileConfig(64, 64, 256, 256, 8, 3),
-        512: TileConfig(32, 32, 512, 512, 8, 3),
-    },
-    ("stats_sum", "half", 80): {
-        1024: TileConfig(64, 64, 32, 128, 4, 3),
     },
     ("centre_pass", "half", 90): {
         128: TileConfig(64, 128, 128, 128, 8, 3),
@@ -232,37 +222,17 @@ _TUNED_CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         512: TileConfig(64, 32, 512, 512, 8, 4),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
-    ("stats_sum", "half", 90): {
-        1024: TileConfig(128, 256, 64, 128, 8, 4),
-    },
     ("centre_pass", "tf32", 90): {
         128: TileConfig(64, 64, 128, 128, 8, 3),
         256: TileConfig(32, 64, 256, 256, 8, 3),
-        512: TileConfig(32, 32, 512, 512, 8, 2),
-    },
-    ("stats_pull", "tf32", 90): {
-        128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(64, 32, 256, 256, 8, 3),
-        512: TileConfig(32, 32, 512, 512, 8, 2),
-    },
-    ("stats_sum", "tf32", 90): {
-        256: TileConfig(128, 128, 64, 128, 8, 3),
-        512: TileConfig(128, 128, 64, 128, 8, 3),
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(64, 128, 128, 128, 8, 3),
-        256: TileConfig(128, 64, 256, 256, 8, 2),
         512: TileConfig(32, 64, 128, 256, 8, 2),
         1024: TileConfig(128, 64, 64, 512, 8, 3),
     },
-    ("stats_pull", "half", 100): {
-        128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(64, 128, 256, 256, 8, 2),
-        512: TileConfig(64, 32, 512, 512, 8, 3),
-        1024: TileConfig(32, 64, 256, 512, 8, 3),
-    },
-    ("stats_sum", "half", 100): {
-        1024: TileConfig(128, 128, 64, 128, 8, 4),
+    ("stats_pull", "tf32", 100): {
+        1024: TileConfig(64, 32, 32, 128, 8, 2),
     },
 }
 
@@ -292,7 +262,7 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
     operand = precision if precision in ("fp32", "tf32") else "half"
     tuned = _TUNED.get((kernel, operand, arch), {})
     if crowded:
-        tuned = _TUNED_CROWDED.get((kernel, operand, arch), {})
+        tuned = tuned | _CROWDED.get((kernel, operand, arch), {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
     tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

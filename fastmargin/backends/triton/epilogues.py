@@ -1,7 +1,8 @@
 """What the centre pass does with a finished tile of the gradient, while it is in registers.
 
 An epilogue is a function of the tile of centres (fp32), its gradient (fp32), pointers to where the
-result goes and to the optimiser's state, a mask, and three numbers. Another optimiser is another
+result goes and to the optimiser's state, a mask, three numbers, and 32 bits of noise to round by if
+STOCHASTIC: the low half for the centres, the high half for the state. Another optimiser is another
 function here.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastmargin.backends.triton.rounding import narrow
 from fastmargin.backends.triton.tile import cast
 from fastmargin.spec import SgdUpdate
 
@@ -31,34 +33,44 @@ def numbers(update: SgdUpdate | None) -> tuple[float, float, float]:
 
 
 @triton.jit
-def store_gradient(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+def store_gradient(
+    b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay, b_noise, STOCHASTIC: tl.constexpr
+):
     """The gradient itself, in the type of the centres."""
     tl.store(p_out, cast(b_grad, p_out.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def sgd(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+def sgd(
+    b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay, b_noise, STOCHASTIC: tl.constexpr
+):
     """A step of SGD without momentum; ``p_out`` are the centres themselves."""
     b_w -= rate * (b_grad + decay * b_w)
-    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_out, narrow(b_w, b_noise, p_out.dtype.element_ty, STOCHASTIC), mask=m_tile)
 
 
 @triton.jit
-def sgd_momentum(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+def sgd_momentum(
+    b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay, b_noise, STOCHASTIC: tl.constexpr
+):
     """A step of SGD with momentum, whose buffer is the state."""
     b_buffer = tl.load(p_state, mask=m_tile, other=0.0).to(tl.float32)
     b_buffer = momentum * b_buffer + (b_grad + decay * b_w)
-    tl.store(p_state, cast(b_buffer, p_state.dtype.element_ty), mask=m_tile)
+    b_stored = narrow(b_buffer, b_noise >> 16, p_state.dtype.element_ty, STOCHASTIC)
+    tl.store(p_state, b_stored, mask=m_tile)
     b_w -= rate * b_buffer
-    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_out, narrow(b_w, b_noise, p_out.dtype.element_ty, STOCHASTIC), mask=m_tile)
 
 
 @triton.jit
-def sgd_nesterov(b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay):
+def sgd_nesterov(
+    b_w, b_grad, p_out, p_state, m_tile, rate, momentum, decay, b_noise, STOCHASTIC: tl.constexpr
+):
     """The same, with Nesterov's look ahead."""
     b_grad += decay * b_w
     b_buffer = tl.load(p_state, mask=m_tile, other=0.0).to(tl.float32)
     b_buffer = momentum * b_buffer + b_grad
-    tl.store(p_state, cast(b_buffer, p_state.dtype.element_ty), mask=m_tile)
+    b_stored = narrow(b_buffer, b_noise >> 16, p_state.dtype.element_ty, STOCHASTIC)
+    tl.store(p_state, b_stored, mask=m_tile)
     b_w -= rate * (b_grad + momentum * b_buffer)
-    tl.store(p_out, cast(b_w, p_out.dtype.element_ty), mask=m_tile)
+    tl.store(p_out, narrow(b_w, b_noise, p_out.dtype.element_ty, STOCHASTIC), mask=m_tile)

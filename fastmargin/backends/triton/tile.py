@@ -136,9 +136,9 @@ def cast(b_value, TYPE: tl.constexpr):
     """fp32 to an operand or weight type, to nearest."""
     if EMULATED:
         if TYPE == tl.bfloat16:
-            # the interpreter cuts the low half off
+            # the interpreter cuts the low half off, and makes something else of subnormal numbers
             b_bits = b_value.to(tl.int32, bitcast=True)
-            b_bits += 0x7FFF + ((b_bits >> 16) & 1)
+            b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
             b_value = tl.where(b_value == b_value, b_bits.to(tl.float32, bitcast=True), b_value)
     return b_value.to(TYPE)
 

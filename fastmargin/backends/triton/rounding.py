@@ -1,0 +1,51 @@
+"""Stochastic rounding to 16 bits: :mod:`fastmargin.rounding` in a kernel, bit for bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmargin import rounding
+from fastmargin.backends.triton.tile import cast
+
+GOLDEN: tl.constexpr = tl.constexpr(rounding.GOLDEN)
+LEAST_NORMAL: tl.constexpr = tl.constexpr(rounding.LEAST_NORMAL)
+STEPS: tl.constexpr = tl.constexpr(rounding.STEPS)
+FIRST: tl.constexpr = tl.constexpr(rounding.MULTIPLIERS[0])
+SECOND: tl.constexpr = tl.constexpr(rounding.MULTIPLIERS[1])
+
+
+@triton.jit
+def mixed(b_x):
+    """32 bits to 32 others."""
+    b_x ^= b_x >> 16
+    b_x *= FIRST
+    b_x ^= b_x >> 15
+    b_x *= SECOND
+    return b_x ^ (b_x >> 16)
+
+
+@triton.jit
+def noise(b_row, o_col, key):
+    """(ROWS, COLUMNS) uint32 of row numbers, column numbers, and an int32 key."""
+    b_first = mixed(b_row.to(tl.uint32) ^ key.to(tl.uint32))
+    return mixed(b_first[:, None] + (o_col.to(tl.uint32) * GOLDEN)[None, :])
+
+
+@triton.jit
+def narrow(b_value, b_noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """fp32 to a type of 16 bits by the low 16 bits of the noise; else to nearest."""
+    if STOCHASTIC and TYPE.primitive_bitwidth == 16:
+        b_bits = b_value.to(tl.uint32, bitcast=True)
+        b_low = b_noise & 0xFFFF
+        if TYPE == tl.bfloat16:
+            b_found = ((b_bits + b_low) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        else:
+            b_low = b_low >> 3
+            b_found = ((b_bits + b_low) & 0xFFFFE000).to(tl.float32, bitcast=True)
+            b_small = tl.floor(tl.abs(b_value) * STEPS + b_low.to(tl.float32) / 8192.0) / STEPS
+            b_small = tl.where(b_value < 0, -b_small, b_small)
+            b_found = tl.where(tl.abs(b_value) < LEAST_NORMAL, b_small, b_found)
+        # infinite ones and NaN have no neighbour
+        b_value = tl.where((b_bits & 0x7F800000) == 0x7F800000, b_value, b_found)
+    return cast(b_value, TYPE)
