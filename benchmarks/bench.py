@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -290,6 +291,9 @@ def _with_marks(row: dict, canary: timing.Canary) -> dict:
 
 
 def _let_go(device: torch.device) -> None:
+    if "torch._dynamo" in sys.modules:
+        # a function that was compiled for eight other heads would run uncompiled
+        torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

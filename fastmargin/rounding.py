@@ -5,8 +5,7 @@ rounded to nearest. Rounded up or down at random, with odds by the distance, it 
 Noise that depends on nothing but key, row and column is the same on every backend, however the
 rows are cut up, and again after a checkpoint. Numbers that 16 bits hold stay as they are.
 
-``backends/triton/rounding.py`` computes the same. The hash is lowbias32 of Chris Wellons (public
-domain, https://github.com/skeeto/hash-prospector).
+``backends/triton/rounding.py`` computes the same.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmargin.hashing import GOLDEN, MASK, as_int32, mix, mix_
+
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-GOLDEN = 0x9E3779B9
 LEAST_NORMAL = 2.0**-14  # of float16
 STEPS = 2.0**24  # of float16 below LEAST_NORMAL, per unit
-
-MULTIPLIERS = 0x7FEB352D, 0x846CA68B
-
-_LOW_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -35,38 +31,14 @@ class Rounding:
 
     def key(self, step: int) -> int:
         """31 bits."""
-        return _mixed(_mixed(self.seed & _LOW_32) ^ (step * GOLDEN & _LOW_32)) >> 1
-
-
-def _mixed(x: int) -> int:
-    x ^= x >> 16
-    x = x * MULTIPLIERS[0] & _LOW_32
-    x ^= x >> 15
-    x = x * MULTIPLIERS[1] & _LOW_32
-    return x ^ x >> 16
-
-
-def _signed(x: int) -> int:
-    """The same 32 bits as int32."""
-    return x - (1 << 32) if x >> 31 else x
-
-
-def _mixed_(x: Tensor) -> Tensor:
-    """:func:`_mixed` of int32 in place; products wrap around, and shifts are made logical."""
-    first, second = map(_signed, MULTIPLIERS)
-    x ^= (x >> 16) & 0xFFFF
-    x *= first
-    x ^= (x >> 15) & 0x1FFFF
-    x *= second
-    x ^= (x >> 16) & 0xFFFF
-    return x
+        return mix(mix(self.seed & MASK) ^ (step * GOLDEN & MASK)) >> 1
 
 
 def noise(rows: Tensor, width: int, key: int) -> Tensor:
     """(K, width) int32, 32 random bits for each column of the rows (K,) int64."""
-    first = _mixed_(rows.to(torch.int32) ^ key)
-    columns = torch.arange(width, dtype=torch.int32, device=rows.device) * _signed(GOLDEN)
-    return _mixed_(first[:, None] + columns)
+    first = mix_(rows.to(torch.int32) ^ key)
+    columns = torch.arange(width, dtype=torch.int32, device=rows.device) * as_int32(GOLDEN)
+    return mix_(first[:, None] + columns)
 
 
 def stochastic(values: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -209,5 +209,5 @@ def test_too_few_rounds_show(rounds, monkeypatch):
 
 
 def test_a_weak_hash_shows(monkeypatch):
-    monkeypatch.setattr(_permutation, "_mix", lambda h: (h * 0x9E3779B1) & _permutation.MASK)
+    monkeypatch.setattr(_permutation, "mix", lambda h: (h * 0x9E3779B1) & _permutation.MASK)
     assert orders(draws(3000, 64, 2, "reference"), 64) > LIMIT

@@ -18,13 +18,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastmargin.hashing import GOLDEN, MASK, mix
+
 ROUNDS = 12
 LEAST_SIDE = 8
-MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9
-# Wellons' "lowbias32" hash
-SHIFTS = (16, 15, 16)
-FACTORS = (0x7FEB352D, 0x846CA68B)
 
 
 def side_of(size: int) -> int:
@@ -32,21 +29,11 @@ def side_of(size: int) -> int:
     return max(LEAST_SIDE, math.isqrt(max(size, 1) - 1) + 1)
 
 
-def _mix(h: Tensor) -> Tensor:
-    """A bijective hash of 32-bit numbers, held in int64."""
-    h = h ^ (h >> SHIFTS[0])
-    h = (h * FACTORS[0]) & MASK
-    h = h ^ (h >> SHIFTS[1])
-    # less 2**32: the same 32 bits, and the product stays inside int64
-    h = (h * (FACTORS[1] - 2**32)) & MASK
-    return h ^ (h >> SHIFTS[2])
-
-
 def _round_keys(key: Tensor) -> Tensor:
     """(ROUNDS,) numbers of 32 bits, each from all bits of the key (2,)."""
     h = (torch.arange(1, ROUNDS + 1, device=key.device) * GOLDEN) & MASK
     for word in (key[0], key[0] >> 32, key[1], key[1] >> 32):
-        h = _mix(h ^ (word & MASK))
+        h = mix(h ^ (word & MASK))
     return h
 
 
@@ -55,9 +42,9 @@ def _pass(value: Tensor, round_keys: Tensor, side: int) -> Tensor:
     left, right = value // side, value % side
     for i in range(ROUNDS):
         if i % 2 == 0:
-            left = (left + (_mix((right + round_keys[i]) & MASK) * side >> 32)) % side
+            left = (left + (mix((right + round_keys[i]) & MASK) * side >> 32)) % side
         else:
-            right = (right + (_mix((left + round_keys[i]) & MASK) * side >> 32)) % side
+            right = (right + (mix((left + round_keys[i]) & MASK) * side >> 32)) % side
     return left * side + right
 
 

@@ -8,25 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmargin.backends import _permutation
+from fastmargin.backends.triton.hashing import GOLDEN, MASK, mix
 from fastmargin.backends.triton.launch import on_device
-
-SHIFT_1: tl.constexpr = tl.constexpr(_permutation.SHIFTS[0])
-SHIFT_2: tl.constexpr = tl.constexpr(_permutation.SHIFTS[1])
-SHIFT_3: tl.constexpr = tl.constexpr(_permutation.SHIFTS[2])
-FACTOR_1: tl.constexpr = tl.constexpr(_permutation.FACTORS[0])
-FACTOR_2: tl.constexpr = tl.constexpr(_permutation.FACTORS[1])
-GOLDEN: tl.constexpr = tl.constexpr(_permutation.GOLDEN)
-MASK: tl.constexpr = tl.constexpr(_permutation.MASK)
-
-
-@triton.jit
-def _mix(b_h):
-    """The hash of uint32 numbers."""
-    b_h = b_h ^ (b_h >> SHIFT_1)
-    b_h = b_h * FACTOR_1
-    b_h = b_h ^ (b_h >> SHIFT_2)
-    b_h = b_h * FACTOR_2
-    return b_h ^ (b_h >> SHIFT_3)
 
 
 @triton.jit
@@ -37,10 +20,10 @@ def _round_keys(p_key, ROUNDS: tl.constexpr):
     keys = ()
     for i in tl.static_range(ROUNDS):
         h = tl.full([], ((i + 1) * GOLDEN) & MASK, tl.uint32)
-        h = _mix(h ^ first.to(tl.uint32))
-        h = _mix(h ^ (first >> 32).to(tl.uint32))
-        h = _mix(h ^ second.to(tl.uint32))
-        h = _mix(h ^ (second >> 32).to(tl.uint32))
+        h = mix(h ^ first.to(tl.uint32))
+        h = mix(h ^ (first >> 32).to(tl.uint32))
+        h = mix(h ^ second.to(tl.uint32))
+        h = mix(h ^ (second >> 32).to(tl.uint32))
         keys = keys + (h,)  # noqa: RUF005  Triton has no unpacking
     return keys
 
@@ -48,7 +31,7 @@ def _round_keys(p_key, ROUNDS: tl.constexpr):
 @triton.jit
 def _add_hash(b_digit, b_other, round_key, side):
     """``b_digit`` plus a hash of the other digit, modulo ``side``."""
-    b_sum = b_digit + tl.umulhi(_mix(b_other + round_key), side)
+    b_sum = b_digit + tl.umulhi(mix(b_other + round_key), side)
     return tl.minimum(b_sum, b_sum - side)  # wraps to a large number where b_sum is below side
 
 

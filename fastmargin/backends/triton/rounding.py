@@ -6,30 +6,18 @@ import triton
 import triton.language as tl
 
 from fastmargin import rounding
+from fastmargin.backends.triton.hashing import GOLDEN, mix
 from fastmargin.backends.triton.tile import cast
 
-GOLDEN: tl.constexpr = tl.constexpr(rounding.GOLDEN)
 LEAST_NORMAL: tl.constexpr = tl.constexpr(rounding.LEAST_NORMAL)
 STEPS: tl.constexpr = tl.constexpr(rounding.STEPS)
-FIRST: tl.constexpr = tl.constexpr(rounding.MULTIPLIERS[0])
-SECOND: tl.constexpr = tl.constexpr(rounding.MULTIPLIERS[1])
-
-
-@triton.jit
-def mixed(b_x):
-    """32 bits to 32 others."""
-    b_x ^= b_x >> 16
-    b_x *= FIRST
-    b_x ^= b_x >> 15
-    b_x *= SECOND
-    return b_x ^ (b_x >> 16)
 
 
 @triton.jit
 def noise(b_row, o_col, key):
     """(ROWS, COLUMNS) uint32 of row numbers, column numbers, and an int32 key."""
-    b_first = mixed(b_row.to(tl.uint32) ^ key.to(tl.uint32))
-    return mixed(b_first[:, None] + (o_col.to(tl.uint32) * GOLDEN)[None, :])
+    b_first = mix(b_row.to(tl.uint32) ^ key.to(tl.uint32))
+    return mix(b_first[:, None] + (o_col.to(tl.uint32) * GOLDEN)[None, :])
 
 
 @triton.jit
