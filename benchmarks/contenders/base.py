@@ -17,9 +17,10 @@ ALLOWED = {"fp32": 3e-4, "fp16": 2e-3, "tf32": 2e-3, "bf16": 8e-3, "bf16 stored"
 """Largest relative error of loss and gradients against float64, by what a contender computes in.
 
 In float32 the loss of a confident row is a small difference of logits near 64, and plain PyTorch
-keeps 1e-4 of it. Rounding the operands of the gate's cases (512 dimensions, 4,097 classes) to fp16 or tf32 gives
-errors of 3e-4, to bf16 3e-3. "bf16 stored": logits or probabilities are rounded to bfloat16 on the
-way, where logits near 64 lie 0.25 apart, so p and 1 - p are off by up to exp(0.25) - 1.
+keeps 1e-4 of it. Rounding the operands of the gate's cases (512 dimensions, 4,097 classes) to fp16
+or tf32 gives errors of 3e-4, to bf16 3e-3. "bf16 stored": logits or probabilities are rounded to
+bfloat16 on the way, where logits near 64 lie 0.25 apart, so p and 1 - p are off by up to
+exp(0.25) - 1.
 """
 
 
