@@ -50,6 +50,11 @@ def committed(name: str) -> dict | None:
 # ---- README ----
 
 
+def share(value: float) -> str:
+    """Two digits after the point, or the first that is not 0."""
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
+
+
 def headlines(found: dict[str, dict]) -> str:
     """Both heads of the cases that README shows, beside each other."""
     rows, where = [], []
@@ -71,7 +76,7 @@ def headlines(found: dict[str, dict]) -> str:
                     f"{words}: time of a step",
                     seconds(other),
                     seconds(step),
-                    f"{ours['ratio']['median']:.2f}",
+                    share(ours["ratio"]["median"]),
                 ]
             )
             if "peak_bytes" in ours and "peak_bytes" in base:
@@ -81,7 +86,7 @@ def headlines(found: dict[str, dict]) -> str:
                         "peak memory beyond what stays",
                         size(larger),
                         size(peak),
-                        f"{peak / larger:.2f}",
+                        share(peak / larger),
                     ]
                 )
     if not rows:

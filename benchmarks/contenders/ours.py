@@ -83,7 +83,8 @@ def contender(backend: str, precision: str) -> Contender:
         make,
         margin,
         settings=f"MarginHead, backend={backend!r}, precision={precision!r}; row-sparse gradients "
-        "where classes are sampled; RowSGD with fused=True, in 16 bits with stochastic rounding",
+        "where classes are sampled; RowSGD with fused=True, where the state has 16 bits with "
+        "stochastic rounding",
         limits=note,
         ours=True,
         refuses=refuses,
