@@ -176,9 +176,11 @@ class _Bench:
         for name in heads:
             self.tell(f"{case.name}: times of {name if not on_cpu else 'all in turns'}")
         settings = self.settings
-        repeats = -(-settings.repeats // settings.rounds)
+        repeats, least = (
+            -(-count // settings.rounds) for count in (settings.repeats, timing.LEAST_TURNS)
+        )
         seconds = settings.seconds / settings.rounds
-        found = timing.measure(heads, batches, self.clock, self.canary, repeats, seconds)
+        found = timing.measure(heads, batches, self.clock, self.canary, repeats, seconds, least)
         for taker in [taker for taker in takers if taker.name in found]:
             times = found[taker.name]
             if times.error is not None:

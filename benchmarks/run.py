@@ -79,8 +79,7 @@ def parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=15.0,
-        help="after so many of a case no further turn starts, but there are three in every round "
-        "(default 15)",
+        help="after so many of a case no further turn starts, but there are three (default 15)",
     )
     how.add_argument("--no-memory", action="store_true", help="no peak memory")
     how.add_argument("--no-accuracy", action="store_true", help="no error by logit gap")

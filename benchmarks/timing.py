@@ -136,6 +136,7 @@ def measure(
     canary: Canary,
     repeats: int,
     seconds: float = float("inf"),
+    least: int = LEAST_TURNS,
     before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
     """Times of all heads, taking turns so that a busy machine slows all of them.
@@ -143,7 +144,7 @@ def measure(
     Args:
         heads: by name. batches: by the same names, each taken in rotation.
         repeats: turns that count. seconds: after so long no further turn starts, but there are
-            LEAST_TURNS at least; warm-up counts.
+            ``least`` of them; warm-up counts.
         before_step: e.g. a barrier.
 
     Returns:
@@ -152,7 +153,7 @@ def measure(
     names, found = list(heads), {name: Times() for name in heads}
     start, last = time.monotonic(), canary.sing()
     for turn in range(-WARM_UP, repeats):
-        if turn >= LEAST_TURNS and time.monotonic() - start > seconds:
+        if turn >= least and time.monotonic() - start > seconds:
             break
         first = turn % max(1, len(heads))  # each goes first in its turn
         for name in [*names[first:], *names[:first]]:

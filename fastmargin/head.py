@@ -20,7 +20,7 @@ from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard
 from fastmargin.functional import LossRows
 from fastmargin.margins import Margin, NearestMargin
-from fastmargin.norms import inverse_norm
+from fastmargin.norms import FLOATS, inverse_norm
 from fastmargin.sampling import ClassSampler
 
 KERNEL_TOPK = 16
@@ -141,8 +141,8 @@ class MarginHead(SettledCopies, nn.Module):
             raise ValueError(
                 "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
             )
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a float type, got {dtype}")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype must be one of {FLOATS} or None, got {dtype}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         checks.check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
@@ -179,15 +179,16 @@ class MarginHead(SettledCopies, nn.Module):
             return
         names = ("num_classes", "embedding_size", "batch_size", "num_sampled", "seed")
         names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce", "row_tolerance")
+        own = {name: getattr(self, name) for name in names} | {"dtype": self.weight.dtype}
         # numbers of any type, and words, as integers that are alike where they are
-        own = [zlib.crc32(repr(getattr(self, name)).encode()) for name in names]
-        own = torch.tensor(own, device=self.weight.device)
-        found = collectives.gather_stacked(own, self.shard.group)
+        hashes = [zlib.crc32(repr(value).encode()) for value in own.values()]
+        hashes = torch.tensor(hashes, device=self.weight.device)
+        found = collectives.gather_stacked(hashes, self.shard.group)
         found = collectives.gather_stacked(found, self.shard.replicas).flatten(0, 1)
-        for name, values in zip(names, found.t().tolist(), strict=True):
+        for (name, value), values in zip(own.items(), found.t().tolist(), strict=True):
             if len(set(values)) > 1:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r} on this process and another on others: "
+                    f"{name} is {value!r} on this process and another on others: "
                     "all processes of the group make the same head"
                 )
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastmargin.spec import NormEma
 
 NORM_FLOOR = 1e-12
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types that class centres and what is kept beside them may have."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ rows are cut up, and again after a checkpoint. Numbers that 16 bits hold stay as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,17 +22,37 @@ from fastmargin.hashing import GOLDEN, MASK, as_int32, mix, mix_
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LEAST_NORMAL = 2.0**-14  # of float16
 STEPS = 2.0**24  # of float16 below LEAST_NORMAL, per unit
+AT_ONCE = 1 << 20
+"""Numbers rounded at a time, which bounds temporaries."""
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Stochastic rounding of an optimiser's writes, with keys that differ from step to step."""
+    """Stochastic rounding of an optimiser's writes to one parameter.
+
+    place: of the parameter among the optimiser's, so that each has noise of its own.
+    """
 
     seed: int
+    place: int = 0
+
+    @staticmethod
+    def of(seed: int) -> Rounding:
+        """With a seed of the caller's.
+
+        Raises:
+            TypeError: it is no integer.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        return Rounding(seed)
 
     def key(self, step: int) -> int:
-        """31 bits."""
-        return mix(mix(self.seed & MASK) ^ (step * GOLDEN & MASK)) >> 1
+        """31 bits, others in every step."""
+        found = 0
+        for number in (self.seed, self.seed >> 32, self.place, step):
+            found = mix((found + (number & MASK) * GOLDEN + 1) & MASK)
+        return found >> 1
 
 
 def noise(rows: Tensor, width: int, key: int) -> Tensor:
@@ -58,19 +79,36 @@ def stochastic(values: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def narrowed(
     values: Sequence[Tensor], like: Sequence[Tensor], rows: Tensor, key: int | None
 ) -> list[Tensor]:
-    """A weight and its states (K, ...), in the types of ``like``.
+    """A weight and its states (K, ...), in the types of ``like``; as they are where those fit.
 
     With a key 16-bit ones are rounded stochastically, those of rows (K,) of the whole; the first
     two by noise of their own. Without one, to nearest.
     """
-    dtypes = [tensor.dtype for tensor in like]
-    if key is None or not any(dtype in SIXTEEN_BITS for dtype in dtypes):
-        return [value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)]
-    flat = [value.reshape(rows.shape[0], -1) for value in values]
-    bits = noise(rows, flat[0].shape[1], key)
     found = []
-    for place, (value, dtype) in enumerate(zip(flat, dtypes, strict=True)):
-        if dtype in SIXTEEN_BITS and value.dtype != dtype:
-            value = stochastic(value.float(), bits >> 16 * (place % 2), dtype)
-        found.append(value.to(dtype).reshape(values[place].shape))
+    for place, (value, tensor) in enumerate(zip(values, like, strict=True)):
+        if key is not None and value.dtype != tensor.dtype and tensor.dtype in SIXTEEN_BITS:
+            found.append(_rounded(value, tensor.dtype, rows, key, 16 * (place % 2)))
+        else:
+            found.append(value.to(tensor.dtype))
     return found
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, rows: Tensor, key: int, shift: int) -> Tensor:
+    out = torch.empty(value.shape, dtype=dtype, device=value.device)
+    shape = rows.shape[0], math.prod(value.shape[1:])
+    flat, to = value.reshape(shape), out.view(shape)
+    size = max(1, AT_ONCE // max(1, shape[1]))
+    for start in range(0, shape[0], size):
+        part = slice(start, start + size)
+        bits = noise(rows[part], shape[1], key) >> shift
+        to[part] = stochastic(flat[part].float(), bits, dtype)
+    return out
+
+
+def write_back(
+    tensors: Sequence[Tensor], values: Sequence[Tensor], rows: Tensor, key: int | None
+) -> None:
+    """Copies rows (K, ...) to where they are from, unless they were never a copy."""
+    for tensor, value in zip(tensors, narrowed(values, tensors, rows, key), strict=True):
+        if value is not tensor:
+            tensor.copy_(value)

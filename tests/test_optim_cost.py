@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmargin as fm
-from fastmargin import deferred
+from fastmargin import deferred, rounding
 from fastmargin.optim import RowAdamW, RowSGD, owed_steps, row_chunks
 
 
@@ -42,18 +42,21 @@ class Watch(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("unsampled", ["lazy", "dense", "frozen"])
 @pytest.mark.parametrize("rule", ["sgd_nesterov", "adamw"])
-def test_no_dense_temporary_and_no_waiting(rule, unsampled, monkeypatch):
+def test_no_dense_temporary_and_no_waiting(rule, unsampled, low, monkeypatch):
     rows, dim = 10_000, 16
     monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(rounding, "AT_ONCE", 1 << 10)
+    dtype = torch.bfloat16 if low else torch.float32
     monkeypatch.setattr(owed_steps, "HORIZON", 64)
     ours, _, numbers = RULES[rule]
-    weight = parameter(rows, dim, torch.float32)
-    optimizer = ours([weight], unsampled=unsampled, **numbers)
-    weight.grad = random_grad(100, rows, torch.float32, dim)
+    weight = parameter(rows, dim, dtype)
+    optimizer = ours([weight], unsampled=unsampled, stochastic_rounding=low, **numbers)
+    weight.grad = random_grad(100, rows, dtype, dim)
     optimizer.step()
-    weight.grad = random_grad(1000, rows, torch.float32, dim)
+    weight.grad = random_grad(1000, rows, dtype, dim)
     known = [
         weight,
         weight.grad._values(),

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import device_for
+from fresh_processes import run_fresh
 from fused_step_cases import batches, make_head
 
 from fastmargin.optim import RowAdamW, RowSGD
@@ -175,7 +176,7 @@ def test_small_steps_arrive(backend, dtype, fused):
     length = moved.square().sum()
     share = ((head.weight.double() - start.double()) * moved).sum() / length
     lost = ((still.weight.double() - start.double()) * moved).sum() / length
-    assert abs(share - 1) < 0.15 and lost < 0.6
+    assert abs(share - 1) < 0.3 and lost < 0.01
 
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdamW])
@@ -198,26 +199,32 @@ def test_small_decays_arrive(kind, unsampled):
         assert weight.unique().numel() == 2
 
 
-def test_resumed_and_copied_runs_round_alike():
+@pytest.mark.parametrize("sampled", [False, True])
+def test_resumed_and_copied_runs_round_alike(sampled):
+    """As one that is saved and goes on: with rows that are owed steps, saving rounds them."""
+    options = {"num_sampled": 30, "sparse_grad": True} if sampled else {}
     runs = []
-    for way in ("straight", "loaded", "pickled", "copied"):
-        head = low_head("reference", torch.bfloat16)
-        optimizer = RowSGD(head.parameters(), lr=0.1, momentum=0.9, fused=True, seed=5, **LOW)
+    for way in ("saved", "loaded", "pickled", "copied"):
+        head = low_head("reference", torch.bfloat16, **options)
+
+        def optimizer_of(head):
+            return RowSGD(head.parameters(), lr=0.1, momentum=0.9, fused=True, seed=5, **LOW)
+
+        optimizer = optimizer_of(head)
         for step, (x, labels) in enumerate(batches(6, head.weight)):
-            if step == 3 and way == "loaded":
+            if step == 3:
                 saved = copy.deepcopy(optimizer.state_dict())
-                optimizer = RowSGD(
-                    head.parameters(), lr=0.1, momentum=0.9, fused=True, seed=5, **LOW
-                )
-                optimizer.load_state_dict(saved)
-            elif step == 3 and way != "straight":
-                copied = (
-                    copy.deepcopy if way == "copied" else lambda o: pickle.loads(pickle.dumps(o))
-                )
-                head, optimizer = copied((head, optimizer))
+                if way == "loaded":
+                    optimizer = optimizer_of(head)
+                    optimizer.load_state_dict(saved)
+                elif way == "pickled":
+                    head, optimizer = pickle.loads(pickle.dumps((head, optimizer)))
+                elif way == "copied":
+                    head, optimizer = copy.deepcopy((head, optimizer))
             optimizer.zero_grad()
             head(x.float(), labels).backward()
             optimizer.step()
+        optimizer.settle()
         runs.append((head.weight, optimizer.state[head.weight]["momentum_buffer"]))
     for weight, momentum in runs[1:]:
         assert torch.equal(weight, runs[0][0]) and torch.equal(momentum, runs[0][1])
@@ -237,17 +244,34 @@ def test_other_seeds_round_otherwise():
     torch.testing.assert_close(*found, rtol=2**-7, atol=0)
 
 
-def test_float32_and_float64_weights_know_no_rounding():
-    for dtype in (torch.float32, torch.float64):
-        found = []
-        for low in (False, True):
-            head = make_head("arcface", "reference", dtype)
-            optimizer = RowSGD(head.parameters(), lr=0.1, momentum=0.9, stochastic_rounding=low)
-            x, labels = next(batches(1, head.weight))
-            head(x, labels).backward()
-            optimizer.step()
-            found.append(head.weight.detach())
-        assert torch.equal(*found)
+def test_parameters_of_one_optimiser_round_apart():
+    weights = [torch.nn.Parameter(torch.ones(40, 8, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = RowSGD([weights[0]], lr=2**-9, stochastic_rounding=True)
+    optimizer.add_param_group({"params": [weights[1]]})
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    same = (weights[0] == weights[1]).double().mean()
+    assert 0.4 < same < 0.6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float32_and_float64_weights_know_no_rounding(backend, dtype, fused):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels compute in float32")
+    found = []
+    for low in (False, True):
+        head = make_head("arcface", backend, dtype)
+        optimizer = RowSGD(
+            head.parameters(), lr=0.1, momentum=0.9, fused=fused, stochastic_rounding=low
+        )
+        x, labels = next(batches(1, head.weight))
+        head(x, labels).backward()
+        optimizer.step()
+        found.append(head.weight.detach())
+    assert torch.equal(*found)
 
 
 def test_momentum_of_another_type():
@@ -273,8 +297,37 @@ def test_momentum_of_another_type():
 
 def test_what_cannot_be_asked_for():
     weight = torch.nn.Parameter(torch.ones(3, 2))
-    with pytest.raises(TypeError, match="momentum_dtype must be a float type"):
-        RowSGD([weight], lr=0.1, momentum_dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
+        with pytest.raises(TypeError, match="momentum_dtype must be one of"):
+            RowSGD([weight], lr=0.1, momentum_dtype=dtype)
+    for kind in (RowSGD, RowAdamW):
+        for seed in (1.5, None, True):
+            with pytest.raises(TypeError, match="seed must be an integer"):
+                kind([weight], lr=0.1, stochastic_rounding=True, seed=seed)
+
+
+def refuse_dtensors(group) -> bool:
+    """In a process of its own: whether nothing has changed."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    ones = torch.ones(4, 2, dtype=torch.bfloat16)
+    mesh = init_device_mesh("cpu", (1,))
+    weights = [ones.clone(), distribute_tensor(ones, mesh, [Shard(0)])]
+    weights = [torch.nn.Parameter(weight) for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = RowSGD(weights, lr=0.1, stochastic_rounding=True)
+    with pytest.raises(TypeError, match="stochastic_rounding takes no DTensor"):
+        optimizer.step()
+    still = torch.equal(weights[0], ones) and not optimizer.state
+    RowSGD(weights, lr=0.1).step()
+    return still and torch.equal(weights[0], weights[1].full_tensor())
+
+
+def test_dtensors_are_refused_before_any_change():
+    (found,) = run_fresh(1, refuse_dtensors)
+    assert found.error is None and found.value is True
 
 
 def test_the_kernel_steps_in_place_with_low_precision_state(monkeypatch):

@@ -29,6 +29,7 @@ from triton_cases import (
     yardstick,
 )
 
+import fastmargin as fm
 from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.spec import SgdUpdate
@@ -367,6 +368,13 @@ def test_bad_numbers_are_not_swallowed(bad, precision):
     stats, _ = solve(TRITON, replace(p, x_hat=x_hat), precision, torch.float32)
     assert stats.lse_neg.isnan().nonzero().flatten().tolist() == [5]
     assert stats.pull[5].isnan().all() and stats.pull[6].isfinite().all()
+
+
+def test_more_columns_than_can_be_numbered_are_refused():
+    weight = torch.zeros(1, 1, device=device_for("triton")).expand(2**30 + 1, 8)
+    x, labels = torch.randn(2, 8, device=weight.device), torch.tensor([0, 1], device=weight.device)
+    with pytest.raises(ValueError, match="weight: the Triton kernels take at most 1,073,741,824"):
+        fm.margin_loss(x, weight, labels, fm.ArcFace(), backend="triton")
 
 
 def test_a_planted_error_shows():

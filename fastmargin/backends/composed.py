@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
-from fastmargin.rounding import narrowed
+from fastmargin.rounding import narrowed, write_back
 from fastmargin.rows import inside, stand_ins
 from fastmargin.spec import HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
 
@@ -132,10 +132,7 @@ class ComposedLoss:
                 rows = [view.to(dtype) for view in views]
                 update.apply_(*rows, gradient(rows[0], None, start))
                 numbers = torch.arange(start, start + len(rows[0]), device=weight.device)
-                written = narrowed(rows, views, numbers, update.rounding)
-                for view, values in zip(views, written, strict=True):
-                    if values is not view:
-                        view.copy_(values)
+                write_back(views, rows, numbers, update.rounding)
                 continue
             here = index[part]
             place, some = stand_ins(here, weight.shape[0])

@@ -57,6 +57,8 @@ class OwedSteps:
         rounding: of 16-bit rows that are brought up to date; None: to nearest.
     """
 
+    rounding: Rounding | None = None  # of those that were pickled before there was any
+
     def __init__(
         self,
         step_type: type[Step],

@@ -114,11 +114,12 @@ class RowAdamW(RowOptimizer):
         unsampled: "dense", "lazy" or "frozen".
         stochastic_rounding: of 16-bit weights, see :mod:`fastmargin.rounding`. To nearest, a step
             below half the distance to the next 16-bit number is lost.
-        seed: of that rounding.
+        seed: of that rounding, an integer; the same on processes that hold the same rows.
 
     Raises:
         ValueError: a number out of its range, in a group or, changed since, at the step.
-        TypeError: a number that is a tensor.
+        TypeError: a number that is a tensor, or a seed that is no integer; at the step, a DTensor
+            to round stochastically.
     """
 
     _step_type = AdamWStep
@@ -136,7 +137,7 @@ class RowAdamW(RowOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        self.rounding = Rounding(seed) if stochastic_rounding else None
+        self.rounding = Rounding.of(seed) if stochastic_rounding else None
         super().__init__(
             params,
             {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastmargin.rounding import narrowed
+from fastmargin.rounding import narrowed, write_back
 
 CHUNK_BYTES = 32 << 20
 """Most bytes of one temporary; about six are alive at a time."""
@@ -57,9 +57,7 @@ def slices(
         rows = [view.to(dtype) for view in views]
         yield start, stop, rows
         numbers = torch.arange(start, stop, device=tensors[0].device)
-        for view, values in zip(views, narrowed(rows, views, numbers, key), strict=True):
-            if values is not view:
-                view.copy_(values)
+        write_back(views, rows, numbers, key)
 
 
 def merged_rows(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from fastmargin.optim.row_chunks import (
     scatter,
     slices,
 )
-from fastmargin.rounding import Rounding
+from fastmargin.rounding import SIXTEEN_BITS, Rounding
 from fastmargin.rows import stand_ins
 
 UNSAMPLED = ("lazy", "dense", "frozen")
@@ -71,13 +72,26 @@ class RowOptimizer(Optimizer):
         """Which of ``_row_states`` a step of this group needs."""
         raise NotImplementedError
 
+    def _check_rows(self, parameter: Tensor) -> None:
+        """Raises where rows have no numbers of their own for the rounding."""
+        if hasattr(parameter, "placements") and self._rounding(parameter) is not None:
+            raise TypeError(
+                "stochastic_rounding takes no DTensor: give the optimiser the local rows, as the "
+                "weight of MarginHead(group=...) is, or leave it out"
+            )
+
     def _state_dtype(self, parameter: Tensor) -> torch.dtype:
         """Of ``_row_states``."""
         return compute_dtype(parameter.dtype)
 
-    def _key(self, count: int) -> int | None:
-        """Of the rounding of what the ``count``-th step writes."""
-        return None if self.rounding is None else self.rounding.key(count)
+    def _rounding(self, parameter: Tensor) -> Rounding | None:
+        """How the weight and states of a parameter are rounded; None: to nearest."""
+        if self.rounding is None or not (
+            {parameter.dtype, self._state_dtype(parameter)} & set(SIXTEEN_BITS)
+        ):
+            return None
+        place = next(i for i, one in enumerate(self._parameters()) if one is parameter)
+        return replace(self.rounding, place=place)
 
     def _make_step(self, group: dict[str, Any], count: int) -> Step:
         """The ``count``-th step of a parameter of this group, from 1."""
@@ -127,6 +141,7 @@ class RowOptimizer(Optimizer):
             self._check_group(group)
             for parameter in group["params"]:
                 _check_grad(parameter.grad)
+                self._check_rows(parameter)
         if not unscale(self, self._parameters()):
             return loss
         for group in self.param_groups:
@@ -166,8 +181,9 @@ class RowOptimizer(Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=self._state_dtype(parameter))
         owed = self._ready(parameter, state, group["unsampled"])
         state["step"] += 1
-        count = int(state["step"])
-        step, key = self._make_step(group, count), self._key(count)
+        count, rounding = int(state["step"]), self._rounding(parameter)
+        step = self._make_step(group, count)
+        key = None if rounding is None else rounding.key(count)
         names = [name for name in self._row_states if name in state]
         tensors = [as_rows(tensor) for tensor in (parameter.data, *map(state.get, names))]
         by_factors = isinstance(grad, GradientFactors)
@@ -175,7 +191,7 @@ class RowOptimizer(Optimizer):
         if every_row:
             deferred.settle(parameter)
         if by_factors:
-            self._step_by_factors(tensors, grad, step)
+            self._step_by_factors(tensors, grad, step, key)
             if owed is not None and not every_row:
                 _note_step(owed, grad.index)
         elif every_row:
@@ -198,8 +214,13 @@ class RowOptimizer(Optimizer):
             if group["unsampled"] == "dense" or (by_factors and not grad.sparse_grad):
                 deferred.settle(parameter)
 
-    def _step_by_factors(self, tensors: list[Tensor], found: GradientFactors, step: Step) -> None:
-        """Steps weight and states (C, ...), the rows that the factors are about."""
+    def _step_by_factors(
+        self, tensors: list[Tensor], found: GradientFactors, step: Step, key: int | None
+    ) -> None:
+        """Steps weight and states (C, ...), the rows that the factors are about.
+
+        key: of :func:`fastmargin.rounding.narrowed`.
+        """
         raise NotImplementedError
 
     @torch._disable_dynamo
@@ -225,7 +246,8 @@ class RowOptimizer(Optimizer):
             now = int(state["step"])
             rows = as_rows(parameter).shape[:1]
             state["last_step"] = torch.full(rows, now, dtype=torch.int32, device=parameter.device)
-            owed = OwedSteps(self._step_type, self._row_states, state, now, self.rounding)
+            rounding = self._rounding(parameter)
+            owed = OwedSteps(self._step_type, self._row_states, state, now, rounding)
             self._owed[parameter] = owed
         elif owed.full:
             owed.settle(parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmargin import ops
 from fastmargin.factors import GradientFactors
+from fastmargin.norms import FLOATS
 from fastmargin.optim.row_chunks import beside
 from fastmargin.optim.row_optimizer import RowOptimizer
 from fastmargin.rounding import Rounding
@@ -85,15 +86,17 @@ class RowSGD(RowOptimizer):
         momentum_dtype: of the momentum, instead; ``torch.bfloat16`` halves it.
         stochastic_rounding: of 16-bit weights and momentum, see :mod:`fastmargin.rounding`. To
             nearest, a step below half the distance to the next 16-bit number is lost.
-        seed: of that rounding.
+        seed: of that rounding, an integer; the same on processes that hold the same rows.
 
     Raises:
         RuntimeError: at the step, with ``fused``: a parameter was written to since the backward
             pass, or a GradScaler's ``unscale_`` has passed over the gradient. Nothing has changed.
         ValueError: a number out of its range, in a group or, changed since, at the step.
-        TypeError: a number that is a tensor, or a ``momentum_dtype`` that is no float type.
+        TypeError: a number that is a tensor, a ``momentum_dtype`` that is no float type, a seed
+            that is no integer; at the step, a DTensor to round stochastically.
     """
 
+    momentum_dtype: torch.dtype | None = None
     _step_type = SGDStep
     _row_states = ("momentum_buffer",)
     _numbers = ("lr", "momentum", "weight_decay")
@@ -111,11 +114,11 @@ class RowSGD(RowOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
-            raise TypeError(f"momentum_dtype must be a float type or None, got {momentum_dtype}")
+        if momentum_dtype is not None and momentum_dtype not in FLOATS:
+            raise TypeError(f"momentum_dtype must be one of {FLOATS} or None, got {momentum_dtype}")
         self.fused = bool(fused)
         self.momentum_dtype = momentum_dtype
-        self.rounding = Rounding(seed) if stochastic_rounding else None
+        self.rounding = Rounding.of(seed) if stochastic_rounding else None
         super().__init__(
             params,
             {
@@ -140,13 +143,14 @@ class RowSGD(RowOptimizer):
 
     def _make_step(self, group: dict[str, Any], count: int) -> SGDStep:
         numbers = (float(group[name]) for name in self._numbers)
-        return SGDStep(*numbers, bool(group["nesterov"]), self._key(count))
+        return SGDStep(*numbers, bool(group["nesterov"]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "momentum_dtype": self.momentum_dtype}
 
     def _step_by_factors(
-        self, tensors: list[Tensor], found: GradientFactors, step: SGDStep
+        self, tensors: list[Tensor], found: GradientFactors, step: SGDStep, key: int | None
     ) -> None:
         weight, *buffer = tensors
+        step = replace(step, rounding=key)
         ops.centre_step(weight, buffer[0] if buffer else None, step, found)

@@ -228,9 +228,9 @@ def _centre_pass(
             continue  # not updated in place: see centre_step
         if stochastic and (not updates or (epilogue == "sgd" and weight == "fp32")):
             continue  # nothing to round
-        if not every and (counted or (hard and updates) or epilogue == "sgd"):
+        if not every and (counted or (hard and updates) or (epilogue == "sgd" and not stochastic)):
             continue
-        if not every and stochastic and not (raw and epilogue == "sgd_momentum"):
+        if not every and stochastic and not raw:
             continue
         base = {
             "d_x": _blocks(operand, tile.block_b, tile.block_k),

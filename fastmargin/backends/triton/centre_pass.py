@@ -323,7 +323,8 @@ def centre_pass_kernel(
     m_out = o_c < C
     b_row = column_start + o_c
     if INDEXED:
-        b_row = tl.load(p_index + o_c, mask=m_out, other=0)
+        if STOCHASTIC:
+            b_row = tl.load(p_index + o_c, mask=m_out, other=0)
         p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
     else:
         p_wc, m_c = row_pointer(p_w, start.to(tl.int64), stride_wc, D, PACKED), m_out

@@ -11,6 +11,7 @@ from fastmargin.backends.triton.tile import cast
 
 LEAST_NORMAL: tl.constexpr = tl.constexpr(rounding.LEAST_NORMAL)
 STEPS: tl.constexpr = tl.constexpr(rounding.STEPS)
+LOW: tl.constexpr = tl.constexpr(2.0**-13)
 
 
 @triton.jit
@@ -31,8 +32,10 @@ def narrow(b_value, b_noise, TYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
         else:
             b_low = b_low >> 3
             b_found = ((b_bits + b_low) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            b_small = tl.floor(tl.abs(b_value) * STEPS + b_low.to(tl.float32) / 8192.0) / STEPS
-            b_small = tl.where(b_value < 0, -b_small, b_small)
+            b_small = tl.abs(b_value) * STEPS + b_low.to(tl.float32) * LOW
+            b_small = tl.floor(b_small) * (1 / STEPS)
+            b_sign = b_bits & 0x80000000
+            b_small = (b_small.to(tl.uint32, bitcast=True) | b_sign).to(tl.float32, bitcast=True)
             b_found = tl.where(tl.abs(b_value) < LEAST_NORMAL, b_small, b_found)
         # infinite ones and NaN have no neighbour
         b_value = tl.where((b_bits & 0x7F800000) == 0x7F800000, b_value, b_found)
