@@ -143,7 +143,9 @@ def loss_and_rows(
     task = Pass(parts, classes, batch, precision, backend)
     form = _form_of_one_step(margin, task) if ema is None or whole else None
     if form is not None:
-        loss, *rows = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
+        loss, x_hat, *rows = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
+        if margin.training:
+            margin.observe(x_hat, y)
         return loss, LossRows(*rows)
     x_hat, norm, mean, std = ops.row_prologue(x, y, ema if whole else None, backend=backend)
     softmax = isinstance(margin, SoftmaxMargin)
@@ -181,7 +183,9 @@ def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
     What a margin does between the passes and the loss, or other processes do, stands in the way.
     Compiled, the operators one by one are as good.
     """
-    hooks = ("penalty", "observe", "set_norm_ema")
+    hooks = ["penalty", "set_norm_ema"]
+    if not margin.observes_for_later:
+        hooks.append("observe")
     if (
         torch.compiler.is_compiling()
         or task.classes.shard is not None

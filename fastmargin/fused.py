@@ -53,8 +53,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         figures = made.valid, made.cos_y, made.max_neg, made.norm, made.margin
         if step.reduction != "none":
             figures = made.rows, *figures
-        ctx.mark_non_differentiable(*figures)
-        return made.rows if step.reduction == "none" else made.loss, *figures
+        ctx.mark_non_differentiable(made.x_hat, *figures)
+        return made.rows if step.reduction == "none" else made.loss, made.x_hat, *figures
 
     @staticmethod
     @once_differentiable
@@ -112,7 +112,8 @@ def softmax_loss(
     reduction: str,
     task: Pass,
 ) -> tuple[Tensor, ...]:
-    """The reduced loss, then what :class:`fastmargin.functional.LossRows` holds, without gradient.
+    """The reduced loss, then without gradient the unit embeddings (B, D) and what
+    :class:`fastmargin.functional.LossRows` holds.
 
     Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is
     advanced in place. The other arguments are those of
@@ -120,6 +121,6 @@ def softmax_loss(
     """
     want_pull = torch.is_grad_enabled() and x.requires_grad
     step = Step(task, num_classes, form, ema, reduction, want_pull)
-    loss, *figures = _SoftmaxLoss.apply(x, weight, labels, step)
+    loss, x_hat, *figures = _SoftmaxLoss.apply(x, weight, labels, step)
     rows = (loss.detach(),) if reduction == "none" else ()
-    return loss, *rows, *figures
+    return loss, x_hat, *rows, *figures

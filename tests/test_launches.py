@@ -51,6 +51,13 @@ def test_launches_of_a_training_step(name, x_dtype):
     assert len(forward + backward) <= AT_MOST
 
 
+def test_kappaface_launches_its_sums_besides():
+    forward, backward = step(MARGINS["kappaface"]())
+    assert forward[: len(FORWARD)] == FORWARD and backward == BACKWARD
+    sums = forward[len(FORWARD) :]
+    assert sums.count("aten::index_put_") == 2 and len(sums) <= 12
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_launches_of_other_reductions(reduction):
     forward, backward = step(MARGINS["adaface"](), reduction)

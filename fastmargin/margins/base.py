@@ -42,6 +42,9 @@ class Margin(nn.Module):
     processes: Processes = Processes()
     """The other processes; the head puts them here."""
 
+    observes_for_later: bool = False
+    """Whether what :meth:`observe` changes has no part in the loss of the same step."""
+
     per_class: tuple[str, ...] = ()
     """Names of buffers that hold a row for each of *this process's* classes."""
 
@@ -95,7 +98,8 @@ class Margin(nn.Module):
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         """Sees the unit embeddings (B, D), without gradient, of every training step.
 
-        With sharded classes, those of all shards: every process sees the same.
+        With sharded classes, those of all shards: every process sees the same. It comes before the
+        step's own margins, or after them where :attr:`observes_for_later`.
         """
 
 

@@ -89,6 +89,7 @@ class KappaFace(SoftmaxMargin):
     (N, D), ``memory_filled`` (N,).
     """
 
+    observes_for_later = True  # end_epoch makes weights of it
     per_class = ("class_sums", "class_seen")
     summed = ("class_sums", "class_seen")
 

@@ -377,12 +377,14 @@ def constants(
     stochastic: bool = False,
 ) -> dict:
     """Compile-time arguments."""
+    # noise takes registers, and more so addresses, where rows have gaps between their numbers
+    finished = FINISHED_AT_ONCE // (4 if not packed else 2 if stochastic else 1)
     return {
         "PACKED": packed,
         "INDEXED": indexed,
         "UNIT": unit,
         "D": d,
-        "FINISHED": min(tile.block_d, FINISHED_AT_ONCE),
+        "FINISHED": min(tile.block_d, finished),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
