@@ -160,7 +160,15 @@ class _Nearest(torch.autograd.Function):
         d_all = d_nearest.new_zeros((b, k * task.classes.shard.ranks)).scatter(1, place, d_nearest)
         d_own = d_all[:, k * task.classes.shard.rank :][:, :k].contiguous()
         d_x_hat, rows, touched = ops.row_topk_backward(
-            d_own, d_cos, x_hat, weight, column.index, column.labels, index, column.class_start
+            d_own,
+            d_cos,
+            x_hat,
+            weight,
+            column.index,
+            column.labels,
+            index,
+            column.class_start,
+            task.backend,
         )
         d_x = d_weight = None
         if task.batch.wants_grad:

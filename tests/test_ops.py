@@ -79,8 +79,8 @@ def test_opcheck(backend):
     nearest = torch.tensor([0, 2, 4, 3, -1, 1], device=device)[:, None].repeat(1, 2)
     top = torch.rand(n, 2, device=device)
     checks["row_topk_backward"] = [
-        (top, lse, x_hat, weight, None, labels, nearest, 0),
-        (top, lse, x_hat, weight, index, columns, nearest, 0),
+        (top, lse, x_hat, weight, None, labels, nearest, 0, backend),
+        (top, lse, x_hat, weight, index, columns, nearest, 0, backend),
     ]
     checks["spread_rows"] = [(weight[:5], index, weight, distinct) for distinct in (True, False)]
     form = MarginForm(8.0, m2_u=0.5, source="class", guard="mm", table=torch.rand(9, device=device))

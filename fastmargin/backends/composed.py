@@ -97,6 +97,28 @@ class ComposedLoss:
         found = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
         return d_x, *found, ()
 
+    def row_topk_backward(
+        self,
+        d_top: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        nearest: Tensor,
+        class_start: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # the target is one more column; only B * (k + 1) centres take part
+        columns = torch.cat([nearest, (labels - class_start)[:, None]], dim=1)
+        touched = row_gradients.row_numbers(columns, index)
+        centres, inv = (t.to(x_hat.dtype) for t in row_gradients.own_rows(weight, touched))
+        known = inside(touched, weight.shape[0])
+        upstream = torch.where(known, torch.cat([d_top, d_cos[:, None]], dim=1), 0)[..., None]
+        d_x_hat = (upstream * centres).sum(1)
+        rows = upstream * x_hat[:, None, :]
+        rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
+        return d_x_hat, rows.flatten(0, 1), torch.where(known, touched, -1).flatten()
+
     def centre_step(
         self,
         weight: Tensor,

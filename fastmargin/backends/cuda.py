@@ -108,6 +108,9 @@ class CudaBackend(ComposedLoss):
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.row_topk(*args)
 
+    def row_topk_backward(self, *args) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heavy.row_topk_backward(*args)
+
     def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
         return self._heavy.permutation(key, size, count)
 

@@ -24,9 +24,9 @@ from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, 
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and the three made of them.
+    """One way to run the six operations, and four that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.ComposedLoss` has the last three for those who inherit it.
+    :class:`fastmargin.backends.composed.ComposedLoss` has the last four for those who inherit it.
     """
 
     name: str
@@ -128,6 +128,25 @@ class Backend(Protocol):
 
         ``key`` is (2,) int64, and every bit of it counts. The numbers are the same on every
         backend; ``0 <= count <= size <= 2**60``.
+        """
+
+    def row_topk_backward(
+        self,
+        d_top: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        nearest: Tensor,
+        class_start: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients through the cosines that :meth:`row_topk` found.
+
+        ``d_top`` (B, k) and ``d_cos`` (B,) are the upstream gradients, ``nearest`` (B, k) its
+        columns. Returns that of ``x_hat`` (B, D); those of the centres (B * (k + 1), D), the k
+        nearest and then the own one of each row, through the normalisation, in the type of
+        ``x_hat``; and whose rows of ``weight`` they are, (B * (k + 1),), -1 for nobody's.
         """
 
     def softmax_loss(

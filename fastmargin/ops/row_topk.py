@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmargin.backends import row_gradients
 from fastmargin.ops.registration import backend_for, check_index, op
 from fastmargin.ops.spread_rows import spread_rows
-from fastmargin.rows import inside
 
 
 @op(
@@ -33,33 +31,27 @@ def _(x_hat, weight, index, labels, k, *_):
 
 
 def _row_topk_setup(ctx, inputs, output):
-    x_hat, weight, index, labels, _, class_start, sparse_grad = inputs[:7]
+    x_hat, weight, index, labels, _, class_start, sparse_grad, _, backend = inputs
     ctx.save_for_backward(x_hat, weight, index, labels, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.class_start, ctx.sparse_grad = class_start, sparse_grad
+    ctx.class_start, ctx.sparse_grad, ctx.backend = class_start, sparse_grad, backend
 
 
 @op(
     "row_topk_backward",
     "(Tensor d_top, Tensor d_cos, Tensor x_hat, Tensor weight, Tensor? index, Tensor labels,"
-    " Tensor nearest, int class_start) -> (Tensor, Tensor, Tensor)",
+    " Tensor nearest, int class_start, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
-    # the target is one more column; only B * (k + 1) centres take part
-    columns = torch.cat([nearest, (labels - class_start)[:, None]], dim=1)
-    touched = row_gradients.row_numbers(columns, index)
-    centres, inv = (t.to(x_hat.dtype) for t in row_gradients.own_rows(weight, touched))
-    known = inside(touched, weight.shape[0])
-    upstream = torch.where(known, torch.cat([d_top, d_cos[:, None]], dim=1), 0)[..., None]
-    d_x_hat = (upstream * centres).sum(1)
-    rows = upstream * x_hat[:, None, :]
-    rows = (rows - (rows * centres).sum(-1, keepdim=True) * centres) * inv
-    return d_x_hat, rows.flatten(0, 1), torch.where(known, touched, -1).flatten()
+def row_topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start, backend):
+    chosen = backend_for(backend, x_hat, k=nearest.shape[1])
+    return chosen.row_topk_backward(
+        d_top, d_cos, x_hat, weight, index, labels, nearest, class_start
+    )
 
 
 @row_topk_backward.register_fake
-def _(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start):
+def _(d_top, d_cos, x_hat, weight, index, labels, nearest, *_):
     count = nearest.shape[0] * (nearest.shape[1] + 1)
     rows = x_hat.new_empty((count, x_hat.shape[1]))
     return x_hat.new_empty(x_hat.shape), rows, nearest.new_empty(count)
@@ -73,7 +65,7 @@ def _row_topk_autograd(ctx, d_top, _nearest, d_cos):
     d_top = x_hat.new_zeros(nearest.shape) if d_top is None else d_top
     d_cos = x_hat.new_zeros(labels.shape) if d_cos is None else d_cos
     d_x_hat, rows, touched = row_topk_backward(
-        d_top, d_cos, x_hat, weight, index, labels, nearest, ctx.class_start
+        d_top, d_cos, x_hat, weight, index, labels, nearest, ctx.class_start, ctx.backend
     )
     d_weight = None
     if ctx.needs_input_grad[1]:

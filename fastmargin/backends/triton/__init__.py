@@ -179,6 +179,23 @@ class TritonBackend(ComposedLoss):
             precision,
         )
 
+    def row_topk_backward(
+        self,
+        d_top: Tensor,
+        d_cos: Tensor,
+        x_hat: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        nearest: Tensor,
+        class_start: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.topk_backward import topk_backward
+
+        d_top, d_cos, x_hat = (t.contiguous() for t in (d_top, d_cos, x_hat))
+        labels, nearest, index = (_contiguous(t) for t in (labels, nearest, index))
+        return topk_backward(d_top, d_cos, x_hat, weight, index, labels, nearest, class_start)
+
     def margin_rows(
         self, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -38,6 +38,7 @@ from fastmargin.backends.triton import (
     stats_forward,
     stats_merge,
     topk,
+    topk_backward,
 )
 from fastmargin.backends.triton.configs import (
     OPERAND_DTYPES,
@@ -57,7 +58,7 @@ EPILOGUES = ("store_gradient", "sgd", "sgd_momentum", "sgd_nesterov")
 
 _OPERANDS = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "bf16": "bf16"}
 _POINTERS = {
-    **dict.fromkeys(("p_label", "p_key", "p_index", "p_column"), "*i64"),
+    **dict.fromkeys(("p_label", "p_key", "p_index", "p_column", "p_nearest", "p_touched"), "*i64"),
     **dict.fromkeys(("p_count", "p_code", "p_own_code", "p_code_out"), "*i32"),
     "p_valid": "*i1",
     **dict.fromkeys(("p_threshold", "p_rule", "p_shift", "p_pull", "p_partial"), "*fp32"),
@@ -291,6 +292,12 @@ def _row_kernels(widths: tuple[int, ...], every: bool) -> Iterator[Build]:
                 topk.topk_merge_kernel,
                 topk.merge_constants(d, 16, indexed, 132),
                 base,
+            )
+            yield Build(
+                f"topk_backward {label}",
+                topk_backward.topk_backward_kernel,
+                topk_backward.constants(d, 16, indexed),
+                base | {"p_rows": "*fp32"},
             )
             yield Build(
                 f"own_rows {label}",

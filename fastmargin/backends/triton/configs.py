@@ -227,7 +227,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         256: TileConfig(32, 64, 256, 256, 8, 3),
     },
     ("centre_pass", "half", 100): {
-        128: TileConfig(64, 128, 128, 128, 8, 3),
+        128: TileConfig(128, 64, 128, 128, 8, 3),
         512: TileConfig(32, 64, 128, 256, 8, 2),
         1024: TileConfig(128, 64, 64, 512, 8, 3),
     },
