@@ -22,7 +22,7 @@ from fastmargin.hashing import GOLDEN, MASK, as_int32, mix, mix_
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LEAST_NORMAL = 2.0**-14  # of float16
 STEPS = 2.0**24  # of float16 below LEAST_NORMAL, per unit
-AT_ONCE = 1 << 20
+AT_ONCE = 1 << 21
 """Numbers rounded at a time, which bounds temporaries."""
 
 
