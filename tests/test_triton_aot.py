@@ -36,7 +36,7 @@ def test_everything_fits(arch):
     assert kernels == {
         *("centre_pass", "compact", "margin_loss", "margin_rows", "norm_statistics", "own_rows"),
         *("permutation", "row_prologue", "rows_backward", "stage", "stats_finish"),
-        *("stats_forward", "stats_merge", "topk_merge", "topk_scan"),
+        *("stats_forward", "stats_merge", "topk_backward", "topk_merge", "topk_scan"),
     }
     names = [report["name"] for report in reports]
     assert len(names) == len(set(names)) > 40

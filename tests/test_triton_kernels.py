@@ -313,6 +313,26 @@ def test_a_step_in_place(dtype, indexed, update, monkeypatch):
     assert torch.equal(weight.cpu()[others], p.weight[others])
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_nothing_is_read_past_the_last_column(indexed, monkeypatch):
+    """A width of whole parts that does not fill its tile; behind each row and the last lie NaN."""
+    from fastmargin.backends.triton import centre_pass
+    from fastmargin.backends.triton.configs import TileConfig
+
+    monkeypatch.setattr(centre_pass, "choose", lambda *_: TileConfig(16, 16, 128, 128, 4, 1))
+    p = problem("random", dim=96)
+    p = through_index(p) if indexed else p
+    expected = solve(REFERENCE, p, "auto", torch.float64)[1]
+    for gap in (0, 32):
+        around = torch.full((len(p.weight) + 1, 96 + gap), math.nan)
+        around[:-1, :96] = p.weight
+        weight = around[:-1, :96]
+        if gap == 0:
+            weight = around.flatten()[: p.weight.numel()].view(-1, 96)
+        found = solve(TRITON, replace(p, weight=weight), "fp32", torch.float32)[1]
+        assert relative_error(found, expected) < 1e-5
+
+
 def test_no_step_in_place_where_programs_share_a_centre(monkeypatch):
     from fastmargin.backends.triton import centre_pass
 

@@ -84,17 +84,22 @@ def _along_centres(
     MOST: tl.constexpr,
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
     """(ROWS,) products of the gradient and the centres as they are, MOST columns at a time."""
     if WIDTH > MOST:
         HALF: tl.constexpr = WIDTH // 2
         b_left, b_right = halves(b_grad, ROWS, HALF)
-        b_sum = _along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED)
-        b_sum += _along_centres(b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED)
+        b_sum = _along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED)
+        b_sum += _along_centres(
+            b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED
+        )
         return b_sum
     else:
         p_wc, m_c, stride_wc, stride_wd = centre
-        b_w = load_rows(p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED)
+        b_w = load_rows(
+            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
+        )
         return tl.sum(b_grad * b_w.to(tl.float32), 1)
 
 
@@ -115,6 +120,7 @@ def _finish(
     MOST: tl.constexpr,
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -142,6 +148,7 @@ def _finish(
             MOST,
             PACKED,
             INDEXED,
+            RAGGED,
             IN_PLACE,
             EPILOGUE,
             STOCHASTIC,
@@ -162,6 +169,7 @@ def _finish(
             MOST,
             PACKED,
             INDEXED,
+            RAGGED,
             IN_PLACE,
             EPILOGUE,
             STOCHASTIC,
@@ -177,7 +185,9 @@ def _finish(
         m_own = b_slot < NO_ROW
         p_own_tile = p_own + tl.where(m_own, b_slot, 0).to(tl.int64)[:, None] * D + o_d[None, :]
         b_own = tl.load(p_own_tile, mask=m_own[:, None] & m_d[None, :], other=0.0)
-        b_w = load_rows(p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED)
+        b_w = load_rows(
+            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
+        )
         b_w = b_w.to(tl.float32)
         b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
         if INDEXED:  # the exponentials of an empty place have no bound
@@ -263,6 +273,7 @@ def centre_pass_kernel(
         B = tl.load(p_count)
     WHOLE: tl.constexpr = BLOCK_K >= D
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    RAGGED: tl.constexpr = D % BLOCK_D != 0
     start = tl.program_id(0) // COLUMNS * BLOCK_C
     i_d = tl.program_id(0) % COLUMNS
     o_c = start + tl.arange(0, BLOCK_C)
@@ -340,7 +351,7 @@ def centre_pass_kernel(
     centre = (p_wc, m_c, stride_wc, stride_wd)
     if COLUMNS == 1:
         b_radial = b_inverse * _along_centres(
-            b_grad, centre, 0, D, BLOCK_C, BLOCK_D, FINISHED, PACKED, INDEXED
+            b_grad, centre, 0, D, BLOCK_C, BLOCK_D, FINISHED, PACKED, INDEXED, RAGGED
         )
     _finish(
         b_grad,
@@ -358,6 +369,7 @@ def centre_pass_kernel(
         FINISHED,
         PACKED,
         INDEXED,
+        RAGGED,
         IN_PLACE,
         EPILOGUE,
         STOCHASTIC,

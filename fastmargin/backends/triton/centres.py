@@ -175,7 +175,17 @@ def stage_kernel(
     if STAGED:
         for start in range(0, WIDTH, BLOCK_D):
             b_tile = load_rows(
-                p_wc, m_c, stride_wc, stride_wd, start, D, BLOCK_C, BLOCK_D, PACKED, INDEXED
+                p_wc,
+                m_c,
+                stride_wc,
+                stride_wd,
+                start,
+                D,
+                BLOCK_C,
+                BLOCK_D,
+                PACKED,
+                INDEXED,
+                D % BLOCK_D != 0,
             )
             b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], p_operand.dtype.element_ty)
             o_d = start + tl.arange(0, BLOCK_D)

@@ -72,14 +72,18 @@ def load_rows(
     BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):
-    """What :func:`row_tile` points to; zero where ``m_row`` is false and past column D."""
+    """What :func:`row_tile` points to; zero where ``m_row`` is false and past column D.
+
+    RAGGED: there may be columns past D.
+    """
     p_tile = row_tile(p_first, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED)
-    if D % BLOCK == 0:
-        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    else:
+    if RAGGED:
         m_col = start + tl.arange(0, BLOCK) < D
         return tl.load(p_tile, mask=m_row[:, None] & m_col[None, :], other=0.0)
+    else:
+        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
 
 
 @triton.jit
@@ -117,7 +121,17 @@ def inverse_norms(
     b_square = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         b_tile = load_rows(
-            p_first, m_row, stride_row, stride_col, start, D, ROWS, BLOCK, PACKED, INDEXED
+            p_first,
+            m_row,
+            stride_row,
+            stride_col,
+            start,
+            D,
+            ROWS,
+            BLOCK,
+            PACKED,
+            INDEXED,
+            D % BLOCK != 0,
         )
         b_tile = b_tile.to(tl.float32)
         b_square += b_tile * b_tile
