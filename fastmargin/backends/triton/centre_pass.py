@@ -389,8 +389,9 @@ def constants(
     stochastic: bool = False,
 ) -> dict:
     """Compile-time arguments."""
-    # noise takes registers, and more so addresses, where rows have gaps between their numbers
-    finished = FINISHED_AT_ONCE // (4 if not packed else 2 if stochastic else 1)
+    # noise takes registers, and so do addresses where each number has one of its own
+    short = stochastic or (indexed and not packed)
+    finished = FINISHED_AT_ONCE // 2 if short else FINISHED_AT_ONCE
     return {
         "PACKED": packed,
         "INDEXED": indexed,
