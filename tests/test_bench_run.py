@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import sys
@@ -178,6 +179,22 @@ def test_an_error_is_a_row_that_says_so(monkeypatch, after):
     assert "seconds" not in wrong
     _, full = rows_with(monkeypatch, failing(torch.OutOfMemoryError("out of memory"), after))
     assert full["status"] == "out of memory" and "seconds" not in full
+
+
+def test_compiled_peers_are_compiled_in_every_round(monkeypatch):
+    """The compiler forgets the heads before: after eight versions of one it would give up."""
+    compiled, compile_ = [], torch.compile
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_, backend=counting))
+    taker = contenders.by_name("insightface-like, compiled", CPU)
+    monkeypatch.setattr(contenders, "everybody", lambda device: (taker,))
+    (row,) = bench.run([ARC], CPU, replace(QUIET, rounds=10, repeats=10))["rows"]
+    assert row["status"] == "measured" and len(row["seconds"]["step"]) == 10
+    assert len(compiled) >= 11  # the gate's, and one in every round
 
 
 def test_out_of_memory_in_the_fresh_process_spares_this_one(monkeypatch):

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmargin.backends.triton import epilogues
+from fastmargin.backends.triton.centre_finish import along_centres, finish
 from fastmargin.backends.triton.centres import Centres, blocks_of
 from fastmargin.backends.triton.compact import compact
 from fastmargin.backends.triton.configs import (
@@ -31,19 +32,15 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.own_rows import NO_ROW, OwnRows
-from fastmargin.backends.triton.rounding import noise
 from fastmargin.backends.triton.tile import (
     LOG2E,
     cast,
     cosines,
     first_product,
-    halves,
     hard_rule,
     indexed_rows,
-    load_rows,
     matmul,
     row_pointer,
-    row_tile,
 )
 from fastmargin.spec import HardRule, SgdUpdate
 
@@ -71,153 +68,6 @@ def _own_slots(p_code, count, o_column, BLOCK: tl.constexpr):
         m_own = o_column[:, None] == (b_code >> 1)[None, :]
         b_slot = tl.minimum(b_slot, tl.min(tl.where(m_own, o_b[None, :], NO_ROW), 1))
     return b_slot
-
-
-@triton.jit
-def _along_centres(
-    b_grad,
-    centre,
-    start,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MOST: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
-    RAGGED: tl.constexpr,
-):
-    """(ROWS,) products of the gradient and the centres as they are, MOST columns at a time."""
-    if WIDTH > MOST:
-        HALF: tl.constexpr = WIDTH // 2
-        b_left, b_right = halves(b_grad, ROWS, HALF)
-        b_sum = _along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED)
-        b_sum += _along_centres(
-            b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED
-        )
-        return b_sum
-    else:
-        p_wc, m_c, stride_wc, stride_wd = centre
-        b_w = load_rows(
-            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
-        )
-        return tl.sum(b_grad * b_w.to(tl.float32), 1)
-
-
-@triton.jit
-def _finish(
-    b_grad,
-    b_radial,
-    b_factor,
-    centre,
-    out,
-    own,
-    numbers,
-    place,
-    start,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MOST: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):
-    """``(b_grad - b_radial w) b_factor`` and own rows to the epilogue, MOST columns at a time.
-
-    The tiles of the centres and of the state beside all of the gradient would not fit.
-    """
-    if WIDTH > MOST:
-        HALF: tl.constexpr = WIDTH // 2
-        b_left, b_right = halves(b_grad, ROWS, HALF)
-        _finish(
-            b_left,
-            b_radial,
-            b_factor,
-            centre,
-            out,
-            own,
-            numbers,
-            place,
-            start,
-            D,
-            ROWS,
-            HALF,
-            MOST,
-            PACKED,
-            INDEXED,
-            RAGGED,
-            IN_PLACE,
-            EPILOGUE,
-            STOCHASTIC,
-        )
-        _finish(
-            b_right,
-            b_radial,
-            b_factor,
-            centre,
-            out,
-            own,
-            numbers,
-            place,
-            start + HALF,
-            D,
-            ROWS,
-            HALF,
-            MOST,
-            PACKED,
-            INDEXED,
-            RAGGED,
-            IN_PLACE,
-            EPILOGUE,
-            STOCHASTIC,
-        )
-    else:
-        p_wc, m_c, stride_wc, stride_wd = centre
-        p_out, p_state, m_out = out
-        p_own, b_slot = own
-        rate, momentum, decay = numbers
-        b_row, key = place
-        o_d = start + tl.arange(0, WIDTH)
-        m_d = o_d < D
-        m_own = b_slot < NO_ROW
-        p_own_tile = p_own + tl.where(m_own, b_slot, 0).to(tl.int64)[:, None] * D + o_d[None, :]
-        b_own = tl.load(p_own_tile, mask=m_own[:, None] & m_d[None, :], other=0.0)
-        b_w = load_rows(
-            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
-        )
-        b_w = b_w.to(tl.float32)
-        b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
-        if INDEXED:  # the exponentials of an empty place have no bound
-            b_grad = tl.where(m_c[:, None], b_grad, 0.0)
-        if IN_PLACE:
-            p_out_tile = row_tile(
-                p_out, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
-            )
-            p_state_tile = row_tile(
-                p_state, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
-            )
-        else:
-            p_out_tile = row_tile(p_out, D, 1, start, D, ROWS, WIDTH, True, False)
-            p_state_tile = p_out_tile
-        m_tile = m_out[:, None] & m_d[None, :]
-        b_noise = 0
-        if STOCHASTIC:
-            b_noise = noise(b_row, o_d, key)
-        EPILOGUE(
-            b_w,
-            b_grad,
-            p_out_tile,
-            p_state_tile,
-            m_tile,
-            rate,
-            momentum,
-            decay,
-            b_noise,
-            STOCHASTIC,
-        )
 
 
 @triton.jit(do_not_specialize=["B", "B_own", "C", "rows_w", "column_start", "key"])
@@ -350,10 +200,10 @@ def centre_pass_kernel(
         p_first = p_out + start.to(tl.int64) * D
     centre = (p_wc, m_c, stride_wc, stride_wd)
     if COLUMNS == 1:
-        b_radial = b_inverse * _along_centres(
+        b_radial = b_inverse * along_centres(
             b_grad, centre, 0, D, BLOCK_C, BLOCK_D, FINISHED, PACKED, INDEXED, RAGGED
         )
-    _finish(
+    finish(
         b_grad,
         b_radial * b_inverse,
         b_inverse * tl.exp2(-power),

@@ -1,0 +1,158 @@
+"""The end of the centre pass: a finished tile of the gradient, through the normalisation.
+
+Some columns at a time: the tiles of the centres and of the optimiser's state beside all of the
+gradient would not fit the registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmargin.backends.triton.own_rows import NO_ROW
+from fastmargin.backends.triton.rounding import noise
+from fastmargin.backends.triton.tile import halves, load_rows, row_tile
+
+
+@triton.jit
+def along_centres(
+    b_grad,
+    centre,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOST: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    """(ROWS,) products of the gradient and the centres as they are, MOST columns at a time."""
+    if WIDTH > MOST:
+        HALF: tl.constexpr = WIDTH // 2
+        b_left, b_right = halves(b_grad, ROWS, HALF)
+        b_sum = along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED)
+        b_sum += along_centres(
+            b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED
+        )
+        return b_sum
+    else:
+        p_wc, m_c, stride_wc, stride_wd = centre
+        b_w = load_rows(
+            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
+        )
+        return tl.sum(b_grad * b_w.to(tl.float32), 1)
+
+
+@triton.jit
+def finish(
+    b_grad,
+    b_radial,
+    b_factor,
+    centre,
+    out,
+    own,
+    numbers,
+    place,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOST: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """``(b_grad - b_radial w) b_factor`` and own rows to the epilogue, MOST columns at a time."""
+    if WIDTH > MOST:
+        HALF: tl.constexpr = WIDTH // 2
+        b_left, b_right = halves(b_grad, ROWS, HALF)
+        finish(
+            b_left,
+            b_radial,
+            b_factor,
+            centre,
+            out,
+            own,
+            numbers,
+            place,
+            start,
+            D,
+            ROWS,
+            HALF,
+            MOST,
+            PACKED,
+            INDEXED,
+            RAGGED,
+            IN_PLACE,
+            EPILOGUE,
+            STOCHASTIC,
+        )
+        finish(
+            b_right,
+            b_radial,
+            b_factor,
+            centre,
+            out,
+            own,
+            numbers,
+            place,
+            start + HALF,
+            D,
+            ROWS,
+            HALF,
+            MOST,
+            PACKED,
+            INDEXED,
+            RAGGED,
+            IN_PLACE,
+            EPILOGUE,
+            STOCHASTIC,
+        )
+    else:
+        p_wc, m_c, stride_wc, stride_wd = centre
+        p_out, p_state, m_out = out
+        p_own, b_slot = own
+        rate, momentum, decay = numbers
+        b_row, key = place
+        o_d = start + tl.arange(0, WIDTH)
+        m_d = o_d < D
+        m_own = b_slot < NO_ROW
+        p_own_tile = p_own + tl.where(m_own, b_slot, 0).to(tl.int64)[:, None] * D + o_d[None, :]
+        b_own = tl.load(p_own_tile, mask=m_own[:, None] & m_d[None, :], other=0.0)
+        b_w = load_rows(
+            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
+        )
+        b_w = b_w.to(tl.float32)
+        b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
+        if INDEXED:  # the exponentials of an empty place have no bound
+            b_grad = tl.where(m_c[:, None], b_grad, 0.0)
+        if IN_PLACE:
+            p_out_tile = row_tile(
+                p_out, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
+            )
+            p_state_tile = row_tile(
+                p_state, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
+            )
+        else:
+            p_out_tile = row_tile(p_out, D, 1, start, D, ROWS, WIDTH, True, False)
+            p_state_tile = p_out_tile
+        m_tile = m_out[:, None] & m_d[None, :]
+        b_noise = 0
+        if STOCHASTIC:
+            b_noise = noise(b_row, o_d, key)
+        EPILOGUE(
+            b_w,
+            b_grad,
+            p_out_tile,
+            p_state_tile,
+            m_tile,
+            rate,
+            momentum,
+            decay,
+            b_noise,
+            STOCHASTIC,
+        )
