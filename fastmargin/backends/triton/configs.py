@@ -132,7 +132,7 @@ _SMALL = {
 _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "half", 80): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(128, 64, 256, 256, 8, 2),
+        256: TileConfig(64, 64, 256, 256, 8, 3),
         512: TileConfig(64, 32, 512, 512, 8, 2),
     },
     ("stats_pull", "half", 80): {
@@ -184,7 +184,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(128, 128, 128, 128, 8, 2),
-        256: TileConfig(128, 64, 256, 256, 8, 2),
+        256: TileConfig(128, 64, 256, 256, 8, 3),
         512: TileConfig(32, 64, 512, 512, 8, 3),
         1024: TileConfig(128, 64, 128, 512, 8, 3),
     },
@@ -211,7 +211,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         256: TileConfig(64, 32, 256, 256, 8, 2),
     },
     ("centre_pass", "half", 90): {
-        128: TileConfig(64, 128, 128, 128, 8, 3),
+        128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 64, 256, 256, 8, 3),
         512: TileConfig(64, 32, 512, 512, 8, 3),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
@@ -228,8 +228,8 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
-        512: TileConfig(32, 64, 128, 256, 8, 2),
-        1024: TileConfig(128, 64, 64, 512, 8, 3),
+        512: TileConfig(64, 64, 256, 256, 8, 2),
+        1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
     ("stats_pull", "tf32", 100): {
         1024: TileConfig(64, 32, 32, 128, 8, 2),
