@@ -162,6 +162,8 @@ def test_libraries_get_unit_vectors_times_s(stand_ins):
     assert len(takers) == 5
     for taker in takers:
         assert taker.prenormalised and "(softmax)" in taker.name
+        if "no F.linear_cross_entropy" in (taker.refuses(case, CPU) or ""):
+            continue  # PyTorch before 2.13
         verdict = gate.check(taker, case, CPU)
         assert verdict.passed and verdict.worst > 1e-4, taker.name
     assert stand_ins["filter_eps"] == "high"  # the filtered one came last

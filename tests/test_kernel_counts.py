@@ -181,24 +181,17 @@ def test_what_products_read_from_shared_memory(sizes, warps, first, second, done
 
 COMPILED = r"""
 import json, re, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fastmargin.backends.triton import aot
+from fastmargin.backends.triton import aot, centre_pass, stats_forward
 from fastmargin.backends.triton.configs import TileConfig
+from fastmargin.backends.triton.problems import Pass, passes
 
-WANTED = {"stats_forward D=512 fp16 pull online", "centre_pass D=512 fp16 W=fp32"}
+WANTED = ("stats_forward D=512 fp16 W=fp32 pull online", "centre_pass D=512 fp16 W=fp32")
 INSTRUCTION = r"wgmma\.mma_async\S*m64n(\d+)k16\S* \{[^}]*\}, (\{?)"
 for sizes in json.loads(sys.argv[1]):
-    aot.choose = lambda *a: TileConfig(*sizes)
-    forward = aot._forward(90, 512, "fp16", True, False, True)
-    backward = aot._centre_pass(90, 512, "fp16", "fp32", True, False, False)
-    for builds in (forward, backward):
-        build = next(build for build in builds if build.name in WANTED)
-        signature, fixed, aligned, options = aot._signature(build)
-        source = ASTSource(build.kernel, signature, fixed, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        found = re.findall(INSTRUCTION, made.asm["ptx"])
+    centre_pass.choose = stats_forward.choose = lambda *a: TileConfig(*sizes)
+    builds = {build.name: build for build in aot.builds(90, passes(Pass(512, "fp16"), False))}
+    for name in WANTED:
+        found = re.findall(INSTRUCTION, builds[name].compiled().asm["ptx"])
         print(json.dumps([[int(width), held == "{"] for width, held in found]))
 """
 

@@ -10,12 +10,19 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+ROOT = Path(__file__).parent.parent
+KERNELS = {
+    *("centre_pass", "compact", "margin_loss", "margin_rows", "norm_statistics", "own_rows"),
+    *("permutation", "row_prologue", "rows_backward", "stage", "stats_finish"),
+    *("stats_forward", "stats_merge", "topk_backward", "topk_merge", "topk_scan"),
+}
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"
 
 
@@ -33,11 +40,7 @@ def test_everything_fits(arch):
     assert result.stdout, result.stderr[-2000:]
     reports = json.loads(result.stdout)
     kernels = {report["name"].split()[0] for report in reports}
-    assert kernels == {
-        *("centre_pass", "compact", "margin_loss", "margin_rows", "norm_statistics", "own_rows"),
-        *("permutation", "row_prologue", "rows_backward", "stage", "stats_finish"),
-        *("stats_forward", "stats_merge", "topk_backward", "topk_merge", "topk_scan"),
-    }
+    assert kernels == KERNELS
     names = [report["name"] for report in reports]
     assert len(names) == len(set(names)) > 40
     for report in reports:
@@ -51,17 +54,54 @@ def test_everything_fits(arch):
 @pytest.mark.slow
 def test_a_spill_shows():
     code = (
-        "import sys; from fastmargin.backends.triton import aot;"
+        "import sys; from fastmargin.backends.triton import aot, centre_pass;"
         "from fastmargin.backends.triton.configs import TileConfig;"
-        "aot.choose = lambda *_: TileConfig(64, 128, 64, 512, 8, 2);"
-        "build = next(b for b in aot.builds(90) if b.name.startswith('centre_pass D=512 fp16'));"
-        "report = aot.compile_build(build, 90);"
+        "centre_pass.choose = lambda *_: TileConfig(64, 128, 64, 512, 8, 2);"
+        "found = aot.builds(90, aot.problems());"
+        "build = next(b for b in found if b.name.startswith('centre_pass D=512 fp16'));"
+        "report = aot.compile_build(build);"
         "sys.stdout.write(f'{report.stack} {report.fits}')"
     )
     result = run("-c", code)
     assert result.returncode == 0, result.stderr[-2000:]
     stack, fits = result.stdout.split()
     assert int(stack) > 0 and fits == "False"
+
+
+@pytest.mark.slow
+def test_heads_launch_what_is_compiled():
+    """Bound as on a GPU: types, specialised numbers, alignment, descriptors, grids."""
+    result = run("tests/heads_launches.py", "90", cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    problems = json.loads(result.stdout)
+    shipped = [problem for problem in problems if problem["ships"]]
+    assert len(shipped) > 60
+    for problem in shipped:
+        assert not problem["unknown"], problem
+    named = {problem["problem"]: problem for problem in problems}
+    assert named["adaface"]["launches"] == [
+        *("row_prologue", "stage", "stats_forward", "stats_finish", "margin_loss"),
+        *("rows_backward", "centre_pass"),
+        *("row_prologue", "stage", "stats_forward", "stats_finish", "margin_loss"),
+    ]
+    launched = {kernel for problem in problems for kernel in problem["launches"]}
+    assert KERNELS - launched <= {"norm_statistics"}  # of the operators one by one
+    # shapes that nobody trains with: they launch, too, and show that the comparison is not blind
+    others = [problem for problem in problems if not problem["ships"]]
+    assert len(others) == 6 and all(problem["unknown"] for problem in others)
+
+
+def test_the_same_is_compiled_once():
+    code = (
+        "import sys; from fastmargin.backends.triton import aot;"
+        "found = list(aot.builds(90, aot.problems()));"
+        "sys.stdout.write(f'{len(found)} {len({b.asked.key for b in found})} ');"
+        "sys.stdout.write(str(len({b.name for b in found})))"
+    )
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr[-2000:]
+    builds, keys, names = map(int, result.stdout.split())
+    assert builds == keys == names > 100
 
 
 def test_says_why_it_cannot_run_in_the_interpreter():

@@ -122,9 +122,9 @@ _SMALL = {
     ("stats_sum", "tf32"): TileConfig(64, 64, 32, 128, 8, 2),
     ("stats_sum", "fp32"): TileConfig(32, 32, 16, 128, 4, 2),
     # int64 keys fill the registers of a larger tile
-    ("topk", "half"): TileConfig(64, 64, 32, 128, 4, 2),
+    ("topk", "half"): TileConfig(64, 32, 32, 128, 4, 2),
     ("topk", "tf32"): TileConfig(32, 64, 32, 128, 4, 2),
-    ("topk", "fp32"): TileConfig(16, 64, 16, 128, 4, 2),
+    ("topk", "fp32"): TileConfig(32, 32, 16, 128, 4, 2),
 }
 
 # (kernel, operand, architecture) -> {widest D: tile}. "half": 16-bit operands. The first of a list,
@@ -142,9 +142,6 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("stats_sum", "half", 80): {
         1024: TileConfig(64, 64, 32, 128, 4, 3),
-    },
-    ("topk", "half", 80): {
-        1024: TileConfig(32, 64, 32, 128, 4, 2),
     },
     ("centre_pass", "half", 90): {
         128: TileConfig(128, 128, 128, 128, 8, 2),
@@ -228,6 +225,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
+        256: TileConfig(128, 64, 256, 256, 8, 2),
         512: TileConfig(64, 64, 256, 256, 8, 2),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +25,25 @@ INTERPRETER = Chip(arch=0, processors=6)
 """In the interpreter; more than one processor, so that splits of the classes are run."""
 
 
+_pretended: Chip | None = None
+
+
 def chip(device: torch.device) -> Chip:
     """The chip that kernels for tensors of this device run on."""
+    if _pretended is not None:
+        return _pretended
     return INTERPRETER if INTERPRETED else _cuda_chip(device)
+
+
+@contextlib.contextmanager
+def pretending(to_be: Chip) -> Iterator[None]:
+    """Within the block every device has this chip, for what looks at launches without a GPU."""
+    global _pretended
+    before, _pretended = _pretended, to_be
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 @functools.cache

@@ -225,7 +225,7 @@ def constants(d: int, indexed: bool) -> dict:
     return {
         "INDEXED": indexed,
         "D": d,
-        "BLOCK_R": max(1, min(16, 1024 // block_d)),
+        "BLOCK_R": max(1, min(4, 1024 // block_d)),
         "BLOCK_D": block_d,
         "SCANNED": SCANNED_AT_ONCE,
         "num_warps": 4,
