@@ -17,6 +17,7 @@ import multiprocessing
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _name(asked: Asked, problem: Problem) -> str:
 
 def builds(arch: int, of: Iterable[Problem]) -> Iterator[Build]:
     """All that is compiled for these problems, each once."""
-    seen, names = set(), set()
+    seen, names = set(), Counter()
     for problem in of:
         with noted(arch) as notes:
             problem.run()
@@ -122,28 +123,28 @@ def builds(arch: int, of: Iterable[Problem]) -> Iterator[Build]:
             if asked.key in seen:
                 continue
             seen.add(asked.key)
-            first = name = _name(asked, problem)
-            while name in names:
-                name = f"{first} #{int((name + ' #1').split('#')[1]) + 1}"
-            names.add(name)
-            yield Build(name, arch, asked)
+            name = _name(asked, problem)
+            names[name] += 1
+            nth = f" #{names[name]}" if names[name] > 1 else ""
+            yield Build(name + nth, arch, asked)
+
+
+_forked: list[Build] = []
+"""Those of the pool's parent: what is asked for holds functions, which do not travel otherwise."""
+
+
+def _report(at: int) -> Report:
+    return compile_build(_forked[at])
 
 
 def _reports(found: list[Build], jobs: int) -> Iterator[Report]:
     if jobs == 1:
         yield from map(compile_build, found)
         return
-    global _forked  # what is asked for holds functions, which do not travel otherwise
+    global _forked
     _forked = found
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         yield from pool.imap(_report, range(len(found)))
-
-
-_forked: list[Build] = []
-
-
-def _report(at: int) -> Report:
-    return compile_build(_forked[at])
 
 
 def main(arguments: list[str] | None = None) -> int:

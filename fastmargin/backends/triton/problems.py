@@ -40,6 +40,8 @@ UPDATES = {
     "nesterov": SgdUpdate(0.1, 0.9, 5e-4, True),
 }
 KEY = 12345
+"""Of stochastic rounding."""
+_KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Problem(NamedTuple):
@@ -76,9 +78,6 @@ class Pass:
 
 def _short(dtype: torch.dtype) -> str:
     return next(name for name, kind in _KINDS.items() if kind == dtype)
-
-
-_KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _rule() -> HardRule:
