@@ -1,6 +1,6 @@
 """Which classes take part in a step of partial FC: all positives, and negatives at random.
 
-Exactly k rows without replacement in O(k + B log B), whatever the number of classes (An et al.,
+Exactly k rows without replacement in O(k), whatever the number of classes (An et al.,
 "Killing Two Birds with One Stone", CVPR 2022, sorts a random number per class). Nothing waits for
 the device, shapes are static, and a replayed CUDA graph draws anew.
 """
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmargin import ops
-
-MAX_SHARDS = 2**16
+from fastmargin.spec import MAX_SHARDS
 
 
 @dataclass(frozen=True)
@@ -98,32 +97,17 @@ class ClassSampler(nn.Module):
                 changed then.
         """
         self._check(labels)
-        k, places = self.num_sampled, max(self.num_sampled, min(len(labels), self.num_classes))
-        local = labels - self.class_start
-        here = (local >= 0) & (local < self.num_classes)  # -1 is not, as class_start >= 0
-        local = torch.where(here, local, self.num_classes)
-
-        # the distinct positives ascending; rows without a centre here are sorted behind them
-        ascending, order = torch.sort(local, stable=True)
-        here = ascending < self.num_classes
-        first = here & (ascending != torch.cat([ascending[:1] - 1, ascending[:-1]]))
-        rank = first.cumsum(0) - 1
-        num_positives = first.sum()
-        column = torch.empty_like(labels).scatter_(0, order, torch.where(here, rank, -1))
-
-        # k numbers of a permutation hold at least k - P that are not among P positives
-        key = torch.cat([self.seed, self.step * MAX_SHARDS + self.shard])
-        candidates = ops.permutation(key, self.num_classes, k, backend)
-        negative = ~self._among(candidates, local)
-        negative_rank = negative.cumsum(0) - 1
-        negative = negative & (negative_rank < k - num_positives)
-
-        # the last place takes what belongs nowhere
-        index = torch.full((places + 1,), -1, dtype=torch.int64, device=labels.device)
-        index.scatter_(0, torch.where(first, rank, places), ascending)
-        index.scatter_(0, torch.where(negative, num_positives + negative_rank, places), candidates)
-        self.step.add_(1)
-        return Sample(index[:places], column, num_positives)
+        drawn = ops.sample(
+            labels,
+            self.seed,
+            self.step,
+            self.marks,
+            self.shard,
+            self.class_start,
+            self.num_sampled,
+            backend,
+        )
+        return Sample(*drawn)
 
     def forward(self, labels: Tensor, backend: str = "auto") -> Sample:
         """See :meth:`draw`."""
@@ -139,14 +123,6 @@ class ClassSampler(nn.Module):
         sampled = (self.num_sampled - sample.num_positives).double()
         others = (self.num_classes - sample.num_positives).double()
         return torch.where(sampled > 0, (others / sampled).log(), 0.0).float()
-
-    def _among(self, candidates: Tensor, local: Tensor) -> Tensor:
-        """Which of the candidates are in ``local``; the marks are clear before and after."""
-        try:
-            self.marks.scatter_(0, local, 1)
-            return self.marks[candidates] != 0
-        finally:
-            self.marks.scatter_(0, local, 0)
 
     def _check(self, labels: Tensor) -> None:
         if not isinstance(labels, Tensor):

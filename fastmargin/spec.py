@@ -22,6 +22,9 @@ SOURCES = ("constant", "adaface", "norm", "class")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 """Operand types of the matrix products; accumulation and per-row values are always fp32."""
 
+MAX_SHARDS = 2**16
+"""Of a sampler: a draw has the key ``[seed, step * MAX_SHARDS + shard]``."""
+
 
 @dataclass(frozen=True)
 class HardRule:

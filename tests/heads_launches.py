@@ -23,7 +23,7 @@ import fastmargin as fm
 from fastmargin.backends.triton import BACKEND, aot
 from fastmargin.backends.triton.asked import noted
 from fastmargin.backends.triton.centres import STAGED_BYTES
-from fastmargin.backends.triton.problems import CLASSES, ROWS, WIDTHS, problems
+from fastmargin.backends.triton.problems import CLASSES, ROWS, WIDTHS, Pass, passes, problems
 from fastmargin.optim import RowSGD
 
 MOMENTUM = {"lr": 1, "momentum": 0.9, "weight_decay": 5e-4}
@@ -69,6 +69,16 @@ def functional(weight: torch.Tensor, margin=fm.ArcFace) -> None:
     fm.margin_loss(x, weight, torch.arange(ROWS), margin(), **about).backward()
 
 
+def shard(class_start: int) -> None:
+    """What is launched for classes that are not the first."""
+    of = Pass(512, "fp16", class_start=class_start)
+    for problem in passes(of, False):
+        problem.run()
+    labels, (seed, step) = torch.arange(ROWS), torch.zeros(2, 1, dtype=torch.int64)
+    marks = torch.empty(CLASSES + 1, dtype=torch.uint8)
+    BACKEND.sample(labels, seed, step.clone(), marks, class_start, class_start, 16)
+
+
 def shipped() -> Iterator[tuple[str, Callable, dict]]:
     """Name, what to run and its arguments; all that is compiled for them ships."""
     for name, margin in MARGINS.items():
@@ -90,6 +100,8 @@ def shipped() -> Iterator[tuple[str, Callable, dict]]:
     yield "transposed, 16 bits", functional, {"weight": transposed.bfloat16().t()}
     yield "rows left out", step, {"row_tolerance": 1e-3}
     yield "two pieces", step, {"classes": STAGED_BYTES // 512, "optimizer": MOMENTUM}
+    for first in (1, 16, 12_345):
+        yield f"shard from class {first}", shard, {"class_start": first}
 
 
 def others() -> Iterator[tuple[str, Callable, dict]]:
@@ -121,13 +133,13 @@ def run(arch: int) -> list[dict]:
     return report
 
 
-def draw(key, size, count) -> torch.Tensor:
-    """Numbers that can be used, beside the launch that would make them."""
-    permutation(key, size, count)
-    return torch.arange(count)
+def draw(labels, *about) -> tuple[torch.Tensor, ...]:
+    """Numbers that can be used, beside the launches that would make them."""
+    index, _, positives = sample(labels, *about)
+    return torch.arange(len(index)), torch.arange(len(labels)), positives.fill_(len(labels))
 
 
 if __name__ == "__main__":
-    permutation, BACKEND.permutation = BACKEND.permutation, draw
+    sample, BACKEND.sample = BACKEND.sample, draw
     BACKEND.unavailable, BACKEND.refuses = lambda: None, lambda device, dtype: None
     print(json.dumps(run(int(sys.argv[1]))))

@@ -79,6 +79,16 @@ def test_launches_with_rows_left_out():
     assert backward == [UPSTREAM, "rows_backward_kernel", "compact_kernel", "centre_pass_kernel"]
 
 
+SAMPLED = ["mark_kernel", "permutation_kernel", "place_kernel"]
+
+
+def test_launches_of_sampled_classes():
+    forward, backward = step(MARGINS["adaface"](), sample_rate=0.5)
+    assert forward == SAMPLED + FORWARD and backward[:3] == BACKWARD
+    spread = ["aten::zeros", "aten::clamp", "aten::remainder", "aten::index_copy_"]
+    assert backward[3:] == spread
+
+
 def test_margins_that_do_more_launch_more():
     """So that the count above is not blind: a penalty and a margin of Python show."""
     forward, backward = step(MARGINS["no_form"]())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import device_for
 
-from fastmargin import backends, ops
+from fastmargin import backends
 from fastmargin.backends import _permutation
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
@@ -24,7 +24,7 @@ MILLION = 1_048_573  # a prime
 
 def permute(key, size, count, backend):
     on = device_for(backend)
-    return ops.permutation(torch.tensor(key, device=on), size, count, backend).cpu()
+    return backends.get(backend).permutation(torch.tensor(key, device=on), size, count).cpu()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -78,8 +78,9 @@ def test_threads_do_not_matter():
 def test_without_avx2_the_same():
     device_for("cpu")
     code = (
-        "import torch; from fastmargin import ops; "
-        f"print(ops.permutation(torch.tensor([5, 6]), {MILLION}, 300, 'cpu').tolist())"
+        "import torch; from fastmargin import backends; "
+        "cpu = backends.select('cpu', torch.device('cpu'), torch.float32); "
+        f"print(cpu.permutation(torch.tensor([5, 6]), {MILLION}, 300).tolist())"
     )
     environment = os.environ | {"FASTMARGIN_CPU_CAPABILITY": "scalar"}
     command = [sys.executable, "-c", code]
@@ -105,30 +106,6 @@ def test_every_bit_of_the_key_counts():
         assert (other != base).float().mean() > 0.9, (word, bit)
         seen.add(tuple(other.tolist()))
     assert len(seen) == 129
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
-    key = torch.tensor([1, 2], device=device_for(backend))
-    for size, count in ((70, 5), (70, 0), (2**40, 3)):
-        sample = (key, size, count, backend)
-        torch.library.opcheck(torch.ops.fastmargin.permutation.default, sample)
-
-
-@pytest.mark.parametrize(
-    ("key", "size", "count", "says"),
-    [
-        (torch.zeros(2), 5, 1, "key must be .* int64"),
-        (torch.zeros(3, dtype=torch.int64), 5, 1, "key must be"),
-        (torch.zeros(2, dtype=torch.int64), -1, 0, "size must be"),
-        (torch.zeros(2, dtype=torch.int64), 2**60 + 1, 0, "size must be"),
-        (torch.zeros(2, dtype=torch.int64), 5, 6, "count must be"),
-        (torch.zeros(2, dtype=torch.int64), 5, -1, "count must be"),
-    ],
-)
-def test_errors(key, size, count, says):
-    with pytest.raises(ValueError, match=says):
-        ops.permutation(key, size, count)
 
 
 # ---- randomness ---------------------------------------------------------------------------------

@@ -332,9 +332,9 @@ def test_dtensors_are_refused_before_any_change():
 
 def test_the_kernel_steps_in_place_with_low_precision_state(monkeypatch):
     """Not by way of chunks of gradients: of every type of centres, whole and sampled."""
-    from fastmargin.backends.composed import ComposedLoss
+    from fastmargin.backends.composed import Composed
 
-    monkeypatch.setattr(ComposedLoss, "centre_step", None)
+    monkeypatch.setattr(Composed, "centre_step", None)
     for dtype in (torch.float32, *SIXTEEN):
         for options in ({}, {"num_sampled": 30, "sparse_grad": True}):
             head = low_head("triton", dtype, **options)

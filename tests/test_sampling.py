@@ -87,6 +87,69 @@ def test_backends_draw_the_same(backend):
             assert equal(sample, expected)
 
 
+def labels_of(b, num_classes, class_start):
+    """Of this shard, some more than once, of others, and ignored ones."""
+    generator = torch.Generator().manual_seed(b)
+    spread = torch.randint(0, 2 * num_classes + 1, (b,), generator=generator)
+    return torch.where(spread % 7 == 3, -1, spread + class_start - num_classes // 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize(
+    ("b", "num_classes", "num_sampled"),
+    [
+        (0, 50, 10),
+        (1, 1, 1),
+        (17, 5, 3),  # more positives than places
+        (300, 3000, 100),  # rows of several tiles, fewer places than rows
+        (600, 400, 390),  # every row is a positive; candidates run out
+        (40, 5000, 2600),  # candidates of several programs
+        (33, 4096, 2048),
+        (2100, 2200, 1500),  # rows beyond a block of what counts them
+    ],
+)
+def test_kernels_draw_the_same_in_many_blocks(backend, b, num_classes, num_sampled):
+    on, start = device_for(backend), num_classes // 2
+    labels = labels_of(b, num_classes, start)
+    plain = sampler(num_classes, num_sampled, start, seed=2**62 + 5, shard=2**16 - 1)
+    ours = copy.deepcopy(plain).to(on)
+    for draws in (plain, ours):
+        draws.step.fill_(2**33)
+    sample = ours(labels.to(on), backend)
+    assert equal(sample, plain(labels, "reference"))
+    check(sample, labels.tolist(), num_classes, num_sampled, start)
+    assert not ours.marks.any() and ours.step.tolist() == [2**33 + 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_kernels_count_many_blocks_of_candidates(backend, monkeypatch):
+    on = device_for(backend)
+    from fastmargin.backends.triton import class_sample
+
+    monkeypatch.setattr(class_sample, "PLACED", 128)
+    plain, ours = sampler(20_000, 17_000), sampler(20_000, 17_000, device=on)
+    labels = labels_of(50, 20_000, 5)
+    assert equal(ours(labels.to(on), backend), plain(labels, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_kernels_take_labels_as_they_lie(backend):
+    on = device_for(backend)
+    labels = torch.tensor(LABELS).repeat_interleave(2).to(on)[1::2]
+    assert equal(sampler(device=on)(labels, backend), sampler()(torch.tensor(LABELS)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    on = device_for(backend)
+    for num_classes, num_sampled in ((20, 8), (4, 2), (0, 0)):
+        seed, step = torch.tensor([1], device=on), torch.tensor([2], device=on)
+        marks = torch.zeros(num_classes + 1, dtype=torch.uint8, device=on)
+        labels = torch.tensor(LABELS, device=on)
+        sample = labels, seed, step, marks, 3, 5, num_sampled, backend
+        torch.library.opcheck(torch.ops.fastmargin.sample.default, sample)
+
+
 def test_all_rows_take_part_if_k_is_their_number():
     for k in (20, 21, 1000):
         sample = sampler(num_sampled=k)(torch.tensor(LABELS))

@@ -266,12 +266,12 @@ UPDATES = {
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_step_in_place(dtype, indexed, update, monkeypatch):
     """Tiles of whole rows, finished in parts, in pieces of the centres; the rest is not touched."""
-    from fastmargin.backends.composed import ComposedLoss
+    from fastmargin.backends.composed import Composed
     from fastmargin.backends.triton import centre_pass
     from fastmargin.backends.triton.configs import TileConfig
 
     monkeypatch.setattr(centre_pass, "choose", lambda *_: TileConfig(16, 16, 128, 128, 4, 1))
-    monkeypatch.setattr(ComposedLoss, "centre_step", None)  # it must be the kernel's own
+    monkeypatch.setattr(Composed, "centre_step", None)  # it must be the kernel's own
     staged_in_pieces(monkeypatch)
     update = UPDATES[update]
     p = problem("some_ignored", dim=100, dtype=OPERANDS[dtype], class_start=7)

@@ -11,10 +11,10 @@ from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
 from fastmargin.rounding import narrowed, write_back
 from fastmargin.rows import inside, stand_ins
-from fastmargin.spec import HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
+from fastmargin.spec import MAX_SHARDS, HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
 
 
-class ComposedLoss:
+class Composed:
     """For backends without kernels of their own for it; see ``interface.Backend``."""
 
     step_bytes = 32 << 20
@@ -96,6 +96,47 @@ class ComposedLoss:
             return d_x, None, None, ()
         found = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
         return d_x, *found, ()
+
+    def sample(
+        self,
+        labels: Tensor,
+        seed: Tensor,
+        step: Tensor,
+        marks: Tensor,
+        shard: int,
+        class_start: int,
+        num_sampled: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        classes = marks.shape[0] - 1
+        places = max(num_sampled, min(labels.shape[0], classes))
+        local = labels - class_start
+        # one more than there are classes, for rows whose centre is not here
+        local = torch.where(inside(local, classes), local, classes)
+
+        # the distinct positives ascending; rows without a centre here are sorted behind them
+        ascending, order = torch.sort(local, stable=True)
+        here = ascending < classes
+        first = here & (ascending != torch.cat([ascending[:1] - 1, ascending[:-1]]))
+        rank = first.cumsum(0) - 1
+        num_positives = first.sum()
+        column = torch.empty_like(labels).scatter_(0, order, torch.where(here, rank, -1))
+
+        # k numbers of a permutation hold at least k - P that are not among P positives
+        key = torch.cat([seed, step * MAX_SHARDS + shard])
+        candidates = self.permutation(key, classes, num_sampled)
+        try:
+            negative = marks.scatter_(0, local, 1)[candidates] == 0
+        finally:
+            marks.scatter_(0, local, 0)
+        negative_rank = negative.cumsum(0) - 1
+        negative = negative & (negative_rank < num_sampled - num_positives)
+
+        # the last place takes what belongs nowhere
+        index = labels.new_full((places + 1,), -1)
+        index.scatter_(0, torch.where(first, rank, places), ascending)
+        index.scatter_(0, torch.where(negative, num_positives + negative_rank, places), candidates)
+        step.add_(1)
+        return index[:places], column, num_positives
 
     def row_topk_backward(
         self,

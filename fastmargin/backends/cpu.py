@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends import _extension, _permutation, _rows
-from fastmargin.backends.composed import ComposedLoss
+from fastmargin.backends.composed import Composed
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate
 
 
@@ -57,7 +57,7 @@ def _contiguous(index: Tensor | None) -> Tensor | None:
     return None if index is None else index.contiguous()
 
 
-class CpuBackend(ComposedLoss):
+class CpuBackend(Composed):
     name = "cpu"
     precisions = ("fp32",)
     max_dim = max_k = math.inf

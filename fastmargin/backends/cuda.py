@@ -1,7 +1,7 @@
 """CUDA C++ kernels.
 
 ``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). The passes over
-the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) and ``permutation`` run on
+the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) and ``sample`` run on
 the kernels of the Triton backend for now, so this backend needs Triton too;
 :data:`CudaBackend.note` says so at run time.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmargin import backends
 from fastmargin.backends import _extension, _rows
-from fastmargin.backends.composed import ComposedLoss
+from fastmargin.backends.composed import Composed
 from fastmargin.spec import MarginForm, NormEma, RowStats
 
 REMEDY = "reinstall from source with nvcc present: FASTMARGIN_CUDA=1 pip install <fastmargin>"
@@ -38,11 +38,11 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
     return False
 
 
-class CudaBackend(ComposedLoss):
+class CudaBackend(Composed):
     name = "cuda"
     note = (
         "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward, "
-        "row_topk and permutation run on Triton's"
+        "row_topk and sample run on Triton's"
     )
 
     max_dim = property(lambda self: self._heavy.max_dim)
@@ -113,6 +113,9 @@ class CudaBackend(ComposedLoss):
 
     def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
         return self._heavy.permutation(key, size, count)
+
+    def sample(self, *args) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heavy.sample(*args)
 
 
 BACKEND = CudaBackend()

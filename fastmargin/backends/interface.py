@@ -24,9 +24,9 @@ from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, 
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and four that plain PyTorch or the others can make.
+    """One way to run the six operations, and five that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.ComposedLoss` has the last four for those who inherit it.
+    :class:`fastmargin.backends.composed.Composed` has the last five for those who inherit it.
     """
 
     name: str
@@ -128,6 +128,25 @@ class Backend(Protocol):
 
         ``key`` is (2,) int64, and every bit of it counts. The numbers are the same on every
         backend; ``0 <= count <= size <= 2**60``.
+        """
+
+    def sample(
+        self,
+        labels: Tensor,
+        seed: Tensor,
+        step: Tensor,
+        marks: Tensor,
+        shard: int,
+        class_start: int,
+        num_sampled: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Classes of a step of partial FC, as in :class:`fastmargin.sampling.Sample`, its fields.
+
+        The shard has ``N = marks.shape[0] - 1`` classes from ``class_start`` on. The first
+        ``num_sampled`` (at most N) numbers of the :meth:`permutation` of them that
+        ``seed``, ``step`` and ``shard`` choose, less the positives, are the negatives, as many as
+        places are left. ``seed`` and ``step`` are (1,) int64; ``step`` advances. ``marks``
+        (N + 1,) uint8 is zero before and after.
         """
 
     def row_topk_backward(

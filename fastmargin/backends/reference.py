@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmargin.backends import _permutation
-from fastmargin.backends.composed import ComposedLoss
+from fastmargin.backends.composed import Composed
 from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
 from fastmargin.rows import inside, take
 from fastmargin.spec import MarginForm, NormEma, RowStats
@@ -72,7 +72,7 @@ def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, 
     return (z * form.h).clamp(-1, 1), zero
 
 
-class ReferenceBackend(ComposedLoss):
+class ReferenceBackend(Composed):
     """Dense and simple: holds the (B, C) logits."""
 
     name = "reference"

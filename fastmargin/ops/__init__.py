@@ -18,7 +18,6 @@ from fastmargin.ops.centre_gradient import (
 from fastmargin.ops.centre_step import centre_step
 from fastmargin.ops.margin_rows import margin_rows
 from fastmargin.ops.marked import marked
-from fastmargin.ops.permutation import permutation
 from fastmargin.ops.registration import check_backend
 from fastmargin.ops.row_prologue import row_prologue, row_prologue_backward
 from fastmargin.ops.row_stats import (
@@ -27,6 +26,7 @@ from fastmargin.ops.row_stats import (
     target_cosine,
 )
 from fastmargin.ops.row_topk import row_topk, row_topk_backward
+from fastmargin.ops.sample import sample
 from fastmargin.ops.softmax_loss import softmax_loss, softmax_loss_backward
 from fastmargin.ops.spread_rows import spread_rows
 
@@ -38,7 +38,6 @@ __all__ = [
     "gradient_or_factors",
     "margin_rows",
     "marked",
-    "permutation",
     "row_prologue",
     "row_prologue_backward",
     "row_stats",
@@ -46,6 +45,7 @@ __all__ = [
     "row_stats_backward_x",
     "row_topk",
     "row_topk_backward",
+    "sample",
     "softmax_loss",
     "softmax_loss_backward",
     "spread_rows",

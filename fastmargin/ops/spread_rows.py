@@ -14,7 +14,7 @@ def _spread_rows(rows, index, weight, distinct):
     count, width = weight.shape
     # one row more, which is cut off, takes what belongs nowhere
     spread = torch.zeros((count + 1, width), dtype=rows.dtype, device=rows.device)
-    target = torch.where(inside(index, count), index, count)
+    target = index.clamp(-1, count) % (count + 1)
     if distinct:
         spread.index_copy_(0, target, rows)
     else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmargin.backends.composed import ComposedLoss
+from fastmargin.backends.composed import Composed
 from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
 
 _LEAST_CAPABILITY = (8, 0)
@@ -25,7 +25,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class TritonBackend(ComposedLoss):
+class TritonBackend(Composed):
     """Fused passes over the class centres; see the files of this package, one per kernel."""
 
     name = "triton"
@@ -301,6 +301,20 @@ class TritonBackend(ComposedLoss):
         from fastmargin.backends.triton.permutation import permutation
 
         return permutation(key.contiguous(), size, count)
+
+    def sample(
+        self,
+        labels: Tensor,
+        seed: Tensor,
+        step: Tensor,
+        marks: Tensor,
+        shard: int,
+        class_start: int,
+        num_sampled: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.class_sample import sample
+
+        return sample(labels.contiguous(), seed, step, marks, shard, class_start, num_sampled)
 
 
 def _columns(weight: Tensor, index: Tensor | None) -> int:

@@ -38,10 +38,13 @@ def _add_hash(b_digit, b_other, round_key, side):
 @triton.jit(do_not_specialize=["size", "side", "count"])
 def permutation_kernel(
     p_key,  # (2,) int64
-    p_out,  # (count,) int64
+    p_marks,  # (size,) uint8, if MARKED
+    p_out,  # (count,) int64; if MARKED -1 in place of a number with a mark
+    p_counts,  # (count / BLOCK,) int32, out, if MARKED: how many numbers of a block have none
     size,
     side,
     count,
+    MARKED: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,22 +63,44 @@ def permutation_kernel(
         b_next = b_left.to(tl.int64) * side + b_right.to(tl.int64)
         b_value = tl.where(m_outside, b_next, b_value)
         m_outside = m_c & (b_value >= size)
+    if MARKED:
+        m_free = m_c & (tl.load(p_marks + b_value, mask=m_c, other=1) == 0)
+        b_value = tl.where(m_free, b_value, -1)
+        tl.store(p_counts + tl.program_id(0), tl.sum(m_free.to(tl.int32), 0))
     tl.store(p_out + o_c, b_value, mask=m_c)
 
 
-def constants() -> dict:
+def constants(marked: bool) -> dict:
     """Compile-time arguments; a small block, since all of it waits for its slowest number."""
-    return {"ROUNDS": _permutation.ROUNDS, "BLOCK": 128, "num_warps": 1}
+    return {"MARKED": marked, "ROUNDS": _permutation.ROUNDS, "BLOCK": 128, "num_warps": 1}
 
 
 def permutation(key: Tensor, size: int, count: int) -> Tensor:
     """See :meth:`fastmargin.backends.interface.Backend.permutation`."""
-    out = torch.empty(count, dtype=torch.int64, device=key.device)
-    if count == 0:
-        return out
-    fixed = constants()
-    with on_device(key):
-        permutation_kernel[(triton.cdiv(count, fixed["BLOCK"]),)](
-            key, out, size, _permutation.side_of(size), count, **fixed
-        )
-    return out
+    return _permuted(key, size, count, None)[0]
+
+
+def candidates(key: Tensor, size: int, count: int, marks: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The same numbers, but -1 for one that has a mark, and how many of every block have none.
+
+    Args:
+        key: (2,) contiguous, int64.
+        size, count: of the permutation.
+        marks: (size,) or longer, uint8.
+
+    Returns:
+        (count,) int64; (blocks,) int32; and the numbers of a block, a power of two.
+    """
+    return _permuted(key, size, count, marks)
+
+
+def _permuted(key, size, count, marks):
+    fixed = constants(marks is not None)
+    blocks = triton.cdiv(count, fixed["BLOCK"])
+    out = key.new_empty(count)
+    counts = None if marks is None else key.new_empty(blocks, dtype=torch.int32)
+    if count:
+        side = _permutation.side_of(size)
+        with on_device(key):
+            permutation_kernel[(blocks,)](key, marks, out, counts, size, side, count, **fixed)
+    return out, counts, fixed["BLOCK"]

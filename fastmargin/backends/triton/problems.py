@@ -61,6 +61,7 @@ class Pass:
     packed: bool = True
     indexed: bool = False
     classes: int = CLASSES
+    class_start: int = 0
 
     def __str__(self) -> str:
         layout = f"{'' if self.packed else ' transposed'}{' indexed' if self.indexed else ''}"
@@ -91,7 +92,7 @@ def _rows(d: int) -> tuple[Tensor, Tensor]:
 
 def _stats(of: Pass, scale: float, hard: bool, pull: bool) -> None:
     x, labels = _rows(of.d)
-    about = scale, _rule() if hard else None, 0, pull, of.precision
+    about = scale, _rule() if hard else None, of.class_start, pull, of.precision
     BACKEND.row_stats(x, of.weight(), of.index(), labels, *about)
 
 
@@ -100,7 +101,7 @@ def _factors(of: Pass, hard: bool) -> tuple:
     d_lse, d_cos, lse_neg = torch.empty(3, ROWS)
     rule = _rule() if hard else None
     rows = d_lse, d_cos, x
-    return rows, (of.index(), labels, lse_neg, 64.0, rule, 0, of.precision)
+    return rows, (of.index(), labels, lse_neg, 64.0, rule, of.class_start, of.precision)
 
 
 def _gradient(of: Pass, hard: bool, counted: bool) -> None:
@@ -118,14 +119,15 @@ def _step(of: Pass, update: SgdUpdate, hard: bool, counted: bool) -> None:
 
 def _topk(of: Pass, k: int) -> None:
     x, labels = _rows(of.d)
-    BACKEND.row_topk(x, of.weight(), of.index(), labels, k, 0, of.precision)
+    BACKEND.row_topk(x, of.weight(), of.index(), labels, k, of.class_start, of.precision)
 
 
 def _topk_backward(of: Pass, k: int) -> None:
     x, labels = _rows(of.d)
     nearest = torch.zeros(ROWS, k, dtype=torch.int64)
     slopes = torch.empty(ROWS, k), torch.empty(ROWS)
-    BACKEND.row_topk_backward(*slopes, x, of.weight(), of.index(), labels, nearest, 0)
+    about = of.weight(), of.index(), labels, nearest, of.class_start
+    BACKEND.row_topk_backward(*slopes, x, *about)
 
 
 def _loss(of: Pass, kind: torch.dtype, form: MarginForm, tolerance: float = 0.0) -> None:
@@ -135,12 +137,12 @@ def _loss(of: Pass, kind: torch.dtype, form: MarginForm, tolerance: float = 0.0)
     ema = None
     if form.source == "adaface":
         ema = NormEma(form.mean, form.std, 0.01, 1e-3, 100.0)
-    about = 0, CLASSES, form, ema, "mean", True, of.precision
+    about = of.class_start, CLASSES, form, ema, "mean", True, of.precision
     made = BACKEND.softmax_loss(x.to(kind), weight, index, labels, labels, *about)
-    about = weight, index, labels, 0, form.scale, kind, True, True, tolerance
+    about = weight, index, labels, of.class_start, form.scale, kind, True, True, tolerance
     _, d_lse, d_cos, own = BACKEND.softmax_loss_backward(torch.empty(()), made, *about)
     rows = d_lse, d_cos, made.x_hat, weight, index, labels, made.lse_neg
-    rest = form.scale, None, 0, of.precision, tolerance > 0, (*made.kept, *own)
+    rest = form.scale, None, of.class_start, of.precision, tolerance > 0, (*made.kept, *own)
     BACKEND.row_stats_backward(*rows, *rest)
 
 
@@ -160,6 +162,12 @@ def _margin_rows(form: MarginForm) -> None:
 def _prologue(d: int, kind: torch.dtype) -> None:
     ema = NormEma(torch.empty(1), torch.empty(1), 0.01, 1e-3, 100.0)
     BACKEND.row_prologue(torch.empty(ROWS, d, dtype=kind), torch.arange(ROWS), ema)
+
+
+def _sample(classes: int, class_start: int = 0, shard: int = 0) -> None:
+    labels, (seed, step) = torch.arange(ROWS), torch.zeros(2, 1, dtype=torch.int64)
+    marks = torch.empty(1, dtype=torch.uint8).expand(classes + 1)  # of no size
+    BACKEND.sample(labels, seed, step.clone(), marks, shard, class_start, 100)
 
 
 def passes(of: Pass, every: bool) -> Iterator[Problem]:
@@ -212,8 +220,9 @@ def _rest(every: bool) -> Iterator[Problem]:
         yield Problem(name, partial(_margin_rows, form))
         yield Problem(name, partial(_loss, Pass(512, "fp16"), torch.bfloat16, form))
     key = torch.zeros(2, dtype=torch.int64)
-    yield Problem("31 bits", partial(BACKEND.permutation, key, CLASSES, 100))
-    yield Problem("beyond 31 bits", partial(BACKEND.permutation, key, 2**33, 100))
+    for size, name in ((CLASSES, "31 bits"), (2**33, "beyond 31 bits")):
+        yield Problem(name, partial(BACKEND.permutation, key, size, 100))
+        yield Problem(name, partial(_sample, size))
 
 
 def problems(every: bool = False) -> Iterator[Problem]:
