@@ -27,10 +27,11 @@ def _embedding_gradient(
 ) -> Tensor:
     """Gradient (n, D) of the own embeddings, from that of their unit rows (b, D)."""
     own = task.batch.own
-    arrived = arrived[: own.stop - own.start].contiguous()
+    arrived = arrived[: own.stop - own.start]
     # every process has the whole gradient of the norms, so they are not summed
     d_norm = None if d_norm is None else d_norm[own]
-    d_x = ops.row_prologue_backward(arrived, d_norm, x_hat[own], norm[own])
+    rows = x_hat[own], norm[own], x_hat.dtype
+    d_x = ops.row_prologue_backward(arrived, d_norm, *rows, task.backend)
     return (d_x * task.classes.grad_factor).to(task.batch.dtype)
 
 
@@ -100,6 +101,7 @@ class _Softmax(torch.autograd.Function):
                 first.labels,
                 ctx.scale,
                 first.class_start,
+                task.backend,
             )
             arriving = collectives.scatter_sum(d_x_hat, task.classes.shard.group)
         if ctx.needs_input_grad[1]:

@@ -1,6 +1,7 @@
 """Counts kernel launches without a GPU: Triton's in the interpreter, and ATen's as a GPU has them.
 
-An ATen operator counts as one launch unless it only makes a view or allocates memory. Operators of
+An ATen operator counts as one launch unless it only makes a view or allocates memory, or makes
+nothing. Operators of
 fastmargin are looked into.
 """
 
@@ -31,10 +32,11 @@ class LaunchCounter(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in ALLOCATIONS | VIEWS:
+        name, made = func.overloadpacket.__name__, func(*args, **kwargs)
+        nothing = isinstance(made, torch.Tensor) and made.numel() == 0
+        if not (func.is_view or nothing or name in ALLOCATIONS | VIEWS):
             self.names.append(f"aten::{name}")
-        return func(*args, **kwargs)
+        return made
 
 
 @contextlib.contextmanager

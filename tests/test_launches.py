@@ -89,6 +89,17 @@ def test_launches_of_sampled_classes():
     assert backward[3:] == spread
 
 
+def test_launches_of_operators_one_by_one():
+    """Around a rule for hard negatives, and around the nearest: ATen between the passes alone."""
+    rule = fm.Filtered(fm.CosFace(), 0.3)
+    forward, backward = step(rule)
+    passes = ["own_rows_kernel", "aten::_to_copy", "stage_kernel", "centre_pass_kernel"]
+    assert backward[-len(passes) - 2 :] == ["through_stats_kernel", *passes, "through_norm_kernel"]
+    forward, backward = step(fm.NPT(top_k=3))
+    assert backward[-1] == "through_norm_kernel" and backward.count("topk_backward_kernel") == 1
+    assert len(forward + backward) <= 40
+
+
 def test_margins_that_do_more_launch_more():
     """So that the count above is not blind: a penalty and a margin of Python show."""
     forward, backward = step(MARGINS["no_form"]())

@@ -73,8 +73,12 @@ def test_opcheck(backend):
         )
     ]
     checks["row_stats_backward_x"] = [
-        (lse, lse, x_hat, weight, None, labels, 8.0, 0),
-        (lse, lse, x_hat, weight, index, columns, 8.0, 0),
+        (lse, lse, x_hat, weight, None, labels, 8.0, 0, backend),
+        (lse, lse, x_hat, weight, index, columns, 8.0, 0, backend),
+    ]
+    checks["row_prologue_backward"] = [
+        (x, lse, x_hat, lse + 5, torch.bfloat16, backend),
+        (x.t().contiguous().t(), None, x_hat, lse + 5, torch.float32, backend),
     ]
     nearest = torch.tensor([0, 2, 4, 3, -1, 1], device=device)[:, None].repeat(1, 2)
     top = torch.rand(n, 2, device=device)

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 KERNELS = {
     *("centre_pass", "compact", "margin_loss", "margin_rows", "mark", "norm_statistics"),
     *("own_rows", "permutation", "place", "row_prologue", "rows_backward", "stage", "stats_finish"),
-    *("stats_forward", "stats_merge", "topk_backward", "topk_merge", "topk_scan"),
+    *("stats_forward", "stats_merge", "through_norm", "through_stats", "topk_backward"),
+    *("topk_merge", "topk_scan"),
 }
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"
 

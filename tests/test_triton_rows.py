@@ -68,6 +68,53 @@ def test_statistics_of_many_rows():
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+# ---- gradients of rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("regime", ["random", "one_row", "zero_rows"])
+def test_gradient_of_embeddings(regime, dtype):
+    on = device_for("triton")
+    case = make_case(regime, dim=40)
+    x_hat, norm, _, _ = REFERENCE.row_prologue(case.x.double(), None, None)
+    d_x_hat, d_norm = torch.randn_like(x_hat), torch.randn_like(norm)
+    for slope in (d_norm, None):
+        truth = REFERENCE.row_prologue_backward(d_x_hat, slope, x_hat, norm, torch.float64)
+        given = [None if t is None else t.float().to(on) for t in (d_x_hat, slope, x_hat, norm)]
+        got = TRITON.row_prologue_backward(*given, dtype)
+        assert got.dtype == dtype
+        rtol = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got.cpu().double(), truth, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "columns", "indexed", "no classes"])
+def test_gradient_of_unit_rows(layout, dtype):
+    """With rows whose centre is elsewhere, and a centre of zero."""
+    on = device_for("triton")
+    case = make_case("zero_rows", dim=40)
+    weight, index = case.weight.to(dtype), None
+    labels = case.labels + 5
+    if layout == "columns":
+        weight = weight.t().contiguous().t()
+    if layout == "indexed":
+        index = torch.arange(len(weight)).flip(0)
+        index[::3] = -1
+    if layout == "no classes":
+        weight = weight[:0]
+    d_lse, d_cos = torch.randn(2, len(labels), dtype=torch.float64)
+    pull = torch.randn(len(labels), 40, dtype=torch.float64)
+    for start in (5, 7):
+        truth = REFERENCE.row_stats_backward_x(
+            d_lse, d_cos, pull, weight.double(), index, labels, 8.0, start
+        )
+        rows = (t.float().to(on) for t in (d_lse, d_cos, pull))
+        places = None if index is None else index.to(on)
+        about = weight.to(on), places, labels.to(on), 8.0, start
+        got = TRITON.row_stats_backward_x(*rows, *about)
+        torch.testing.assert_close(got.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
 # ---- margin_rows --------------------------------------------------------------------------------
 
 

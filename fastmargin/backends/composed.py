@@ -87,11 +87,11 @@ class Composed:
         d_lse, d_cos = upstream * made.by_lse, upstream * made.by_cos
         d_x = None
         if want_x:
-            d_x_hat = row_gradients.through_stats(
+            d_x_hat = self.row_stats_backward_x(
                 d_lse, d_cos, made.pull, weight, index, columns, scale, class_start
             )
-            d_norm = upstream * made.by_norm
-            d_x = row_gradients.through_norm(d_x_hat, d_norm, made.x_hat, made.norm).to(x_dtype)
+            about = upstream * made.by_norm, made.x_hat, made.norm, x_dtype
+            d_x = self.row_prologue_backward(d_x_hat, *about)
         if not want_weight:
             return d_x, None, None, ()
         found = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
@@ -137,6 +137,19 @@ class Composed:
         index.scatter_(0, torch.where(negative, num_positives + negative_rank, places), candidates)
         step.add_(1)
         return index[:places], column, num_positives
+
+    def row_prologue_backward(
+        self,
+        d_x_hat: Tensor,
+        d_norm: Tensor | None,
+        x_hat: Tensor,
+        norm: Tensor,
+        x_dtype: torch.dtype,
+    ) -> Tensor:
+        return row_gradients.through_norm(d_x_hat, d_norm, x_hat, norm).to(x_dtype)
+
+    def row_stats_backward_x(self, *args) -> Tensor:
+        return row_gradients.through_stats(*args)
 
     def row_topk_backward(
         self,

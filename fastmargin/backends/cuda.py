@@ -105,6 +105,12 @@ class CudaBackend(Composed):
     def softmax_loss_backward(self, *args):
         return self._heavy.softmax_loss_backward(*args)
 
+    def row_prologue_backward(self, *args) -> Tensor:
+        return self._heavy.row_prologue_backward(*args)
+
+    def row_stats_backward_x(self, *args) -> Tensor:
+        return self._heavy.row_stats_backward_x(*args)
+
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.row_topk(*args)
 

@@ -24,9 +24,9 @@ from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, 
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and five that plain PyTorch or the others can make.
+    """One way to run the six operations, and seven that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.Composed` has the last five for those who inherit it.
+    :class:`fastmargin.backends.composed.Composed` has the last seven for those who inherit it.
     """
 
     name: str
@@ -148,6 +148,33 @@ class Backend(Protocol):
         places are left. ``seed`` and ``step`` are (1,) int64; ``step`` advances. ``marks``
         (N + 1,) uint8 is zero before and after.
         """
+
+    def row_prologue_backward(
+        self,
+        d_x_hat: Tensor,
+        d_norm: Tensor | None,
+        x_hat: Tensor,
+        norm: Tensor,
+        x_dtype: torch.dtype,
+    ) -> Tensor:
+        """Gradient (B, D) of the embeddings, in ``x_dtype``, from those of unit rows and norms.
+
+        ``d_x_hat`` is (B, D), contiguous, ``d_norm`` (B,) or None. A row of norm below 1e-12 gets
+        ``d_norm * x_hat``, which is zero.
+        """
+
+    def row_stats_backward_x(
+        self,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        pull: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        class_start: int,
+    ) -> Tensor:
+        """Gradient (B, D) of the unit rows from those of ``lse_neg`` and ``cos_y`` (B,)."""
 
     def row_topk_backward(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
 from fastmargin.ops.registration import backend_for, op
 from fastmargin.spec import NormEma
@@ -30,30 +29,33 @@ def _(x, labels, ema_mean, ema_std, ema_params, backend):
 
 
 def _row_prologue_setup(ctx, inputs, output):
-    ctx.x_dtype = inputs[0].dtype
+    ctx.x_dtype, ctx.backend = inputs[0].dtype, inputs[-1]
     ctx.save_for_backward(output[0], output[1])
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
 
 
 @op(
-    "row_prologue_backward", "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm) -> Tensor"
+    "row_prologue_backward",
+    "(Tensor d_x_hat, Tensor? d_norm, Tensor x_hat, Tensor norm, ScalarType x_dtype, str backend)"
+    " -> Tensor",
 )
-def row_prologue_backward(d_x_hat, d_norm, x_hat, norm):
-    return row_gradients.through_norm(d_x_hat, d_norm, x_hat, norm)
+def row_prologue_backward(d_x_hat, d_norm, x_hat, norm, x_dtype, backend):
+    chosen = backend_for(backend, x_hat)
+    return chosen.row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm, x_dtype)
 
 
 @row_prologue_backward.register_fake
-def _(d_x_hat, d_norm, x_hat, norm):
-    return x_hat.new_empty(x_hat.shape)
+def _(d_x_hat, d_norm, x_hat, norm, x_dtype, backend):
+    return x_hat.new_empty(x_hat.shape, dtype=x_dtype)
 
 
 def _row_prologue_autograd(ctx, d_x_hat, d_norm, _mean, _std):
     x_hat, norm = ctx.saved_tensors
     if d_x_hat is None:
         d_x_hat = torch.zeros_like(x_hat)
-    d_x = row_prologue_backward(d_x_hat.contiguous(), d_norm, x_hat, norm)
-    return d_x.to(ctx.x_dtype), None, None, None, None, None
+    d_x = row_prologue_backward(d_x_hat, d_norm, x_hat, norm, ctx.x_dtype, ctx.backend)
+    return d_x, None, None, None, None, None
 
 
 _row_prologue.register_autograd(_row_prologue_autograd, setup_context=_row_prologue_setup)

@@ -77,10 +77,10 @@ def _(x_hat, weight, index, labels, scale, threshold, coefficients, bound, start
 @op(
     "row_stats_backward_x",
     "(Tensor d_lse, Tensor d_cos, Tensor pull, Tensor weight, Tensor? index, Tensor labels,"
-    " float scale, int class_start) -> Tensor",
+    " float scale, int class_start, str backend) -> Tensor",
 )
-def row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start):
-    return row_gradients.through_stats(
+def row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, scale, class_start, backend):
+    return backend_for(backend, pull).row_stats_backward_x(
         d_lse, d_cos, pull, weight, index, labels, scale, class_start
     )
 
@@ -113,9 +113,8 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
     if ctx.needs_input_grad[0]:
         if not ctx.has_pull:
             raise RuntimeError("row_stats: a gradient of x_hat needs want_pull=True in the forward")
-        d_x_hat = row_stats_backward_x(
-            d_lse, d_cos, pull, weight, index, labels, scale, class_start
-        )
+        about = scale, class_start, settings[-1]
+        d_x_hat = row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, *about)
     if ctx.needs_input_grad[1]:
         row_tolerance, precision, backend = settings
         d_weight = gradient_or_factors(

@@ -179,6 +179,35 @@ class TritonBackend(Composed):
             precision,
         )
 
+    def row_prologue_backward(
+        self,
+        d_x_hat: Tensor,
+        d_norm: Tensor | None,
+        x_hat: Tensor,
+        norm: Tensor,
+        x_dtype: torch.dtype,
+    ) -> Tensor:
+        from fastmargin.backends.triton.row_gradients import through_norm
+
+        return through_norm(d_x_hat, *map(_contiguous, (d_norm, x_hat, norm)), x_dtype)
+
+    def row_stats_backward_x(
+        self,
+        d_lse: Tensor,
+        d_cos: Tensor,
+        pull: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        class_start: int,
+    ) -> Tensor:
+        from fastmargin.backends.triton.row_gradients import through_stats
+
+        d_lse, d_cos, pull = map(_contiguous, (d_lse, d_cos, pull))
+        rest = _contiguous(index), _contiguous(labels), scale, class_start
+        return through_stats(d_lse, d_cos, pull, weight, *rest)
+
     def row_topk_backward(
         self,
         d_top: Tensor,

@@ -164,6 +164,19 @@ def _prologue(d: int, kind: torch.dtype) -> None:
     BACKEND.row_prologue(torch.empty(ROWS, d, dtype=kind), torch.arange(ROWS), ema)
 
 
+def _through_stats(of: Pass) -> None:
+    d_lse, d_cos = torch.empty(2, ROWS)
+    pull, labels = _rows(of.d)
+    about = of.weight(), of.index(), labels, 64.0, of.class_start
+    BACKEND.row_stats_backward_x(d_lse, d_cos, pull, *about)
+
+
+def _through_norm(d: int, kind: torch.dtype) -> None:
+    (x_hat, _), norm = _rows(d), torch.empty(ROWS)
+    for d_norm in (norm, None):
+        BACKEND.row_prologue_backward(x_hat, d_norm, x_hat, norm, kind)
+
+
 def _sample(classes: int, class_start: int = 0, shard: int = 0) -> None:
     labels, (seed, step) = torch.arange(ROWS), torch.zeros(2, 1, dtype=torch.int64)
     marks = torch.empty(1, dtype=torch.uint8).expand(classes + 1)  # of no size
@@ -201,10 +214,12 @@ def _rest(every: bool) -> Iterator[Problem]:
                 yield Problem(name, partial(_loss, of, kind, _form("adaface")))
             if every or of.packed:
                 yield Problem(str(of), partial(_loss, of, torch.float32, _form("constant"), 1e-3))
+            yield Problem(str(of), partial(_through_stats, of))
             for k in (1, 16) if every else (16,):
                 yield Problem(f"{of} k={k}", partial(_topk_backward, of, k))
         for kind in _KINDS.values():
             yield Problem(f"D={d} x={_short(kind)}", partial(_prologue, d, kind))
+            yield Problem(f"D={d} x={_short(kind)}", partial(_through_norm, d, kind))
         pieces = Pass(d, "fp16", classes=STAGED_BYTES // d)  # two
         for scale, pull in itertools.product(SCALES, (True, False)):
             yield Problem(str(pieces), partial(_stats, pieces, scale, False, pull))
