@@ -128,6 +128,19 @@ class MarginForm:
 
 
 @dataclass(frozen=True)
+class HingeForm:
+    """The losses on the nearest negatives that one kernel computes for all rows at once.
+
+    ``scale * sum_k max(0, c_k - cos_y + delta)``, cosine units. With ``zero_slot`` a constant
+    negative of cosine 0 competes with the nearest for the last of their places.
+    """
+
+    scale: float
+    delta: float
+    zero_slot: bool = False
+
+
+@dataclass(frozen=True)
 class SgdUpdate:
     """The numbers of one step of ``torch.optim.SGD``, which are the host's.
 

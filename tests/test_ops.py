@@ -82,6 +82,10 @@ def test_opcheck(backend):
     ]
     nearest = torch.tensor([0, 2, 4, 3, -1, 1], device=device)[:, None].repeat(1, 2)
     top = torch.rand(n, 2, device=device)
+    checks["hinge_loss"] = [
+        (cos, top.clone().requires_grad_(), labels, 9, 2.0, 0.5, slot, reduction, backend)
+        for slot, reduction in ((False, "mean"), (True, "sum"), (False, "none"))
+    ]
     checks["row_topk_backward"] = [
         (top, lse, x_hat, weight, None, labels, nearest, 0, backend),
         (top, lse, x_hat, weight, index, columns, nearest, 0, backend),

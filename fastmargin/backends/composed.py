@@ -11,7 +11,15 @@ from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
 from fastmargin.rounding import narrowed, write_back
 from fastmargin.rows import inside, stand_ins
-from fastmargin.spec import MAX_SHARDS, HardRule, MarginForm, NormEma, SgdUpdate, SoftmaxLoss
+from fastmargin.spec import (
+    MAX_SHARDS,
+    HardRule,
+    HingeForm,
+    MarginForm,
+    NormEma,
+    SgdUpdate,
+    SoftmaxLoss,
+)
 
 
 class Composed:
@@ -150,6 +158,32 @@ class Composed:
 
     def row_stats_backward_x(self, *args) -> Tensor:
         return row_gradients.through_stats(*args)
+
+    def hinge_loss(
+        self,
+        cos_y: Tensor,
+        nearest: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        form: HingeForm,
+        reduction: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        valid, known = labels >= 0, labels < num_classes
+        open_places = torch.ones_like(nearest, dtype=torch.bool)
+        if form.zero_slot:
+            open_places[:, -1] = nearest[:, -1] >= 0
+        gap = torch.where(open_places, nearest, 0) - cos_y[:, None] + form.delta
+        on = ~(gap < 0)  # at a gap of exactly 0 there is a gradient, and NaN is kept
+        rows = form.scale * torch.where(on, gap, 0).sum(1)
+        rows = torch.where(known, torch.where(valid, rows, 0), torch.nan)
+        slope = torch.where(on & (valid & known)[:, None], form.scale, 0.0).to(nearest)
+        if reduction == "mean":
+            slope = slope / valid.sum().clamp_min(1)
+        by_cos, by_nearest = -slope.sum(1), torch.where(open_places, slope, 0)
+        loss = rows.new_empty(0) if reduction == "none" else rows.sum()
+        if reduction == "mean":
+            loss = loss / valid.sum().clamp_min(1)
+        return loss, rows, valid, by_cos, by_nearest
 
     def row_topk_backward(
         self,

@@ -111,6 +111,9 @@ class CudaBackend(Composed):
     def row_stats_backward_x(self, *args) -> Tensor:
         return self._heavy.row_stats_backward_x(*args)
 
+    def hinge_loss(self, *args) -> tuple[Tensor, ...]:
+        return self._heavy.hinge_loss(*args)
+
     def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.row_topk(*args)
 

@@ -20,13 +20,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
+from fastmargin.spec import (
+    HardRule,
+    HingeForm,
+    MarginForm,
+    NormEma,
+    RowStats,
+    SgdUpdate,
+    SoftmaxLoss,
+)
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and seven that plain PyTorch or the others can make.
+    """One way to run the six operations, and eight that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.Composed` has the last seven for those who inherit it.
+    :class:`fastmargin.backends.composed.Composed` has the last eight for those who inherit it.
     """
 
     name: str
@@ -175,6 +183,23 @@ class Backend(Protocol):
         class_start: int,
     ) -> Tensor:
         """Gradient (B, D) of the unit rows from those of ``lse_neg`` and ``cos_y`` (B,)."""
+
+    def hinge_loss(
+        self,
+        cos_y: Tensor,
+        nearest: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        form: HingeForm,
+        reduction: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The loss on the nearest negatives that :meth:`row_topk` found, (B,) and (B, k).
+
+        Returns the reduced loss, () or for the reduction "none" (0,); the loss of every row, and
+        whether its label is not negative, (B,); and the slopes by ``cos_y`` and ``nearest``, of
+        the reduced loss, or of a row's own for "none". A row that is ignored costs 0. A label from
+        ``num_classes`` on makes the loss of its row NaN, without a gradient.
+        """
 
     def row_topk_backward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastmargin.spec import HardRule, MarginForm, NormEma
+from fastmargin.spec import HardRule, HingeForm, MarginForm, NormEma
 
 
 class Processes:
@@ -95,6 +95,17 @@ class Margin(nn.Module):
     def penalty(self, norm: Tensor) -> Tensor | None:
         """(B,) added to the loss of each row, from the embedding norms (B,), or None."""
 
+    def form(self) -> MarginForm | HingeForm | None:
+        """The kernel form of :meth:`forward`, or None to run :meth:`forward` itself."""
+        return None
+
+    def kernel_form(self) -> MarginForm | HingeForm | None:
+        """:meth:`form`, unless a subclass has its own :meth:`forward` and left the form behind."""
+        order = type(self).__mro__
+        of_form = next(i for i, c in enumerate(order) if "form" in vars(c))
+        of_forward = next(i for i, c in enumerate(order) if "forward" in vars(c))
+        return self.form() if of_form <= of_forward else None
+
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         """Sees the unit embeddings (B, D), without gradient, of every training step.
 
@@ -122,17 +133,6 @@ class SoftmaxMargin(Margin):
         Values of rows with label < 0 are not used.
         """
         raise NotImplementedError
-
-    def form(self) -> MarginForm | None:
-        """The kernel form of :meth:`forward`, or None to run :meth:`forward` itself."""
-        return None
-
-    def kernel_form(self) -> MarginForm | None:
-        """:meth:`form`, unless a subclass has its own :meth:`forward` and left the form behind."""
-        order = type(self).__mro__
-        of_form = next(i for i, c in enumerate(order) if "form" in vars(c))
-        of_forward = next(i for i, c in enumerate(order) if "forward" in vars(c))
-        return self.form() if of_form <= of_forward else None
 
     def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule | None:
         """Rule for hard negatives, from the target cosines (B,) without gradient.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.margins.base import NearestMargin
+from fastmargin.spec import HingeForm
 
 
 class NPT(NearestMargin):
@@ -41,6 +42,9 @@ class NPT(NearestMargin):
         gap = nearest - cos_y[:, None] + self.delta
         # not relu: at a gap of exactly 0 the authors' code keeps the gradient
         return 2 * self.r * torch.where(gap < 0, 0, gap).sum(1)
+
+    def form(self) -> HingeForm:
+        return HingeForm(2 * self.r, self.delta, self.zero_slot)
 
     def extra_repr(self) -> str:
         return f"delta={self.delta}, top_k={self.top_k}, r={self.r}, zero_slot={self.zero_slot}"

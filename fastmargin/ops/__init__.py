@@ -16,6 +16,7 @@ from fastmargin.ops.centre_gradient import (
     row_stats_backward,
 )
 from fastmargin.ops.centre_step import centre_step
+from fastmargin.ops.hinge_loss import hinge_loss
 from fastmargin.ops.margin_rows import margin_rows
 from fastmargin.ops.marked import marked
 from fastmargin.ops.registration import check_backend
@@ -36,6 +37,7 @@ __all__ = [
     "centre_step",
     "check_backend",
     "gradient_or_factors",
+    "hinge_loss",
     "margin_rows",
     "marked",
     "row_prologue",

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends.composed import Composed
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, SoftmaxLoss
+from fastmargin.spec import (
+    HardRule,
+    HingeForm,
+    MarginForm,
+    NormEma,
+    RowStats,
+    SgdUpdate,
+    SoftmaxLoss,
+)
 
 _LEAST_CAPABILITY = (8, 0)
 MAX_COLUMNS = 1 << 30
@@ -207,6 +215,20 @@ class TritonBackend(Composed):
         d_lse, d_cos, pull = map(_contiguous, (d_lse, d_cos, pull))
         rest = _contiguous(index), _contiguous(labels), scale, class_start
         return through_stats(d_lse, d_cos, pull, weight, *rest)
+
+    def hinge_loss(
+        self,
+        cos_y: Tensor,
+        nearest: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        form: HingeForm,
+        reduction: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        from fastmargin.backends.triton.hinge_loss import hinge_loss
+
+        given = map(_contiguous, (cos_y, nearest, labels))
+        return hinge_loss(*given, num_classes, form, reduction)
 
     def row_topk_backward(
         self,

@@ -1,0 +1,106 @@
+"""The loss on the nearest negatives as one operator: the formula of the margin, and its slopes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import device_for
+
+import fastmargin as fm
+from fastmargin import ops
+
+BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
+BACKENDS += [("triton", torch.float32), ("cuda", torch.float32)]
+CLASSES = 50
+
+
+def rows(b, k, dtype, on, seed=0):
+    """Cosines, some rows with free places, ignored, of unknown label, or exactly at the edge."""
+    generator = torch.Generator().manual_seed(seed)
+    cos_y = torch.rand(b, generator=generator, dtype=dtype) * 2 - 1
+    nearest = torch.rand(b, k, generator=generator, dtype=dtype) * 2 - 1
+    nearest = nearest.sort(dim=1, descending=True).values
+    labels = torch.arange(b) % CLASSES
+    labels[3::7] = -1
+    nearest[4::5, k // 2 :] = -torch.inf
+    cos_y[1::6], nearest[1::6, 0] = 0.5, 0.25  # with a margin of 0.25 a gap of 0
+    return cos_y.to(on), nearest.to(on), labels.to(on)
+
+
+def plain(cos_y, nearest, labels, margin, reduction):
+    """As the losses of Python are reduced; with their gradients."""
+    cos_y, nearest = cos_y.double().requires_grad_(), nearest.double().requires_grad_()
+    loss = torch.where(labels >= 0, margin(cos_y, nearest), 0)
+    loss = torch.where(labels < CLASSES, loss, torch.nan)
+    upstream = torch.linspace(0.5, 2, len(labels), device=loss.device, dtype=torch.float64)
+    total = {
+        "none": (loss * upstream).sum(),
+        "sum": loss.sum() * 3,
+        "mean": loss.sum() / (labels >= 0).sum().clamp_min(1) * 3,
+    }[reduction]
+    return loss, total, *torch.autograd.grad(total, (cos_y, nearest))
+
+
+def ours(cos_y, nearest, labels, margin, reduction, backend):
+    cos_y, nearest = cos_y.clone().requires_grad_(), nearest.clone().requires_grad_()
+    loss, each, valid = ops.hinge_loss(
+        cos_y, nearest, labels, CLASSES, margin.form(), reduction, backend
+    )
+    assert torch.equal(valid, labels >= 0) and not each.requires_grad
+    assert loss.shape == (labels.shape if reduction == "none" else ())
+    upstream = torch.linspace(0.5, 2, len(labels), device=loss.device, dtype=loss.dtype)
+    total = (loss * upstream).sum() if reduction == "none" else loss * 3
+    return each, total, *torch.autograd.grad(total, (cos_y, nearest))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("zero_slot", [False, True])
+@pytest.mark.parametrize(("b", "k"), [(1, 1), (20, 3), (300, 16), (513, 5)])
+def test_formula_and_slopes(backend, dtype, reduction, zero_slot, b, k):
+    given = rows(b, k, dtype, device_for(backend))
+    margin = fm.NPT(delta=0.25, top_k=k, r=1.5, zero_slot=zero_slot)
+    expected = plain(*given, margin, reduction)
+    for found, truth in zip(ours(*given, margin, reduction, backend), expected, strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_rows_that_do_not_count(backend, dtype):
+    cos_y, nearest, labels = rows(30, 2, dtype, device_for(backend))
+    margin = fm.NPT(top_k=2)
+    loss, total, *slopes = ours(cos_y, nearest, labels * 0 - 1, margin, "mean", backend)
+    assert total == 0 and (loss == 0).all() and not any(slope.any() for slope in slopes)
+    labels[5] = CLASSES  # out of range
+    loss, total, *slopes = ours(cos_y, nearest, labels, margin, "sum", backend)
+    assert total.isnan() and loss.isnan().nonzero().tolist() == [[5]]
+    assert not any(slope.isnan().any() or slope[5].any() for slope in slopes)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_nan_is_kept(backend, dtype):
+    cos_y, nearest, labels = rows(30, 2, dtype, device_for(backend))
+    cos_y[8] = torch.nan
+    loss, total, *_ = ours(cos_y, nearest, labels, fm.NPT(top_k=2), "mean", backend)
+    assert total.isnan() and loss.isnan().nonzero().tolist() == [[8]]
+
+
+@pytest.mark.gradcheck
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction):
+    cos_y, nearest, labels = rows(12, 3, torch.float64, "cpu")
+    nearest = nearest.clamp_min(-0.9).requires_grad_()  # finite differences of -inf are none
+    form = fm.NPT(delta=0.3, zero_slot=True).form()
+
+    def loss(cos_y, nearest):
+        return ops.hinge_loss(cos_y, nearest, labels, CLASSES, form, reduction)[0]
+
+    assert torch.autograd.gradcheck(loss, (cos_y.requires_grad_(), nearest))
+
+
+def test_a_margin_that_has_only_a_formula_keeps_it():
+    class Squared(fm.NPT):
+        def forward(self, cos_y, nearest):
+            return super().forward(cos_y, nearest) ** 2
+
+    assert fm.NPT().kernel_form() is not None and Squared().kernel_form() is None
