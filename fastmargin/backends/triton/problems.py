@@ -148,6 +148,7 @@ def _form(source: str, guard: str = "mm", grad: str = "exact") -> MarginForm:
     state = {
         "adaface": {"mean": torch.empty(1), "std": torch.empty(1)},
         "class": {"table": torch.empty(CLASSES)},
+        "row": {"table": torch.empty(ROWS)},
     }
     return MarginForm(64.0, source=source, guard=guard, grad=grad, **state.get(source, {}))
 
@@ -205,7 +206,7 @@ def _rest(every: bool) -> Iterator[Problem]:
     forms = (
         itertools.product(SOURCES, GUARDS, GRAD_MODES)
         if every
-        else zip(SOURCES, ("clip", "mm", "mmm", "easy"), ("exact",) * 4, strict=True)
+        else zip(SOURCES, ("clip", "mm", "mmm", "easy", "clip"), ("exact",) * 5, strict=True)
     )
     for source, guard, grad in forms:
         form, name = _form(source, guard, grad), f"{source} {guard} {grad}"
