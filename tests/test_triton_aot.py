@@ -20,7 +20,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 ROOT = Path(__file__).parent.parent
 KERNELS = {
     *("centre_pass", "compact", "margin_loss", "margin_rows", "norm_statistics", "own_rows"),
-    *("permutation", "row_prologue", "rows_backward", "stage", "stats_finish"),
+    *("permutation", "row_normals", "row_prologue", "rows_backward", "stage", "stats_finish"),
     *("stats_forward", "stats_merge", "topk_backward", "topk_merge", "topk_scan"),
 }
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmargin import counter
 from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
 from fastmargin.rounding import narrowed, write_back
@@ -96,6 +97,9 @@ class ComposedLoss:
             return d_x, None, None, ()
         found = row_gradients.without_confident(d_lse, d_cos, made.by_lse, row_tolerance)
         return d_x, *found, ()
+
+    def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
+        return counter.row_normals(seed, step, labels, place)
 
     def row_topk_backward(
         self,

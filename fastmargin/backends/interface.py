@@ -24,9 +24,9 @@ from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate, 
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and four that plain PyTorch or the others can make.
+    """One way to run the six operations, and five that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.ComposedLoss` has the last four for those who inherit it.
+    :class:`fastmargin.backends.composed.ComposedLoss` has the last five for those who inherit it.
     """
 
     name: str
@@ -128,6 +128,13 @@ class Backend(Protocol):
 
         ``key`` is (2,) int64, and every bit of it counts. The numbers are the same on every
         backend; ``0 <= count <= size <= 2**60``.
+        """
+
+    def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
+        """(B,) float32: the standard normal numbers of :func:`fastmargin.counter.row_normals`.
+
+        ``seed`` and ``step`` are (1,) int64 and read on their device. The bits that are drawn are
+        the same on every backend, what is made of them to a few units of the last place.
         """
 
     def row_topk_backward(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmargin.counter import counter_normal
 from fastmargin.margins import guards
 from fastmargin.margins.base import SoftmaxMargin
-from fastmargin.margins.counter import counter_normal
 
 
 class ElasticFace(SoftmaxMargin):

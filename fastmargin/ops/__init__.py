@@ -20,6 +20,7 @@ from fastmargin.ops.margin_rows import margin_rows
 from fastmargin.ops.marked import marked
 from fastmargin.ops.permutation import permutation
 from fastmargin.ops.registration import check_backend
+from fastmargin.ops.row_normals import row_normals
 from fastmargin.ops.row_prologue import row_prologue, row_prologue_backward
 from fastmargin.ops.row_stats import (
     row_stats,
@@ -39,6 +40,7 @@ __all__ = [
     "margin_rows",
     "marked",
     "permutation",
+    "row_normals",
     "row_prologue",
     "row_prologue_backward",
     "row_stats",

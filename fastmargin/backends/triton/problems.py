@@ -214,6 +214,8 @@ def _rest(every: bool) -> Iterator[Problem]:
         yield Problem(name, partial(_loss, Pass(512, "fp16"), torch.bfloat16, form))
     key = torch.zeros(2, dtype=torch.int64)
     yield Problem("31 bits", partial(BACKEND.permutation, key, CLASSES, 100))
+    seed, step = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    yield Problem("rows", partial(BACKEND.row_normals, seed, step, torch.arange(ROWS), 0))
     yield Problem("beyond 31 bits", partial(BACKEND.permutation, key, 2**33, 100))
 
 
