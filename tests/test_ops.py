@@ -366,7 +366,7 @@ def test_norm_statistics(backend):
     assert mean.item() == 20 and std.item() == 100
 
 
-@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "npt"])
+@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "elasticface", "npt"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager(backend, name):
     """One graph, state and ignored rows included; the kernels are the same, so are the bits."""

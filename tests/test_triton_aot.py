@@ -89,6 +89,10 @@ def test_heads_launch_what_is_compiled():
         *("rows_backward", "centre_pass"),
         *("row_prologue", "stage", "stats_forward", "stats_finish", "margin_loss"),
     ]
+    assert named["elasticface"]["launches"] == [
+        *("row_normals", *named["adaface"]["launches"][:7]),
+        *("row_normals", *named["adaface"]["launches"][7:]),
+    ]
     launched = {kernel for problem in problems for kernel in problem["launches"]}
     assert KERNELS - launched <= {"norm_statistics"}  # of the operators one by one
     # shapes that nobody trains with: they launch, too, and show that the comparison is not blind
