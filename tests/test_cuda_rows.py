@@ -171,7 +171,7 @@ def test_planted_kernel_errors_are_found(tmp_path):
         test_row_prologue_is_deterministic(wrong)
     wrong.set_order(0)
     with pytest.raises(AssertionError):
-        test_margin_rows_over_many_blocks(wrong)
+        test_margin_rows_over_many_blocks(wrong, "class")
 
 
 # ---- nvcc ---------------------------------------------------------------------------------------
