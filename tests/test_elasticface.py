@@ -12,6 +12,7 @@ from conftest import device_for
 import fastmargin as fm
 from fastmargin import functional, testing
 from fastmargin.margins import ElasticFace
+from fastmargin.margins.base import Processes
 
 BACKENDS = [
     pytest.param("reference", torch.float64, id="reference-fp64"),
@@ -117,6 +118,19 @@ def test_ways_to_compute_it_draw_the_same(way, monkeypatch):
     found = [fm.margin_loss(*vars(case).values(), margin, backend="reference") for _ in range(3)]
     torch.testing.assert_close(found, expected)
     assert len({float(loss) for loss in found}) == 3 and margin.step.item() == 3
+
+
+def test_processes_with_other_rows_draw_other_numbers():
+    """By its place, whichever way the loss is computed."""
+    case, losses = testing.make_case("some_ignored"), []
+    for place in (0, 2):
+        margin = KINDS["angle"]()
+        margin.processes = Processes()
+        margin.processes.place = place
+        formula = testing.plain_loss(case.x, case.weight, case.labels, margin)
+        losses.append(fm.margin_loss(case.x, case.weight, case.labels, margin))
+        torch.testing.assert_close(losses[-1], formula)
+    assert not torch.isclose(*losses)
 
 
 class Shifted(ElasticFace):
