@@ -150,7 +150,7 @@ MarginRule<T> checked_rule(const std::vector<double>& params, const std::vector<
 template <typename T>
 MarginState<T> checked_state(Source source, const std::optional<Tensor>& mean,
                              const std::optional<Tensor>& std, const std::optional<Tensor>& table,
-                             const Tensor& like) {
+                             int64_t rows, const Tensor& like) {
   MarginState<T> state = {nullptr, nullptr, nullptr, 0};
   if (source == Source::kAdaFace) {
     state.mean = checked<const T>(mean, 1, like, "mean");
@@ -159,6 +159,9 @@ MarginState<T> checked_state(Source source, const std::optional<Tensor>& mean,
     state.table_size = table.has_value() ? table->numel() : 0;
     STD_TORCH_CHECK(state.table_size > 0, "fastmargin: a margin by class needs its table");
     state.table = checked<const T>(table, state.table_size, like, "table");
+  } else if (source == Source::kRow) {
+    state.table_size = rows;
+    state.table = checked<const T>(table, rows, like, "table");
   }
   return state;
 }
@@ -179,7 +182,7 @@ MarginRowsArgs<T> margin_rows_args(const Tensor& cos_y, const Tensor& lse_neg, c
   args.norm = checked<const T>(norm, args.rows, cos_y, "norm");
   args.labels = checked<const int64_t>(labels, args.rows, cos_y, "labels");
   args.rule = checked_rule<T>(params, codes);
-  args.state = checked_state<T>(args.rule.source, mean, std, table, cos_y);
+  args.state = checked_state<T>(args.rule.source, mean, std, table, args.rows, cos_y);
   args.loss = checked<T>(loss, args.rows, cos_y, "loss");
   args.by_cos = checked<T>(by_cos, args.rows, cos_y, "by_cos");
   args.by_lse = checked<T>(by_lse, args.rows, cos_y, "by_lse");

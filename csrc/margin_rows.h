@@ -27,7 +27,7 @@ struct MarginParams {
 };
 
 // Positions in fastmargin.spec SOURCES, GUARDS and GRAD_MODES.
-enum class Source : int64_t { kConstant, kAdaFace, kNorm, kClass, kCount };
+enum class Source : int64_t { kConstant, kAdaFace, kNorm, kClass, kRow, kCount };
 enum class Guard : int64_t { kNone, kClip, kMm, kMmm, kEasy, kCount };
 enum class GradMode : int64_t { kExact, kStraightThrough, kCount };
 
@@ -77,7 +77,7 @@ template <typename T>
 struct MarginState {
   const T* mean;   // (1,) adaface
   const T* std;    // (1,) adaface
-  const T* table;  // (table_size,) class
+  const T* table;  // (table_size,) class; (rows,) row
   int64_t table_size;
 };
 
@@ -88,8 +88,9 @@ struct RowFactor {
 
 template <typename T>
 FM_HOST_DEVICE RowFactor<T> row_factor(const MarginRule<T>& rule, const MarginState<T>& state,
-                                       T norm, int64_t label) {
+                                       T norm, int64_t label, int64_t row) {
   if (rule.source == Source::kConstant) return {T(0), T(0)};
+  if (rule.source == Source::kRow) return {state.table[row], T(0)};
   if (rule.source == Source::kClass) {
     const bool known = label >= 0 && label < state.table_size;
     return {state.table[known ? label : 0], T(0)};
@@ -203,8 +204,8 @@ FM_HOST_DEVICE void write_margin_row(const MarginRowsArgs<T>& a, int64_t i) {
   MarginRow<T> row = {T(0), T(0), T(0), T(0), T(0)};
   const int64_t label = a.labels[i];
   if (label >= 0) {  // an ignored row may hold anything
-    row =
-        margin_row(a.rule, a.cos_y[i], a.lse_neg[i], row_factor(a.rule, a.state, a.norm[i], label));
+    const RowFactor<T> factor = row_factor(a.rule, a.state, a.norm[i], label, i);
+    row = margin_row(a.rule, a.cos_y[i], a.lse_neg[i], factor);
   }
   a.loss[i] = row.loss;
   a.by_cos[i] = row.by_cos;

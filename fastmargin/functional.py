@@ -143,6 +143,7 @@ def loss_and_rows(
     task = Pass(parts, classes, batch, precision, backend)
     form = _form_of_one_step(margin, task) if ema is None or whole else None
     if form is not None:
+        form = drawn(form, y, backend)
         loss, x_hat, *rows = fused.softmax_loss(x, weight, y, count, form, ema, reduction, task)
         if margin.training:
             margin.observe(x_hat, y)
@@ -152,12 +153,13 @@ def loss_and_rows(
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
     negatives, norm = pass_over_centres(embeddings, weight, x_hat, norm, y, margin, task)
 
-    # state changes after the passes that can still fail, and before the margin that uses it
+    # state changes after the passes that can still fail, and before the margin that uses it, or
+    # after it where it is for later
     states = None
     if ema is not None:
         states = [(mean, std)] if whole else _statistics(norm, y, ema, margin.stats, peers, batch)
         margin.set_norm_ema(*states[0])
-    if margin.training:
+    if margin.training and not margin.observes_for_later:
         margin.observe(x_hat.detach(), y)
 
     if not softmax:
@@ -171,6 +173,8 @@ def loss_and_rows(
         penalty = margin.penalty(_safe(norm, rows.valid))
         if penalty is not None:
             loss = loss + torch.where(rows.valid, penalty, 0)
+    if margin.training and margin.observes_for_later:
+        margin.observe(x_hat.detach(), y)
     # a label out of range that was not checked: seen at once, at no synchronisation
     loss = torch.where(y < count, loss, torch.nan)
     rows = replace(rows, loss=loss, batch=batch, shard=shard)
@@ -196,6 +200,15 @@ def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
     ):
         return None
     return margin.kernel_form()
+
+
+def drawn(form: MarginForm, labels: Tensor, backend: str) -> MarginForm:
+    """A form whose table is what it draws for these rows, if it draws."""
+    if form.draw is None:
+        return form
+    draw = form.draw
+    table = ops.row_normals(draw.seed, draw.step, labels, draw.place, backend)
+    return replace(form, table=table, draw=None)
 
 
 def _own_hook(margin: Margin, name: str) -> bool:
@@ -360,7 +373,7 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
     form = margin.kernel_form()
     if form is not None:
         loss, applied = ops.margin_rows(
-            stats.cos_y, stats.lse_neg, norm, labels, form, backend=backend
+            stats.cos_y, stats.lse_neg, norm, labels, drawn(form, labels, backend), backend=backend
         )
     else:
         psi = margin(stats.cos_y, _safe(norm, valid), labels)

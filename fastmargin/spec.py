@@ -16,7 +16,7 @@ GUARDS = ("none", "clip", "mm", "mmm", "easy")
 GRAD_MODES = ("exact", "straight_through")
 """Derivative of the margin by the target cosine: the true one, or 1."""
 
-SOURCES = ("constant", "adaface", "norm", "class")
+SOURCES = ("constant", "adaface", "norm", "class", "row")
 """Where the per-row factor ``u_i`` of a :class:`MarginForm` comes from; the index is the code."""
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
@@ -65,6 +65,20 @@ class NormEma:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """One standard normal number for every row, see :func:`fastmargin.counter.row_normals`.
+
+    seed, step: (1,) int64; they are read where they are, without waiting for the device, so that
+    a replayed CUDA graph whose step has advanced draws anew. place: number of the process among
+    those that draw for other rows.
+    """
+
+    seed: Tensor
+    step: Tensor
+    place: int = 0
+
+
+@dataclass(frozen=True)
 class MarginForm:
     """The margins that one kernel computes for all rows at once.
 
@@ -76,6 +90,10 @@ class MarginForm:
       gradient
     - ``norm``: ``clip(norm_i, low, high)``, whose gradient reaches the norm inside (MagFace)
     - ``class``: ``table[y_i]``, the table indexed by *global* label
+    - ``row``: ``table[i]``, a number for every row (B,)
+
+    The table has no gradient. With a ``draw`` the source is ``row`` and the table still to be made,
+    for the rows of the batch: :func:`fastmargin.functional.margin_loss` does.
 
     ``cos_eps`` clamps the target cosine to ``+-(1 - cos_eps)`` and ``angle_eps`` the angle of the
     ``clip`` guard to ``[angle_eps, pi - angle_eps]``; both with zero gradient outside.
@@ -98,6 +116,7 @@ class MarginForm:
     mean: Tensor | None = None
     std: Tensor | None = None
     table: Tensor | None = None
+    draw: Draw | None = None
 
     PARAMS = (
         *("scale", "m2", "m3", "m2_u", "m3_u", "cos_eps", "angle_eps"),
@@ -114,7 +133,7 @@ class MarginForm:
 
     @staticmethod
     def build(params, codes, mean, std, table) -> MarginForm:
-        """Inverse of :meth:`params` and :meth:`codes`."""
+        """Inverse of :meth:`params` and :meth:`codes`; of a form whose draw is in its table."""
         source, guard, grad = codes
         return MarginForm(
             **dict(zip(MarginForm.PARAMS, params, strict=True)),

@@ -36,6 +36,7 @@ MARGINS = {
     "elasticface": fm.ElasticFace,
     "npt": fm.NPT,
     "filtered": lambda: fm.Filtered(fm.CosFace(), 0.3),
+    "filtered elasticface": lambda: fm.Filtered(fm.ElasticFace(), 0.3),
 }
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,9 @@ def test_margin_rows(rows, source, guard, grad):
 
 
 @needs_compiler
-def test_margin_rows_over_many_blocks(rows):
-    form = make_form("class", "mm", "exact")
+@pytest.mark.parametrize("source", ["class", "row"])
+def test_margin_rows_over_many_blocks(rows, source):
+    form = replace(make_form(source, "mm", "exact"), table=torch.rand(1000))
     inputs = [t.repeat(9)[:1000] for t in make_rows("random", form, torch.float32)]
     whole = rows.margin_rows("host", *inputs, form)
     for order, max_blocks in ((0, 65536), (0, 1), (1, 3), (9, 65536)):
@@ -169,7 +171,7 @@ def test_planted_kernel_errors_are_found(tmp_path):
         test_row_prologue_is_deterministic(wrong)
     wrong.set_order(0)
     with pytest.raises(AssertionError):
-        test_margin_rows_over_many_blocks(wrong)
+        test_margin_rows_over_many_blocks(wrong, "class")
 
 
 # ---- nvcc ---------------------------------------------------------------------------------------

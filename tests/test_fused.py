@@ -21,7 +21,8 @@ BACKENDS = [
     pytest.param("triton", torch.float32, id="triton-fp32"),
     pytest.param("cuda", torch.float32, id="cuda-fp32"),
 ]
-WITH_FORM = [name for name in MARGINS if name.startswith(("softmax", "cos", "arc", "ada", "from"))]
+KINDS = ("softmax", "cos", "arc", "ada", "from", "elastic", "kappa")
+WITH_FORM = [name for name in MARGINS if name.startswith(KINDS)]
 
 
 class Asked:
@@ -237,6 +238,28 @@ def test_hooks_of_a_margin_are_called(asked):
     margin.penalty = lambda norm: 0.01 * norm
     loss = fm.margin_loss(case.x, case.weight, case.labels, margin)
     torch.testing.assert_close(loss, losses[4] + penalty)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_order_of_observing(later):
+    """Before the step's own margins, or after them where nothing there depends on it."""
+    calls = []
+
+    class Noting(fm.ArcFace):
+        observes_for_later = later
+
+        def forward(self, cos_y, norm, labels):
+            calls.append("forward")
+            return super().forward(cos_y, norm, labels)
+
+        def observe(self, x_hat, labels):
+            calls.append("observe")
+
+    case = testing.make_case("random").to(torch.float32)
+    for margin in (Noting(), fm.Filtered(Noting(), 0.3)):
+        calls.clear()
+        fm.margin_loss(case.x, case.weight, case.labels, margin)
+        assert calls == (["forward", "observe"] if later else ["observe", "forward"])
 
 
 def test_figures_outlive_the_labels():

@@ -22,11 +22,18 @@ def triton():
     device_for("triton")
 
 
-def step(margin, reduction="mean", x_dtype=torch.float32, wants=("x", "weight"), **options):
+def step(
+    margin,
+    reduction="mean",
+    x_dtype=torch.float32,
+    wants=("x", "weight"),
+    training=True,
+    **options,
+):
     """Names of the launches of the forward pass, and of the backward pass."""
     options = {"backend": "triton", "precision": "fp16", "validate": False} | options
     case = testing.make_case("some_ignored", 20, 70, 24).to(torch.float32)
-    head = fm.MarginHead(24, 70, margin, **options)
+    head = fm.MarginHead(24, 70, margin, **options).train(training)
     head.weight.requires_grad_("weight" in wants)
     x = case.x.to(x_dtype).requires_grad_("x" in wants)
     upstream = torch.ones(20)
@@ -56,6 +63,22 @@ def test_kappaface_launches_its_sums_besides():
     assert forward[: len(FORWARD)] == FORWARD and backward == BACKWARD
     sums = forward[len(FORWARD) :]
     assert sums.count("aten::index_put_") == 2 and len(sums) <= 12
+
+
+@pytest.mark.parametrize("angular", [True, False])
+def test_elasticface_launches_its_draw_and_its_counter_besides(angular):
+    margin = fm.ElasticFace(std=0.1, angular=angular)
+    forward, backward = step(margin)
+    assert forward == ["row_normals_kernel", *FORWARD, "aten::add_"] and backward == BACKWARD
+    assert len(forward + backward) == AT_MOST + 2
+    forward, backward = step(margin.eval(), training=False)
+    assert forward == FORWARD and backward == BACKWARD
+
+
+def test_filtered_elasticface_draws_in_one_launch():
+    forward, _ = step(fm.Filtered(fm.ElasticFace(), 0.3))
+    plain, _ = step(fm.Filtered(fm.ArcFace(), 0.3))
+    assert sorted(forward) == sorted([*plain, "row_normals_kernel", "aten::add_"])
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -9,7 +9,7 @@ import torch
 from conftest import MARGINS, device_for
 
 import fastmargin as fm
-from fastmargin import ops, testing
+from fastmargin import functional, ops, testing
 from fastmargin.margins import (
     NPT,
     AdaFace,
@@ -78,7 +78,7 @@ def test_kappaface_formula():
 
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("grad", GRAD_MODES)
-@pytest.mark.parametrize("kind", ["arcface", "adaface", "kappaface"])
+@pytest.mark.parametrize("kind", ["arcface", "adaface", "kappaface", "elastic", "elastic_cosine"])
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_kernel_form_is_the_margin(kind, guard, grad, backend):
     """``margin_rows`` of every backend equals autograd through the Python margin."""
@@ -89,6 +89,8 @@ def test_kernel_form_is_the_margin(kind, guard, grad, backend):
         "arcface": lambda: ArcFace(0.6, **kwargs),
         "adaface": lambda: AdaFace(0.4, h=0.333, **kwargs),
         "kappaface": lambda: testing.shape_table(KappaFace(m=0.9, **kwargs), 7, 3),
+        "elastic": lambda: ElasticFace(0.4, 0.3, **kwargs),
+        "elastic_cosine": lambda: ElasticFace(0.3, 0.2, angular=False, **kwargs),
     }[kind]().to(device)
     theta = torch.linspace(0.1, math.pi - 0.1, 97)
     cos = theta.cos().to(device, dtype).requires_grad_()
@@ -100,7 +102,8 @@ def test_kernel_form_is_the_margin(kind, guard, grad, backend):
     spec = -torch.nn.functional.logsigmoid(margin.s * margin(cos, norm, labels) - lse)
     spec = torch.where(labels >= 0, spec, 0)
     expected = torch.autograd.grad(spec.sum(), (cos, lse))
-    loss, applied = ops.margin_rows(cos, lse, norm, labels, margin.form(), backend=backend)
+    form = functional.drawn(margin.form(), labels, backend)
+    loss, applied = ops.margin_rows(cos, lse, norm, labels, form, backend=backend)
     actual = torch.autograd.grad(loss.sum(), (cos, lse))
     close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.double else {"rtol": 2e-4, "atol": 2e-4}
     torch.testing.assert_close(loss, spec, **close)
@@ -415,39 +418,6 @@ def test_npt_keeps_the_gradient_at_a_tie():
     cos_y = torch.tensor([0.5], requires_grad=True)
     NPT(delta=0.5)(cos_y, torch.tensor([[0.0]])).sum().backward()
     assert cos_y.grad.item() == -2
-
-
-def test_elasticface_draws_a_margin_for_every_row():
-    margin = ElasticFace(m=0.35, std=0.05, angular=False)
-    cos, labels = torch.full((20000,), 0.5), torch.zeros(20000, dtype=torch.int64)
-    draws = []
-    for _ in range(2):
-        margin.observe(cos, labels)
-        draws.append(0.5 - margin(cos, cos, labels))
-    for drawn in draws:
-        z = ((drawn - 0.35) / 0.05).double()
-        assert abs(z.mean()) < 4 / 20000**0.5 and abs(z.var() - 1) < 4 * (2 / 20000) ** 0.5
-        # Kolmogorov-Smirnov against the normal distribution, at 1e-3
-        cdf = 0.5 * (1 + torch.erf(z.sort().values / 2**0.5))
-        steps = torch.arange(1, 20001) / 20000
-        assert (cdf - steps).abs().max() < 1.95 / 20000**0.5
-        assert abs(torch.corrcoef(torch.stack([z[1:], z[:-1]]))[0, 1]) < 4 / 20000**0.5
-    assert abs(torch.corrcoef(torch.stack(draws))[0, 1]) < 4 / 20000**0.5
-
-    again = ElasticFace(m=0.35, std=0.05, angular=False, seed=9)
-    again.load_state_dict(margin.state_dict())
-    assert torch.equal(0.5 - again(cos, cos, labels), draws[1])
-    assert not torch.equal(0.5 - ElasticFace(seed=1)(cos, cos, labels), draws[0])
-    margin.eval()
-    assert torch.equal(0.5 - margin(cos, cos, labels), cos - (cos - 0.35))
-
-
-def test_elasticface_on_the_angle():
-    margin = ElasticFace(m=0.5, std=0.1)
-    cos, labels = torch.linspace(-0.9, 0.9, 50).double(), torch.zeros(50, dtype=torch.int64)
-    drawn = torch.acos(margin(cos, cos, labels).clamp(-1, 1)) - torch.acos(cos)
-    inside = torch.acos(cos) + 0.8 < math.pi
-    assert inside.sum() > 30 and 0.3 < drawn[inside].mean() < 0.7 and drawn[inside].std() > 0.05
 
 
 def test_filtered_by_hand():

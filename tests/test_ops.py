@@ -11,7 +11,7 @@ from conftest import MARGINS, device_for
 
 import fastmargin as fm
 from fastmargin import ops, testing
-from fastmargin.spec import HardRule, MarginForm, NormEma
+from fastmargin.spec import SOURCES, Draw, HardRule, MarginForm, NormEma
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 
@@ -92,9 +92,11 @@ def test_opcheck(backend):
     ]
     checks["spread_rows"] = [(weight[:5], index, weight, distinct) for distinct in (True, False)]
     form = MarginForm(8.0, m2_u=0.5, source="class", guard="mm", table=torch.rand(9, device=device))
+    by_row = replace(form, source="row")
     norm = (torch.rand(n, device=device) + 5).requires_grad_()
     checks["margin_rows"] = [
-        (cos, lse, norm, labels, form.params(), form.codes(), None, None, form.table, backend)
+        (cos, lse, norm, labels, form.params(), form.codes(), None, None, form.table, backend),
+        (cos, lse, norm, labels, form.params(), by_row.codes(), None, None, cos.detach(), backend),
     ]
     checks["marked"] = [(cos, norm, lse)]
     ada = replace(form, source="adaface", h=0.3, low=1e-3, high=100.0, mean=ema[0], std=ema[1])
@@ -102,6 +104,10 @@ def test_opcheck(backend):
         (
             *(x, weight, None, labels, labels, 0, 9, form.params(), form.codes()),
             *(None, None, form.table, [], "mean", True, "auto", backend),
+        ),
+        (
+            *(x, weight, None, labels, labels, 0, 9, form.params(), by_row.codes()),
+            *(None, None, cos.detach(), [], "mean", True, "auto", backend),
         ),
         (
             *(x, weight, index, labels, columns, 0, 9, ada.params(), ada.codes()),
@@ -165,7 +171,7 @@ def test_gradcheck_of_every_op(backend):
 @pytest.mark.gradcheck
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("guard", ["none", "clip", "mm", "mmm", "easy"])
-@pytest.mark.parametrize("source", ["constant", "adaface", "norm", "class"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_gradcheck_of_margin_rows(backend, guard, source):
     device_for(backend)
     labels = torch.tensor([0, 3, -1, 2, 1, 0, 4])
@@ -187,7 +193,7 @@ def test_gradcheck_of_margin_rows(backend, guard, source):
         eps=1e-3,
         mean=torch.tensor([15.0]).double(),
         std=torch.tensor([2.0]).double(),
-        table=torch.rand(5).double(),
+        table=torch.rand(7 if source == "row" else 5).double(),
     )
 
     def rows(cos, lse, norm):
@@ -197,6 +203,49 @@ def test_gradcheck_of_margin_rows(backend, guard, source):
         assert torch.autograd.grad(rows(cos, lse, norm).sum(), norm)[0].abs().max() == 0
         norm = norm.detach()
     assert torch.autograd.gradcheck(rows, (cos, lse, norm))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_of_other_rows_is_refused(backend):
+    """Kernels read it by row, past its end if it were shorter."""
+    case = tensors(backend)
+    on, labels = case.x.device, case.labels
+    rows = torch.rand(3, len(labels), device=on)
+    draw = Draw(*torch.ones(2, 1, dtype=torch.int64, device=on))
+    for table, drawing, says in (
+        (rows[0, :5], None, r"shape \(5,\), expected one number for each row, \(6,\)"),
+        (torch.rand(7, device=on), None, r"shape \(7,\)"),
+        (rows[:1], None, r"shape \(1, 6\)"),
+        (None, None, "needs its table"),
+        (None, draw, "comes from ops.row_normals"),
+    ):
+        form = MarginForm(8.0, m2_u=0.5, source="row", table=table, draw=drawing)
+        with pytest.raises(ValueError, match=says):
+            ops.margin_rows(*rows, labels, form, backend=backend)
+        with pytest.raises(ValueError, match=says):
+            about = 9, form, None, "mean", True
+            ops.softmax_loss(case.x, case.weight, labels, labels, *about, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("source", ["class", "row"])
+def test_tables_may_be_strided(backend, source):
+    case = tensors(backend)
+    rows = torch.rand(3, 6, device=case.x.device)
+    table = torch.rand(9 if source == "class" else 6, 2, device=case.x.device)[:, 1]
+    form = MarginForm(8.0, m2_u=0.5, source=source, table=table)
+    plain = replace(form, table=table.contiguous())
+    got = ops.margin_rows(*rows, case.labels, form, backend=backend)
+    right = ops.margin_rows(*rows, case.labels, plain, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True))
+    about = None, "sum", True
+    got = ops.softmax_loss(
+        case.x, case.weight, case.labels, case.labels, 9, form, *about, backend=backend
+    )
+    right = ops.softmax_loss(
+        case.x, case.weight, case.labels, case.labels, 9, plain, *about, backend=backend
+    )
+    assert torch.equal(got.loss, right.loss)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -325,7 +374,7 @@ def test_norm_statistics(backend):
     assert mean.item() == 20 and std.item() == 100
 
 
-@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "npt"])
+@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "elasticface", "npt"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager(backend, name):
     """One graph, state and ignored rows included; the kernels are the same, so are the bits."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def make_form(source: str, guard: str, grad: str, scale: float = 64.0) -> Margin
         "adaface": dict(m2_u=-0.4, m3=0.4, m3_u=0.4, h=0.333, low=1e-3, high=100.0, eps=1e-3),
         "norm": dict(m2=0.35, m2_u=0.0045, m3=-0.05, m3_u=0.001, low=10.0, high=60.0),
         "class": dict(m2=-0.1, m2_u=0.9, m3=0.05, m3_u=-0.1),
+        "row": dict(m2=-0.1, m2_u=0.9, m3=0.05, m3_u=-0.1),
     }
     return MarginForm(
         scale=scale,
@@ -55,9 +57,14 @@ def make_form(source: str, guard: str, grad: str, scale: float = 64.0) -> Margin
         angle_eps=1e-3 if source == "adaface" else 0.0,
         mean=torch.tensor([22.5]),
         std=torch.tensor([8.25]),
-        table=torch.rand(CLASSES, generator=g),
+        table=torch.rand(ROWS if source == "row" else CLASSES, generator=g),
         **by_source[source],
     )
+
+
+def of_rows(form: MarginForm, count: int) -> MarginForm:
+    """The form for the first rows, if it has a number for each."""
+    return replace(form, table=form.table[:count]) if form.source == "row" else form
 
 
 def make_rows(regime: str, form: MarginForm, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -129,6 +136,7 @@ def check_margin_rows(run, source: str, guard: str, grad: str, double: bool = Tr
     for regime, scale in itertools.product(REGIMES, SCALES):
         form = make_form(source, guard, grad, scale)
         exact = make_rows(regime, form, torch.float64)
+        form = of_rows(form, len(exact[0]))
         truth = REFERENCE.margin_rows(*exact, form)
         try:
             if double:
@@ -372,6 +380,14 @@ def test_cpu_row_prologue(cpu_ops, dtype):
     ema_rules(run, dtype)
     x, labels = make_x(3, 4, dtype), torch.tensor([0, 1, -1])
     assert all(t.isnan().all() for t in run(x, labels, None)[2:])
+
+
+def test_cpu_ops_refuse_a_table_of_other_rows(cpu_ops):
+    form = make_form("row", "mm", "exact")
+    for count in (1, 2, 4):
+        rows = [t[:3].contiguous() for t in make_rows("random", form, torch.float32)]
+        with pytest.raises(RuntimeError, match=f"table has {count} elements, expected 3"):
+            _rows.margin_rows(cpu_ops.cpu_margin_rows, *rows, of_rows(form, count))
 
 
 def test_cpu_ops_refuse(cpu_ops):

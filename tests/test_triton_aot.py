@@ -19,10 +19,10 @@ pytest.importorskip("triton")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 ROOT = Path(__file__).parent.parent
 KERNELS = {
-    *("centre_pass", "compact", "margin_loss", "margin_rows", "mark", "norm_statistics"),
-    *("own_rows", "permutation", "place", "row_prologue", "rows_backward", "stage", "stats_finish"),
-    *("stats_forward", "stats_merge", "through_norm", "through_stats", "topk_backward"),
-    *("topk_merge", "topk_scan"),
+    *("centre_pass", "compact", "hinge_loss", "margin_loss", "margin_rows", "mark"),
+    *("norm_statistics", "own_rows", "permutation", "place", "row_normals", "row_prologue"),
+    *("rows_backward", "stage", "stats_finish", "stats_forward", "stats_merge", "through_norm"),
+    *("through_stats", "topk_backward", "topk_merge", "topk_scan"),
 }
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"
 
@@ -89,6 +89,10 @@ def test_heads_launch_what_is_compiled():
         *("row_prologue", "stage", "stats_forward", "stats_finish", "margin_loss"),
         *("rows_backward", "centre_pass"),
         *("row_prologue", "stage", "stats_forward", "stats_finish", "margin_loss"),
+    ]
+    assert named["elasticface"]["launches"] == [
+        *("row_normals", *named["adaface"]["launches"][:7]),
+        *("row_normals", *named["adaface"]["launches"][7:]),
     ]
     launched = {kernel for problem in problems for kernel in problem["launches"]}
     assert KERNELS - launched <= {"norm_statistics"}  # of the operators one by one

@@ -137,7 +137,7 @@ def test_margin_rows(source, guard):
             *(0.333, 0.1, 1.0, 1e-3),
             mean=torch.tensor([0.5]),
             std=torch.tensor([0.3]),
-            table=torch.rand(classes, generator=g),
+            table=torch.rand(n if source == "row" else classes, generator=g),
         )
         inputs = cos_y, lse_neg, norm
         truth = REFERENCE.margin_rows(*(t.double() for t in inputs), labels, form)

@@ -84,16 +84,22 @@ class PlainHead(nn.Module):
         own = column[:, None]
         cos_y = cosines.gather(1, own).squeeze(1)
         norm = torch.linalg.vector_norm(embeddings, dim=1)
-        self._follow(x_hat.detach(), norm.detach(), labels)
+        self._follow(norm.detach())
+        if not self.margin.observes_for_later:
+            self.margin.observe(x_hat.detach(), labels)
         if isinstance(self.margin, NearestMargin):
             negatives = cosines.scatter(1, own, -torch.inf)
-            return self.margin(cos_y, negatives.topk(self.margin.top_k).values).mean()
-        psi = self.margin(cos_y, norm, labels)
-        return F.cross_entropy(self.margin.s * cosines.scatter(1, own, psi[:, None]), column)
+            loss = self.margin(cos_y, negatives.topk(self.margin.top_k).values).mean()
+        else:
+            psi = self.margin(cos_y, norm, labels)
+            edited = cosines.scatter(1, own, psi[:, None])
+            loss = F.cross_entropy(self.margin.s * edited, column)
+        if self.margin.observes_for_later:
+            self.margin.observe(x_hat.detach(), labels)
+        return loss
 
-    def _follow(self, x_hat: Tensor, norm: Tensor, labels: Tensor) -> None:
-        """Advances what the margin keeps, as a training step does."""
-        self.margin.observe(x_hat, labels)
+    def _follow(self, norm: Tensor) -> None:
+        """Advances the norm statistics that the margin keeps, as a training step does."""
         ema = self.margin.norm_ema()
         if ema is not None:
             norm = norm.clamp(ema.low, ema.high)

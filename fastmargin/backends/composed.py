@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmargin import counter
 from fastmargin.backends import row_gradients
 from fastmargin.norms import compute_dtype
 from fastmargin.rounding import narrowed, write_back
@@ -184,6 +185,9 @@ class Composed:
         if reduction == "mean":
             loss = loss / valid.sum().clamp_min(1)
         return loss, rows, valid, by_cos, by_nearest
+
+    def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
+        return counter.row_normals(seed, step, labels, place)
 
     def row_topk_backward(
         self,

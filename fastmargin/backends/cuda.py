@@ -1,8 +1,8 @@
 """CUDA C++ kernels.
 
 ``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). The passes over
-the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``) and ``sample`` run on
-the kernels of the Triton backend for now, so this backend needs Triton too;
+the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``), ``sample`` and
+``row_normals`` run on the kernels of the Triton backend for now, so this backend needs Triton too;
 :data:`CudaBackend.note` says so at run time.
 """
 
@@ -42,7 +42,7 @@ class CudaBackend(Composed):
     name = "cuda"
     note = (
         "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward, "
-        "row_topk and sample run on Triton's"
+        "row_topk, sample and row_normals run on Triton's"
     )
 
     max_dim = property(lambda self: self._heavy.max_dim)
@@ -125,6 +125,9 @@ class CudaBackend(Composed):
 
     def sample(self, *args) -> tuple[Tensor, Tensor, Tensor]:
         return self._heavy.sample(*args)
+
+    def row_normals(self, *args) -> Tensor:
+        return self._heavy.row_normals(*args)
 
 
 BACKEND = CudaBackend()

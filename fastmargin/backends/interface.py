@@ -32,9 +32,9 @@ from fastmargin.spec import (
 
 
 class Backend(Protocol):
-    """One way to run the six operations, and eight that plain PyTorch or the others can make.
+    """One way to run the six operations, and nine that plain PyTorch or the others can make.
 
-    :class:`fastmargin.backends.composed.Composed` has the last eight for those who inherit it.
+    :class:`fastmargin.backends.composed.Composed` has the last nine for those who inherit it.
     """
 
     name: str
@@ -199,6 +199,13 @@ class Backend(Protocol):
         whether its label is not negative, (B,); and the slopes by ``cos_y`` and ``nearest``, of
         the reduced loss, or of a row's own for "none". A row that is ignored costs 0. A label from
         ``num_classes`` on makes the loss of its row NaN, without a gradient.
+        """
+
+    def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
+        """(B,) float32: the standard normal numbers of :func:`fastmargin.counter.row_normals`.
+
+        ``seed`` and ``step`` are (1,) int64 and read on their device. The bits that are drawn are
+        the same on every backend, what is made of them to a few units of the last place.
         """
 
     def row_topk_backward(

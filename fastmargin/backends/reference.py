@@ -65,6 +65,8 @@ def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, 
     if form.source == "class":
         known = (labels >= 0) & (labels < form.table.numel())
         return form.table.to(norm.dtype)[torch.where(known, labels, 0)], zero
+    if form.source == "row":
+        return form.table.to(norm.dtype), zero
     clipped = norm.clamp(form.low, form.high)
     if form.source == "norm":
         return clipped, ((norm >= form.low) & (norm <= form.high)).to(norm.dtype)

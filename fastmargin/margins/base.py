@@ -1,4 +1,4 @@
-"""What a margin is. A margin imports torch and ``fastmargin.spec``, nothing else."""
+"""What a margin is. Margins import torch, ``fastmargin.spec`` and ``fastmargin.counter`` only."""
 
 from __future__ import annotations
 

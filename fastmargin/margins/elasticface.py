@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmargin.counter import row_normals
 from fastmargin.margins import guards
 from fastmargin.margins.base import SoftmaxMargin
-from fastmargin.margins.counter import counter_normal
+from fastmargin.spec import Draw, MarginForm
 
 
 class ElasticFace(SoftmaxMargin):
@@ -27,8 +28,10 @@ class ElasticFace(SoftmaxMargin):
         seed: of the draws. They follow from it, the step and how many rows with a class come
             before, so that processes which share out the classes agree.
 
-    Buffers, saved: ``seed`` and ``step`` (1,) int64.
+    Buffers, saved: ``seed`` and ``step`` (1,) int64, the number of training steps so far.
     """
+
+    observes_for_later = True  # a step draws by the steps before it
 
     def __init__(
         self,
@@ -54,12 +57,21 @@ class ElasticFace(SoftmaxMargin):
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
         margin = torch.full_like(cos_y, self.m)
         if self.training:
-            number = (labels >= 0).cumsum(0)
-            drawn = counter_normal(self.seed, self.step, number, self.processes.place)
+            drawn = row_normals(self.seed, self.step, labels, self.processes.place)
             margin += self.std * drawn.to(cos_y)
         if self.angular:
             return guards.add_angle(cos_y, margin, self.guard, self.grad)
         return cos_y - margin
+
+    def form(self) -> MarginForm:
+        drawing = {"source": "constant"}
+        if self.training:
+            drawing = {"source": "row", "draw": Draw(self.seed, self.step, self.processes.place)}
+        if self.angular:
+            angle = {"m2": self.m, "m2_u": self.std, "guard": self.guard, "grad": self.grad}
+            return MarginForm(self.s, **angle, **drawing)
+        # as CosFace: a margin of 0 radians leaves cos(theta), whose slope is 1
+        return MarginForm(self.s, m3=self.m, m3_u=self.std, grad="straight_through", **drawing)
 
     def extra_repr(self) -> str:
         return f"m={self.m}, std={self.std}, s={self.s}, angular={self.angular}"

@@ -39,6 +39,10 @@ class Filtered(SoftmaxMargin):
         return self.margin.stats
 
     @property
+    def observes_for_later(self) -> bool:
+        return self.margin.observes_for_later
+
+    @property
     def processes(self) -> Processes:
         return self.margin.processes
 

@@ -20,6 +20,7 @@ from fastmargin.ops.hinge_loss import hinge_loss
 from fastmargin.ops.margin_rows import margin_rows
 from fastmargin.ops.marked import marked
 from fastmargin.ops.registration import check_backend
+from fastmargin.ops.row_normals import row_normals
 from fastmargin.ops.row_prologue import row_prologue, row_prologue_backward
 from fastmargin.ops.row_stats import (
     row_stats,
@@ -40,6 +41,7 @@ __all__ = [
     "hinge_loss",
     "margin_rows",
     "marked",
+    "row_normals",
     "row_prologue",
     "row_prologue_backward",
     "row_stats",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmargin import backends
-from fastmargin.ops.registration import op
+from fastmargin.ops.registration import check_table, op
 from fastmargin.spec import MarginForm
 
 
@@ -16,6 +16,7 @@ from fastmargin.spec import MarginForm
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _margin_rows(cos_y, lse_neg, norm, labels, params, codes, mean, std, table, backend):
+    table = None if table is None else table.contiguous()
     form = MarginForm.build(params, codes, mean, std, table)
     return backends.select(backend, cos_y.device, cos_y.dtype).margin_rows(
         cos_y.contiguous(), lse_neg.contiguous(), norm.contiguous(), labels, form
@@ -63,7 +64,11 @@ def margin_rows(
     """Loss of every row and the margin ``cos_y - psi`` (cosine units), each (B,).
 
     ``loss_i = -log sigmoid(s * psi_i - lse_neg_i)``; differentiable in the first three arguments.
+
+    Raises:
+        ValueError: the form has a number for every row, and not for each of these.
     """
+    check_table(form, labels)
     loss, _, _, _, margin = _margin_rows(
         cos_y,
         lse_neg,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmargin import backends
 from fastmargin.backends.interface import Backend
 from fastmargin.norms import compute_dtype
-from fastmargin.spec import HardRule
+from fastmargin.spec import HardRule, MarginForm
 
 STATS_ARGS = (
     "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
@@ -60,3 +60,20 @@ def check_index(index: Tensor | None, weight: Tensor) -> None:
         raise ValueError(f"index must have shape (K,), got {tuple(index.shape)}")
     if index.device != weight.device:
         raise ValueError(f"index is on {index.device}, weight on {weight.device}: move one of them")
+
+
+def check_table(form: MarginForm, labels: Tensor) -> None:
+    """Raises ValueError unless a form that has a number for every row has one for each of these.
+
+    A backend reads them by row, without a check of its own.
+    """
+    if form.source != "row":
+        return
+    if form.table is None:
+        drawn = "" if form.draw is None else ": what it draws comes from ops.row_normals"
+        raise ValueError(f"a margin form with source 'row' needs its table, (B,){drawn}")
+    if form.table.shape != labels.shape:
+        raise ValueError(
+            f"the table of a margin form with source 'row' has shape {tuple(form.table.shape)}, "
+            f"expected one number for each row, {tuple(labels.shape)}"
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmargin.norms import compute_dtype
-from fastmargin.ops.registration import backend_for, check_index, op
+from fastmargin.ops.registration import backend_for, check_index, check_table, op
 from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
 
 _BACKWARD_PARTS = 6
@@ -42,6 +42,7 @@ def _softmax_loss(
     precision,
     backend,
 ):
+    table = None if table is None else table.contiguous()
     form = MarginForm.build(params, codes, mean, std, table)
     ema = NormEma(mean, std, *ema_params) if ema_params else None
     return (
@@ -85,6 +86,7 @@ def softmax_loss(
     mode it spares the launches between the operators above; compiled, they are fused anyway.
     """
     check_index(index, weight)
+    check_table(form, labels)
     return SoftmaxLoss(
         *_softmax_loss(
             x,

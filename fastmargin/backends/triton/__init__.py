@@ -367,6 +367,11 @@ class TritonBackend(Composed):
 
         return sample(labels.contiguous(), seed, step, marks, shard, class_start, num_sampled)
 
+    def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
+        from fastmargin.backends.triton.row_normals import row_normals
+
+        return row_normals(seed, step, labels.contiguous(), place)
+
 
 def _columns(weight: Tensor, index: Tensor | None) -> int:
     """How many columns the pass has; 0 where there is no centre that could be one.

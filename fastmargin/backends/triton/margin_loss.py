@@ -28,7 +28,7 @@ def margin_loss_kernel(
     p_label,  # (B,) int64
     p_mean,  # (1,), if SOURCE is ADAFACE or ADVANCE; with ADVANCE also out
     p_std,  # (1,), as p_mean
-    p_table,  # (classes,), if SOURCE is CLASS
+    p_table,  # (classes,), if SOURCE is CLASS; (B,), if ROW
     p_total,  # (1,) out, if REDUCED: sum of the losses times the share
     p_share,  # (1,) out: what a row weighs, 1 / (number of valid rows) if MEAN, else 1
     p_valid,  # (B,) bool, out
@@ -85,6 +85,7 @@ def margin_loss_kernel(
             tl.load(p_lse + o_b, mask=m_b, other=0.0),
             tl.load(p_norm + o_b, mask=m_b, other=0.0),
             b_label,
+            o_b,
             m_b,
             p_table,
             classes,

@@ -17,6 +17,7 @@ CONSTANT: tl.constexpr = tl.constexpr(SOURCES.index("constant"))
 ADAFACE: tl.constexpr = tl.constexpr(SOURCES.index("adaface"))
 NORM: tl.constexpr = tl.constexpr(SOURCES.index("norm"))
 CLASS: tl.constexpr = tl.constexpr(SOURCES.index("class"))
+ROW: tl.constexpr = tl.constexpr(SOURCES.index("row"))
 CLIP: tl.constexpr = tl.constexpr(GUARDS.index("clip"))
 MM: tl.constexpr = tl.constexpr(GUARDS.index("mm"))
 MMM: tl.constexpr = tl.constexpr(GUARDS.index("mmm"))
@@ -39,6 +40,7 @@ def margin_of_rows(
     b_lse,
     b_norm,
     b_label,
+    o_b,
     m_b,
     p_table,
     classes,
@@ -68,6 +70,8 @@ def margin_of_rows(
     if SOURCE == CLASS:
         m_known = (b_label >= 0) & (b_label < classes)
         b_u = tl.load(p_table + tl.where(m_known, b_label, 0), mask=m_b).to(tl.float32)
+    elif SOURCE == ROW:
+        b_u = tl.load(p_table + o_b, mask=m_b, other=0.0).to(tl.float32)
     elif SOURCE != CONSTANT:
         b_clipped = tl.maximum(b_norm, low, propagate_nan=tl.PropagateNan.ALL)
         b_clipped = tl.minimum(b_clipped, high, propagate_nan=tl.PropagateNan.ALL)
@@ -144,7 +148,7 @@ def margin_rows_kernel(
     p_label,  # (B,) int64
     p_mean,  # (1,), if SOURCE is ADAFACE
     p_std,  # (1,), if SOURCE is ADAFACE
-    p_table,  # (classes,), if SOURCE is CLASS
+    p_table,  # (classes,), if SOURCE is CLASS; (B,), if ROW
     p_loss,  # (B,) out
     p_by_cos,  # (B,) out
     p_by_lse,  # (B,) out
@@ -186,6 +190,7 @@ def margin_rows_kernel(
         b_lse,
         b_norm,
         b_label,
+        o_b,
         m_b,
         p_table,
         classes,

@@ -150,6 +150,7 @@ def _form(source: str, guard: str = "mm", grad: str = "exact") -> MarginForm:
     state = {
         "adaface": {"mean": torch.empty(1), "std": torch.empty(1)},
         "class": {"table": torch.empty(CLASSES)},
+        "row": {"table": torch.empty(ROWS)},
     }
     return MarginForm(64.0, source=source, guard=guard, grad=grad, **state.get(source, {}))
 
@@ -228,7 +229,7 @@ def _rest(every: bool) -> Iterator[Problem]:
     forms = (
         itertools.product(SOURCES, GUARDS, GRAD_MODES)
         if every
-        else zip(SOURCES, ("clip", "mm", "mmm", "easy"), ("exact",) * 4, strict=True)
+        else zip(SOURCES, ("clip", "mm", "mmm", "easy", "clip"), ("exact",) * 5, strict=True)
     )
     for source, guard, grad in forms:
         form, name = _form(source, guard, grad), f"{source} {guard} {grad}"
@@ -238,6 +239,8 @@ def _rest(every: bool) -> Iterator[Problem]:
     for size, name in ((CLASSES, "31 bits"), (2**33, "beyond 31 bits")):
         yield Problem(name, partial(BACKEND.permutation, key, size, 100))
         yield Problem(name, partial(_sample, size))
+    seed, step = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    yield Problem("rows", partial(BACKEND.row_normals, seed, step, torch.arange(ROWS), 0))
 
 
 def problems(every: bool = False) -> Iterator[Problem]:

@@ -24,6 +24,15 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, SHIFTS[2])
 
 
+def row_normals(seed: Tensor, step: Tensor, labels: Tensor, place: int = 0) -> Tensor:
+    """:func:`counter_normal` for every row of a batch, labels (B,) int64: (B,) float32.
+
+    The number of a row is how many rows with a class there are up to it, itself included. So rows
+    without one, label < 0, do not change what the others draw; what they get is not to be used.
+    """
+    return counter_normal(seed, step, (labels >= 0).cumsum(0), place)
+
+
 def counter_normal(seed: Tensor, step: Tensor, number: Tensor, place: int = 0) -> Tensor:
     """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step at a place.
 
