@@ -36,10 +36,10 @@ def row_normals(seed: Tensor, step: Tensor, labels: Tensor, place: int = 0) -> T
 def counter_normal(seed: Tensor, step: Tensor, number: Tensor, place: int = 0) -> Tensor:
     """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step at a place.
 
-    seed, step: (1,) int64. On their device, without waiting for it; a replayed CUDA graph whose
-    step has advanced draws anew.
+    seed, step: (1,) int64, the second how many steps came before. On their device, without waiting
+    for it; a replayed CUDA graph whose step has advanced draws anew.
     """
-    stream = _mix(_mix(_mix(seed + GOLDEN_GAMMA) + place) + step)
+    stream = _mix(_mix(_mix(seed + GOLDEN_GAMMA) + place) + (step + 1))
     counter = torch.stack([2 * number + 1, 2 * number + 2])
     bits = _shift(_mix(stream + counter * GOLDEN_GAMMA), 11)
     first, second = bits.double() * 2.0**-53

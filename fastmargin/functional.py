@@ -17,7 +17,7 @@ from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard
 from fastmargin.margins import Margin, NearestMargin, SoftmaxMargin
 from fastmargin.norms import advance, moments
-from fastmargin.spec import MarginForm, NormEma, RowStats
+from fastmargin.spec import HingeForm, MarginForm, NormEma, RowStats
 
 REDUCTIONS = ("mean", "sum", "none")
 ALL = Classes()
@@ -162,6 +162,12 @@ def loss_and_rows(
     if margin.training and not margin.observes_for_later:
         margin.observe(x_hat.detach(), y)
 
+    hinge = None if softmax else _hinge_form(margin, task)
+    if hinge is not None:
+        nearest, cos_y = negatives
+        loss, *found = ops.hinge_loss(cos_y, nearest, y, count, hinge, reduction, backend)
+        rows = LossRows(*found, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))
+        return loss, rows.detached()
     if not softmax:
         rows = _nearest_rows(*negatives, norm, y, margin)
     elif states is None or len(states) == 1:
@@ -200,6 +206,15 @@ def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
     ):
         return None
     return margin.kernel_form()
+
+
+def _hinge_form(margin: NearestMargin, task: Pass) -> HingeForm | None:
+    """The kernel form of a loss on the nearest negatives that is then reduced, else None.
+
+    What comes between loss and mean, and rows of other processes, stand in the way.
+    """
+    after = margin.observes_for_later or _own_hook(margin, "penalty")
+    return None if after or task.classes.shard is not None else margin.kernel_form()
 
 
 def drawn(form: MarginForm, labels: Tensor, backend: str) -> MarginForm:

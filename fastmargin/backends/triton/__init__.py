@@ -353,19 +353,10 @@ class TritonBackend(Composed):
 
         return permutation(key.contiguous(), size, count)
 
-    def sample(
-        self,
-        labels: Tensor,
-        seed: Tensor,
-        step: Tensor,
-        marks: Tensor,
-        shard: int,
-        class_start: int,
-        num_sampled: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, labels: Tensor, *about) -> tuple[Tensor, Tensor, Tensor]:
         from fastmargin.backends.triton.class_sample import sample
 
-        return sample(labels.contiguous(), seed, step, marks, shard, class_start, num_sampled)
+        return sample(labels.contiguous(), *about)
 
     def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:
         from fastmargin.backends.triton.row_normals import row_normals

@@ -79,7 +79,7 @@ def constants(form: HingeForm, reduction: str, k: int) -> dict:
         "REDUCED": reduction != "none",
         "MEAN": reduction == "mean",
         "K": k,
-        "BLOCK": 256,
+        "BLOCK": 128,
         "BLOCK_K": triton.next_power_of_2(k),
         "num_warps": 8,
     }

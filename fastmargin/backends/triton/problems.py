@@ -23,6 +23,7 @@ from fastmargin.spec import (
     GUARDS,
     SOURCES,
     HardRule,
+    HingeForm,
     MarginForm,
     NormEma,
     SgdUpdate,
@@ -165,6 +166,11 @@ def _prologue(d: int, kind: torch.dtype) -> None:
     BACKEND.row_prologue(torch.empty(ROWS, d, dtype=kind), torch.arange(ROWS), ema)
 
 
+def _hinge(k: int, zero_slot: bool, reduction: str) -> None:
+    about = torch.arange(ROWS), CLASSES, HingeForm(2.0, 0.5, zero_slot), reduction
+    BACKEND.hinge_loss(torch.empty(ROWS), torch.empty(ROWS, k), *about)
+
+
 def _through_stats(of: Pass) -> None:
     d_lse, d_cos = torch.empty(2, ROWS)
     pull, labels = _rows(of.d)
@@ -235,6 +241,10 @@ def _rest(every: bool) -> Iterator[Problem]:
         form, name = _form(source, guard, grad), f"{source} {guard} {grad}"
         yield Problem(name, partial(_margin_rows, form))
         yield Problem(name, partial(_loss, Pass(512, "fp16"), torch.bfloat16, form))
+    for k in (1, 2, 4, 8, 16) if every else (16,):
+        for zero_slot, reduction in itertools.product((False, True), ("mean", "sum", "none")):
+            name = f"k={k} {'zero slot ' if zero_slot else ''}{reduction}"
+            yield Problem(name, partial(_hinge, k, zero_slot, reduction))
     key = torch.zeros(2, dtype=torch.int64)
     for size, name in ((CLASSES, "31 bits"), (2**33, "beyond 31 bits")):
         yield Problem(name, partial(BACKEND.permutation, key, size, 100))

@@ -84,7 +84,7 @@ def row_normals_kernel(
 
     stream = _mix(tl.load(p_seed).to(tl.uint64) + GAMMA)
     stream = _mix(stream + place.to(tl.int64).to(tl.uint64))
-    stream = _mix(stream + tl.load(p_step).to(tl.uint64))
+    stream = _mix(stream + (tl.load(p_step).to(tl.uint64) + 1))
     b_first = _uniform(_mix(stream + (b_number * 2 + 1) * GAMMA))
     b_second = _uniform(_mix(stream + (b_number * 2 + 2) * GAMMA))
     b_radius = tl.sqrt(tl.log(1.0 - b_first) * -2.0)
