@@ -251,7 +251,7 @@ def _reduce(rows: LossRows, reduction: str) -> Tensor:
             return rows.loss
         return batches.own_rows(rows.loss, rows.batch, rows.shard)
     total, valid = rows.loss.sum(), rows.valid.sum()
-    if rows.shard is not None:
+    if rows.shard is not None and rows.shard.replicas is not None:
         total, valid = batches.sum_of_replicas(torch.stack([total, valid.to(total)]), rows.shard)
     return total if reduction == "sum" else total / valid.clamp_min(1)
 

@@ -31,6 +31,7 @@ def _(cos_y, *_):
 def _margin_rows_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:4])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 @op(
@@ -47,6 +48,8 @@ def _(d_loss, by_cos, by_lse, by_norm):
 
 
 def _margin_rows_autograd(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 10
     return *_margin_rows_backward(d_loss, *ctx.saved_tensors), *(None,) * 7
 
 
