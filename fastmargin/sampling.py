@@ -1,8 +1,8 @@
 """Which classes take part in a step of partial FC: all positives, and negatives at random.
 
-Exactly k rows without replacement in O(k), whatever the number of classes (An et al.,
-"Killing Two Birds with One Stone", CVPR 2022, sorts a random number per class). Nothing waits for
-the device, shapes are static, and a replayed CUDA graph draws anew.
+Exactly k rows without replacement, at a cost that does not grow with the number of classes (An et
+al., "Killing Two Birds with One Stone", CVPR 2022, sorts a random number per class). Nothing waits
+for the device, shapes are static, and a replayed CUDA graph draws anew.
 """
 
 from __future__ import annotations

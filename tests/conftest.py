@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from inductor_cache import directory
 
 if not torch.cuda.is_available():
     # read when triton is imported, so before anything of fastmargin's Triton backend
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
 
 # tiles as shipped, whatever table this user has
 os.environ.setdefault("FASTMARGIN_TUNED", "")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory())
 
 import pytest
 

@@ -1,8 +1,7 @@
 """Counts kernel launches without a GPU: Triton's in the interpreter, and ATen's as a GPU has them.
 
 An ATen operator counts as one launch unless it only makes a view or allocates memory, or makes
-nothing. Operators of
-fastmargin are looked into.
+nothing. Operators of fastmargin are looked into.
 """
 
 from __future__ import annotations

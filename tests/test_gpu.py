@@ -93,9 +93,22 @@ def test_pass_over_an_index_does_not_synchronise(sparse_grad):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_step_replays_with_new_data(backend, row_tolerance):
     """With rows left out, too: how many they are is not the graph's."""
-    case = testing.make_case("random", batch=64, classes=1000, dim=128).to(torch.float32, "cuda")
     margin = fm.AdaFace(m=0.1, s=16)
-    head = fm.MarginHead(128, 1000, margin, backend=backend, row_tolerance=row_tolerance).cuda()
+    _check_captured_step(margin, backend=backend, row_tolerance=row_tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5}])
+@pytest.mark.parametrize("name", ["elasticface", "npt", "arcface"])
+def test_captured_step_of_other_heads(name, options):
+    """What is drawn follows from steps counted on the device: a replay draws as they say."""
+    from conftest import MARGINS
+
+    _check_captured_step(MARGINS[name](), **options)
+
+
+def _check_captured_step(margin, **options):
+    case = testing.make_case("random", batch=64, classes=1000, dim=128).to(torch.float32, "cuda")
+    head = fm.MarginHead(128, 1000, margin, **options).cuda()
     x, labels = case.x.requires_grad_(), case.labels
 
     def step():
@@ -115,22 +128,27 @@ def test_captured_step_replays_with_new_data(backend, row_tolerance):
     with torch.cuda.graph(graph):
         loss = head(x, labels)
         loss.backward()
-    state = {k: v.clone() for k, v in head.margin.state_dict().items()}
+    state = {k: v.clone() for k, v in head.named_buffers()}
+
+    def restore():
+        for name, buffer in head.named_buffers():
+            buffer.copy_(state[name])
+
     fresh = testing.make_case("random", batch=64, classes=1000, dim=128, seed=7)
     with torch.no_grad():
         x.copy_(fresh.x)
         labels.copy_(fresh.labels)
-    head.margin.load_state_dict(state)
+    restore()
     graph.replay()
     captured = loss.clone(), x.grad.clone(), head.weight.grad.clone()
-    head.margin.load_state_dict(state)
+    restore()
     eager = step(), x.grad, head.weight.grad
     for a, b in zip(captured, eager, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("row_tolerance", [0.0, 1e-3])
-@pytest.mark.parametrize("name", ["arcface", "adaface", "kappaface", "npt"])
+@pytest.mark.parametrize("name", ["arcface", "adaface", "elasticface", "kappaface", "npt"])
 def test_training_step_does_not_synchronise(name, row_tolerance):
     from conftest import MARGINS
 

@@ -59,10 +59,11 @@ def ours(cos_y, nearest, labels, margin, reduction, backend):
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (20, 3), (300, 16), (513, 5)])
 def test_formula_and_slopes(backend, dtype, reduction, zero_slot, b, k):
     given = rows(b, k, dtype, device_for(backend))
-    margin = fm.NPT(delta=0.25, top_k=k, r=1.5, zero_slot=zero_slot)
+    margin = fm.NPT(delta=0.25, top_k=k, r=0.55, zero_slot=zero_slot)
     expected = plain(*given, margin, reduction)
+    eps = torch.finfo(dtype).eps
     for found, truth in zip(ours(*given, margin, reduction, backend), expected, strict=True):
-        torch.testing.assert_close(found.double(), truth, rtol=3e-6, atol=1e-6)
+        torch.testing.assert_close(found.double(), truth, rtol=20 * eps, atol=20 * eps)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
@@ -78,11 +79,33 @@ def test_rows_that_do_not_count(backend, dtype):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_nan_is_kept(backend, dtype):
+@pytest.mark.parametrize("zero_slot", [False, True])
+def test_nan_is_kept(backend, dtype, zero_slot):
     cos_y, nearest, labels = rows(30, 2, dtype, device_for(backend))
-    cos_y[8] = torch.nan
-    loss, total, *_ = ours(cos_y, nearest, labels, fm.NPT(top_k=2), "mean", backend)
-    assert total.isnan() and loss.isnan().nonzero().tolist() == [[8]]
+    cos_y[8], nearest[12, 1] = torch.nan, torch.nan
+    margin = fm.NPT(top_k=2, zero_slot=zero_slot)
+    loss, total, *_ = ours(cos_y, nearest, labels, margin, "mean", backend)
+    assert total.isnan() and loss.isnan().nonzero().tolist() == [[8], [12]]
+
+
+def test_slopes_do_not_have_the_default_dtype(monkeypatch):
+    given = rows(20, 3, torch.float64, "cpu")
+    margin = fm.NPT(delta=0.25, top_k=3, r=0.55)
+    expected = plain(*given, margin, "sum")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = ours(*given, margin, "sum", "reference")
+    finally:
+        torch.set_default_dtype(before)
+    for ours_, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_, truth, rtol=1e-14, atol=1e-14)
+
+
+def test_more_than_the_kernel_takes():
+    cos_y, nearest, labels = rows(5, 20, torch.float32, device_for("triton"))
+    with pytest.raises(fm.backends.BackendError, match="16"):
+        ops.hinge_loss(cos_y, nearest, labels, CLASSES, fm.NPT(top_k=20).form(), "mean", "triton")
 
 
 @pytest.mark.gradcheck
@@ -103,4 +126,9 @@ def test_a_margin_that_has_only_a_formula_keeps_it():
         def forward(self, cos_y, nearest):
             return super().forward(cos_y, nearest) ** 2
 
-    assert fm.NPT().kernel_form() is not None and Squared().kernel_form() is None
+    learned = fm.NPT()
+    learned.delta = torch.nn.Parameter(torch.tensor(0.4))
+    assert fm.NPT().kernel_form() is not None
+    assert Squared().kernel_form() is None and learned.kernel_form() is None
+    fm.margin_loss(torch.randn(4, 8), torch.randn(9, 8), torch.arange(4), learned).backward()
+    assert learned.delta.grad > 0

@@ -86,6 +86,8 @@ def test_opcheck(backend):
         (cos, top.clone().requires_grad_(), labels, 9, 2.0, 0.5, slot, reduction, backend)
         for slot, reduction in ((False, "mean"), (True, "sum"), (False, "none"))
     ]
+    strided = top.t().contiguous().t().requires_grad_()
+    checks["hinge_loss"] += [(cos, strided, labels, 9, 2.0, 0.5, True, "mean", backend)]
     checks["row_topk_backward"] = [
         (top, lse, x_hat, weight, None, labels, nearest, 0, backend),
         (top, lse, x_hat, weight, index, columns, nearest, 0, backend),

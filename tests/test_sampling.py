@@ -12,6 +12,7 @@ from conftest import device_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmargin import ops
 from fastmargin.sampling import ClassSampler
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
@@ -130,6 +131,45 @@ def test_kernels_count_many_blocks_of_candidates(backend, monkeypatch):
     plain, ours = sampler(20_000, 17_000), sampler(20_000, 17_000, device=on)
     labels = labels_of(50, 20_000, 5)
     assert equal(ours(labels.to(on), backend), plain(labels, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS[2:])
+def test_many_rows_are_sorted_instead(backend, monkeypatch):
+    on = device_for(backend)
+    from fastmargin.backends.triton import class_sample
+
+    monkeypatch.setattr(class_sample, "MOST_ROWS", len(LABELS) - 1)
+    monkeypatch.setattr(class_sample, "mark_kernel", None)
+    assert equal(
+        sampler(device=on)(torch.tensor(LABELS, device=on), backend),
+        sampler()(torch.tensor(LABELS)),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draw_that_fails_half_way_leaves_nothing(backend, monkeypatch):
+    on = device_for(backend)
+    from fastmargin import backends
+    from fastmargin.backends.triton import class_sample
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    draws, labels = sampler(device=on), torch.tensor(LABELS, device=on)
+    with monkeypatch.context() as patched:
+        patched.setattr(backends.get(backend), "permutation", out_of_memory)
+        patched.setattr(class_sample, "candidates", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            draws(labels, backend)
+    assert draws.step.tolist() == [0] and not draws.marks.any()
+    assert equal(draws(labels, backend), sampler()(torch.tensor(LABELS)))
+
+
+def test_no_more_than_there_are():
+    marks = torch.zeros(6, dtype=torch.uint8)
+    number = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"num_sampled must be in \[0, 5\], got 6"):
+        ops.sample(torch.tensor(LABELS), number, number.clone(), marks, 0, 0, 6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[2:])

@@ -172,12 +172,12 @@ class Composed:
         valid, known = labels >= 0, labels < num_classes
         open_places = torch.ones_like(nearest, dtype=torch.bool)
         if form.zero_slot:
-            open_places[:, -1] = nearest[:, -1] >= 0
+            open_places[:, -1] = ~(nearest[:, -1] < 0)
         gap = torch.where(open_places, nearest, 0) - cos_y[:, None] + form.delta
         on = ~(gap < 0)  # at a gap of exactly 0 there is a gradient, and NaN is kept
         rows = form.scale * torch.where(on, gap, 0).sum(1)
         rows = torch.where(known, torch.where(valid, rows, 0), torch.nan)
-        slope = torch.where(on & (valid & known)[:, None], form.scale, 0.0).to(nearest)
+        slope = (on & (valid & known)[:, None]).to(nearest) * form.scale
         if reduction == "mean":
             slope = slope / valid.sum().clamp_min(1)
         by_cos, by_nearest = -slope.sum(1), torch.where(open_places, slope, 0)

@@ -1,9 +1,8 @@
 """CUDA C++ kernels.
 
-``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). The passes over
-the class centres (``row_stats``, ``row_stats_backward``, ``row_topk``), ``sample`` and
-``row_normals`` run on the kernels of the Triton backend for now, so this backend needs Triton too;
-:data:`CudaBackend.note` says so at run time.
+``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). All else, the
+passes over the class centres above all, runs on the kernels of the Triton backend for now, so this
+backend needs Triton too; :data:`CudaBackend.note` says so at run time.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 class CudaBackend(Composed):
     name = "cuda"
     note = (
-        "row_prologue and margin_rows are CUDA kernels of its own; row_stats, row_stats_backward, "
-        "row_topk, sample and row_normals run on Triton's"
+        "row_prologue and margin_rows are CUDA kernels of its own; all else, the passes over the "
+        "centres above all, runs on Triton's"
     )
 
     max_dim = property(lambda self: self._heavy.max_dim)

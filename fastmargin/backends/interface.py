@@ -195,6 +195,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The loss on the nearest negatives that :meth:`row_topk` found, (B,) and (B, k).
 
+        Tensors are contiguous, and k is at most :attr:`max_k`.
         Returns the reduced loss, () or for the reduction "none" (0,); the loss of every row, and
         whether its label is not negative, (B,); and the slopes by ``cos_y`` and ``nearest``, of
         the reduced loss, or of a row's own for "none". A row that is ignored costs 0. A label from

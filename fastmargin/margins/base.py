@@ -143,7 +143,10 @@ class SoftmaxMargin(Margin):
 
 
 class NearestMargin(Margin):
-    """A loss on the ``top_k`` nearest negative centres instead of all of them."""
+    """A loss on the ``top_k`` nearest negative centres instead of all of them.
+
+    A new one defines :meth:`forward`; autograd does its derivative. :meth:`form` is for hinges.
+    """
 
     top_k: int
 

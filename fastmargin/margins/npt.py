@@ -43,7 +43,9 @@ class NPT(NearestMargin):
         # not relu: at a gap of exactly 0 the authors' code keeps the gradient
         return 2 * self.r * torch.where(gap < 0, 0, gap).sum(1)
 
-    def form(self) -> HingeForm:
+    def form(self) -> HingeForm | None:
+        if isinstance(self.r, Tensor) or isinstance(self.delta, Tensor):
+            return None  # one that learns them has its gradient by autograd
         return HingeForm(2 * self.r, self.delta, self.zero_slot)
 
     def extra_repr(self) -> str:

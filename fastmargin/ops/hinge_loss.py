@@ -17,8 +17,9 @@ from fastmargin.spec import HingeForm
 )
 def _hinge_loss(cos_y, nearest, labels, num_classes, scale, delta, zero_slot, reduction, backend):
     form = HingeForm(scale, delta, zero_slot)
-    chosen = backends.select(backend, cos_y.device, cos_y.dtype)
-    return chosen.hinge_loss(cos_y, nearest, labels, num_classes, form, reduction)
+    chosen = backends.select(backend, cos_y.device, cos_y.dtype, k=nearest.shape[1])
+    rows = cos_y.contiguous(), nearest.contiguous(), labels.contiguous()
+    return chosen.hinge_loss(*rows, num_classes, form, reduction)
 
 
 @_hinge_loss.register_fake

@@ -227,8 +227,7 @@ class TritonBackend(Composed):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         from fastmargin.backends.triton.hinge_loss import hinge_loss
 
-        given = map(_contiguous, (cos_y, nearest, labels))
-        return hinge_loss(*given, num_classes, form, reduction)
+        return hinge_loss(cos_y, nearest, labels, num_classes, form, reduction)
 
     def row_topk_backward(
         self,
@@ -354,8 +353,10 @@ class TritonBackend(Composed):
         return permutation(key.contiguous(), size, count)
 
     def sample(self, labels: Tensor, *about) -> tuple[Tensor, Tensor, Tensor]:
-        from fastmargin.backends.triton.class_sample import sample
+        from fastmargin.backends.triton.class_sample import MOST_ROWS, sample
 
+        if labels.shape[0] > MOST_ROWS:
+            return super().sample(labels, *about)
         return sample(labels.contiguous(), *about)
 
     def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:

@@ -1,11 +1,14 @@
 """The classes of a step in three launches: mark the positives, go through candidates, place both.
 
-B rows are so few that each is compared with all, B**2 integers, instead of being sorted. A program
-finds out by itself how much comes before its own part, so that nothing is shared and the order is
-always the same. The candidates are those of ``permutation.py``.
+Each of B rows is compared with all, B**2 integers, instead of being sorted, and a program adds up
+by itself what comes before its own part: nothing is shared, and the order is always the same. The
+candidates are those of ``permutation.py``.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -20,6 +23,8 @@ ROWS, AT_ONCE = 16, 256
 """A tile of comparisons."""
 PLACED = 1024
 """Candidates of a program."""
+MOST_ROWS = 2**15
+"""A billion comparisons; more are better sorted."""
 SHARDS: tl.constexpr = tl.constexpr(MAX_SHARDS)
 
 
@@ -185,6 +190,16 @@ def constants() -> dict:
     return {"ROWS": ROWS, "AT_ONCE": AT_ONCE, "num_warps": 4}
 
 
+@contextlib.contextmanager
+def _clear_at_an_error(marks: Tensor) -> Iterator[None]:
+    """Memory may run out between the launch that marks and the one that clears."""
+    try:
+        yield
+    except BaseException:
+        marks.zero_()
+        raise
+
+
 def sample(
     labels: Tensor, seed: Tensor, step: Tensor, marks: Tensor, shard: int, class_start: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +210,7 @@ def sample(
     key, first = labels.new_empty(2), torch.empty_like(labels, dtype=torch.int8)
     rows, fixed = max(1, triton.cdiv(b, ROWS)), constants()  # one also for what is no row's
     about = b, class_start, classes
-    with on_device(labels):
+    with on_device(labels), _clear_at_an_error(marks):
         mark_kernel[(rows,)](labels, seed, step, marks, first, key, *about, shard, **fixed)
         candidate, counts, block = candidates(key, classes, k, marks)
         place_kernel[(rows + triton.cdiv(k, PLACED),)](
