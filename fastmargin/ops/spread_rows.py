@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastmargin.ops.registration import op
-from fastmargin.rows import inside
 
 
 @op("spread_rows", "(Tensor rows, Tensor index, Tensor weight, bool distinct) -> Tensor")
@@ -58,12 +57,10 @@ def spread_rows(
     elif count == 0 or index.shape[0] == 0:
         index, rows = index[:0], rows[:0]
     else:
-        known = inside(index, count)
+        row = index ^ (index >> 63)  # the complement of what is negative
+        known = (row < count) & (index != -1)
         # not simply row 0: an optimiser moves the rows that are listed, by momentum or decay
-        some = torch.where(known, index, 0).amax()
-        index = torch.where(
-            known, index, torch.where(inside(~index, count) & (index < -1), ~index, some)
-        )
+        index = torch.where(known, row, torch.where(known, row, 0).amax())
     return torch.sparse_coo_tensor(
         index[None], rows.to(weight.dtype), weight.shape, check_invariants=False
     )
