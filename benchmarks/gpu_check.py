@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from benchmarks import RESULTS, ROOT
 
 TEST_FILES = ("gpu", "rounding", "backends", "ops", "margins", "head")
-TEST_FILES += ("sampling", "hinge_loss", "row_normals", "elasticface", "triton_rows")
+TEST_FILES += ("sampling", "hinge_loss", "row_normals")
 TEST_SHARE = 0.5
 """Of the time that the build leaves, for the tests."""
 RESERVE = 60
