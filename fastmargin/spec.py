@@ -68,9 +68,9 @@ class NormEma:
 class Draw:
     """One standard normal number for every row, see :func:`fastmargin.counter.row_normals`.
 
-    seed, step: (1,) int64; they are read where they are, without waiting for the device, so that
-    a replayed CUDA graph whose step has advanced draws anew. place: number of the process among
-    those that draw for other rows.
+    seed, step: (1,) int64, the second how many steps came before. They are read where they are,
+    without waiting for the device, so that a replayed CUDA graph whose step has advanced draws
+    anew. place: number of the process among those that draw for other rows.
     """
 
     seed: Tensor

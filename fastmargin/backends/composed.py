@@ -178,12 +178,10 @@ class Composed:
         rows = form.scale * torch.where(on, gap, 0).sum(1)
         rows = torch.where(known, torch.where(valid, rows, 0), torch.nan)
         slope = (on & (valid & known)[:, None]).to(nearest) * form.scale
-        if reduction == "mean":
-            slope = slope / valid.sum().clamp_min(1)
+        count = valid.sum().clamp_min(1) if reduction == "mean" else 1
+        slope = slope / count
         by_cos, by_nearest = -slope.sum(1), torch.where(open_places, slope, 0)
-        loss = rows.new_empty(0) if reduction == "none" else rows.sum()
-        if reduction == "mean":
-            loss = loss / valid.sum().clamp_min(1)
+        loss = rows.new_empty(0) if reduction == "none" else rows.sum() / count
         return loss, rows, valid, by_cos, by_nearest
 
     def row_normals(self, seed: Tensor, step: Tensor, labels: Tensor, place: int) -> Tensor:

@@ -24,7 +24,7 @@ ROWS, AT_ONCE = 16, 256
 PLACED = 1024
 """Candidates of a program."""
 MOST_ROWS = 2**15
-"""A billion comparisons; more are better sorted."""
+"""A billion comparisons; more rows are sorted, so that the cost does not grow with their square."""
 SHARDS: tl.constexpr = tl.constexpr(MAX_SHARDS)
 
 

@@ -184,10 +184,10 @@ def _through_norm(d: int, kind: torch.dtype) -> None:
         BACKEND.row_prologue_backward(x_hat, d_norm, x_hat, norm, kind)
 
 
-def _sample(classes: int, class_start: int = 0, shard: int = 0) -> None:
+def _sample(classes: int) -> None:
     labels, (seed, step) = torch.arange(ROWS), torch.zeros(2, 1, dtype=torch.int64)
     marks = torch.empty(1, dtype=torch.uint8).expand(classes + 1)  # of no size
-    BACKEND.sample(labels, seed, step.clone(), marks, shard, class_start, 100)
+    BACKEND.sample(labels, seed, step.clone(), marks, 0, 0, 100)
 
 
 def passes(of: Pass, every: bool) -> Iterator[Problem]:
