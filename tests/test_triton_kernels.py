@@ -245,12 +245,7 @@ def test_what_is_staged_does_not_grow_with_the_classes(monkeypatch):
         assert sum(len(part.inverse) for part in parts) == 1000
         sizes = {part.operand.untyped_storage().nbytes() for part in parts}
         assert len(sizes) == 1 and max(sizes) <= 4096
-        assert all(part.unit and not part.gaps for part in parts)
-    (part,) = centres.centres_of(weight.half(), None, "fp16")
-    assert not part.unit  # read where they lie
-    strided = torch.cat([weight, weight], 1).half()[:, :24]
-    assert next(iter(centres.centres_of(strided, None, "fp16"))).unit
-    assert next(iter(centres.centres_of(weight[:, :20].half().contiguous(), None, "fp16"))).unit
+        assert not any(part.gaps for part in parts)
 
 
 UPDATES = {
@@ -263,14 +258,15 @@ UPDATES = {
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_step_in_place(dtype, indexed, update, monkeypatch):
-    """Tiles of whole rows, finished in parts, in pieces of the centres; the rest is not touched."""
+@pytest.mark.parametrize(("dtype", "block_d"), [("fp32", 128), ("fp16", 128), ("fp32", 32)])
+def test_a_step_in_place(dtype, block_d, indexed, update, monkeypatch):
+    """Tiles of whole rows, finished in parts, or cut; in pieces of the centres. The rest stays."""
     from fastmargin.backends.composed import Composed
     from fastmargin.backends.triton import centre_pass
     from fastmargin.backends.triton.configs import TileConfig
 
-    monkeypatch.setattr(centre_pass, "choose", lambda *_: TileConfig(16, 16, 128, 128, 4, 1))
+    tile = TileConfig(16, 16, 128, block_d, 4, 1)
+    monkeypatch.setattr(centre_pass, "choose", lambda *_: tile)
     monkeypatch.setattr(Composed, "centre_step", None)  # it must be the kernel's own
     staged_in_pieces(monkeypatch)
     update = UPDATES[update]
@@ -333,17 +329,15 @@ def test_nothing_is_read_past_the_last_column(indexed, monkeypatch):
         assert relative_error(found, expected) < 1e-5
 
 
-def test_no_step_in_place_where_programs_share_a_centre(monkeypatch):
+def test_no_step_in_place_where_addresses_differ():
     from fastmargin.backends.triton import centre_pass
 
     weight, momentum = torch.randn(9, 24), torch.zeros(9, 24)
-    update = UPDATES["momentum"]
-    assert centre_pass.steps_in_place(weight, None, "fp32", update, momentum)
-    wide = torch.randn(9, 40)  # the interpreter's tiles have 32 columns of it
-    assert not centre_pass.steps_in_place(wide, None, "fp32", update, None)
+    assert centre_pass.steps_in_place(weight, momentum)
+    assert centre_pass.steps_in_place(weight, None)
     across = weight.t().contiguous().t()
-    assert not centre_pass.steps_in_place(across, None, "fp32", update, momentum)
-    assert not centre_pass.steps_in_place(weight, None, "fp32", update, across)
+    assert not centre_pass.steps_in_place(across, momentum)
+    assert not centre_pass.steps_in_place(weight, across)
 
 
 @pytest.mark.parametrize("processors", [1, 64])

@@ -215,11 +215,11 @@ def test_precision_and_shift_are_pure_choices():
     assert resolve_precision("bf16", True) == "bf16"
     assert resolve_precision("auto", True) == "fp32"
     assert resolve_precision("auto", False) == "fp16"
-    assert not needs_shift(64.0, 10**8, True, "fp32", True)
-    assert needs_shift(80.0, 10**8, True, "fp32", True)
-    assert needs_shift(64.0, 10, True, "fp16", True)
-    assert not needs_shift(64.0, 10, True, "fp16", False)
-    assert needs_shift(64.0, 10, False, "bf16", True)
+    assert not needs_shift(64.0, 10**8, "fp32", True)
+    assert needs_shift(80.0, 10**8, "fp32", True)
+    assert needs_shift(64.0, 10, "fp16", True)
+    assert not needs_shift(64.0, 10, "fp16", False)
+    assert not needs_shift(64.0, 10, "bf16", True)
     threshold = torch.zeros(1)
     assert slope_power(None) == 1 and slope_power(HardRule.of(threshold, 1.0, 0.3, 0.0)) == 8
     assert slope_power(HardRule.of(threshold, 0.0, 0.0, 0.0)) == 4

@@ -169,4 +169,4 @@ def staged_in_pieces(monkeypatch, columns=23):
     """Not a multiple of a tile, and the last piece is a small one."""
     from fastmargin.backends.triton import centres
 
-    monkeypatch.setattr(centres, "COLUMNS_AT_A_TIME", columns)
+    monkeypatch.setattr(centres, "columns_at_a_time", lambda row_bytes: columns)

@@ -143,12 +143,10 @@ class TritonBackend(Composed):
         kept: Sequence[Tensor] = (),
     ) -> None:
         from fastmargin.backends.triton.centre_pass import steps_in_place
-        from fastmargin.backends.triton.configs import resolve_precision
 
         rest = scale, hard, class_start, precision, skip_zero_rows
-        operands = resolve_precision(precision, _interpreted())
         nothing = x_hat.shape[0] == 0 or _columns(weight, index) == 0
-        if nothing or not steps_in_place(weight, hard, operands, update, momentum):
+        if nothing or not steps_in_place(weight, momentum):
             super().centre_step(
                 weight, momentum, update, d_lse, d_cos, x_hat, index, labels, lse_neg, *rest
             )
@@ -400,18 +398,17 @@ def _row_stats(
 
     Then the centres and their inverse norms, where the backward pass may use them again.
     """
-    from fastmargin.backends.triton.centres import centres_of, kept, lies_ready
+    from fastmargin.backends.triton.centres import centres_of, kept
     from fastmargin.backends.triton.configs import needs_shift
     from fastmargin.backends.triton.stats_finish import stats_finish
     from fastmargin.backends.triton.stats_forward import stats_forward
 
     columns = _columns(weight, index)
-    unit = not lies_ready(weight, index, precision, hard)
     bound = scale * (1.0 if hard is None else hard.bound)
     partials, last = stats_forward(
         operand,
         x_hat.shape[1],
-        centres_of(weight, index, precision, hard),
+        centres_of(weight, index, precision),
         columns,
         labels,
         scale,
@@ -419,7 +416,7 @@ def _row_stats(
         class_start,
         precision,
         want_pull,
-        needs_shift(bound, columns, unit, precision, want_pull),
+        needs_shift(bound, columns, precision, want_pull),
     )
     finished = stats_finish(x_hat, weight, index, labels, class_start, partials, hard)
     return RowStats(*finished), *kept(last, columns)
@@ -460,7 +457,7 @@ def _centre_pass(
         lse_neg,
         rows,
         operand if operand.numel() else _as_operand(x_hat, precision),
-        centres_again(weight, index, precision, hard, *centres),
+        centres_again(weight, index, precision, *centres),
         weight,
         index,
         scale,

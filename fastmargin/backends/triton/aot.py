@@ -2,8 +2,9 @@
 
     python -m fastmargin.backends.triton.aot [--json] [--full] [--arch 90] [--match centre_pass]
 
-lists registers, stack (which must be 0: nothing spilled) and shared memory of every configuration
-per architecture, and exits with 1 if one does not fit. What is compiled is what launches ask for
+lists registers, stack (which must be 0: nothing spilled), shared memory and the matrix instruction
+of every configuration per architecture, and exits with 1 if one does not fit, or if the assembler
+made every matrix instruction wait for the one before. What is compiled is what launches ask for
 (:mod:`asked`) in the calls of :mod:`problems`: with ``--full`` all of them, otherwise a
 representative part: every width, the variants that need most registers. TRITON_INTERPRET must not
 be set.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import subprocess
 import sys
 import tempfile
@@ -60,7 +62,13 @@ class Build:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a build; sizes in bytes."""
+    """What came of a build; sizes in bytes.
+
+    products: the matrix instructions, the most frequent first: "HGMMA" of Hopper, "UTCHMMA" of
+        Blackwell, "HMMA", which both also have, at half the speed; "" without.
+    serial: whether each of Hopper's waits for the one before, as the assembler decides where it
+        cannot tell that registers of one are not written meanwhile (its note C7515 says so).
+    """
 
     name: str
     arch: int
@@ -68,16 +76,18 @@ class Report:
     stack: int
     shared: int
     shared_limit: int
+    products: str
+    serial: bool
 
     @property
     def fits(self) -> bool:
-        return self.stack == 0 and self.shared <= self.shared_limit
+        return self.stack == 0 and self.shared <= self.shared_limit and not self.serial
 
     def __str__(self) -> str:
         return (
             f"sm_{self.arch:<4}{self.registers:4} registers {self.stack:5} B stack"
-            f" {self.shared / 1024:7.1f} KB shared  {self.name}"
-            f"{'' if self.fits else '  DOES NOT FIT'}"
+            f" {self.shared / 1024:7.1f} KB shared {self.products:>8}  {self.name}"
+            f"{'  SERIAL' if self.serial else '' if self.fits else '  DOES NOT FIT'}"
         )
 
 
@@ -89,9 +99,15 @@ def compile_build(build: Build) -> Report:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [tool, "--dump-resource-usage", "--dump-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-    usage = dict(part.split(":")[:2] for part in text.split() if part.count(":") == 1)
+    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    products = Counter(re.findall(r"\b(\w*MMA)[. ]", text))
+    # of each group the last one is marked; Triton asks for as many as it closes
+    groups = len(re.findall(r"\bHGMMA\..*gsb0", text))
     return Report(
         build.name,
         build.arch,
@@ -99,6 +115,8 @@ def compile_build(build: Build) -> Report:
         int(usage["STACK"]),
         compiled.metadata.shared,
         SHARED_LIMIT[build.arch] * 1024,
+        ", ".join(name for name, _ in products.most_common()),
+        groups > compiled.asm["ptx"].count("wgmma.commit_group"),
     )
 
 

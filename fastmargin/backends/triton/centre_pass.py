@@ -45,7 +45,6 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule, SgdUpdate
 
 SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
-FINISHED_AT_ONCE = 32
 
 
 @triton.jit
@@ -74,7 +73,7 @@ def _own_slots(p_code, count, o_column, BLOCK: tl.constexpr):
 def centre_pass_kernel(
     d_x,  # (B, D') unit rows in the operand type, in blocks of (BLOCK_B, BLOCK_K)
     d_x_grad,  # the same in blocks of (BLOCK_B, BLOCK_D)
-    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
+    d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
     p_inverse,  # (C,) 1 / ||w||; below 0 at an empty place
     p_level,  # (B,) of own_rows.py
     p_code,  # (B,) int32, of own_rows.py
@@ -96,15 +95,14 @@ def centre_pass_kernel(
     column_start,
     stride_wc,
     stride_wd,
-    scale,
-    slope_limit,
+    scale2,  # s log2(e)
+    slope_limit,  # of s f(c)
     rate,
     momentum,
     decay,
     key,  # int32, of the rounding, if STOCHASTIC
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
-    UNIT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -118,6 +116,7 @@ def centre_pass_kernel(
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
     if COUNTED:
         B = tl.load(p_count)
@@ -127,15 +126,13 @@ def centre_pass_kernel(
     start = tl.program_id(0) // COLUMNS * BLOCK_C
     i_d = tl.program_id(0) % COLUMNS
     o_c = start + tl.arange(0, BLOCK_C)
-    if not UNIT:
-        b_inverse = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0)
     if WHOLE:
         b_w = d_w.load([start, 0])
 
     # fp16 holds gradients of one power of two of the largest; 2**-39 of it still counts
     power = 0.0
     if SCALED:
-        top = _largest(p_d_lse, B_own, SCANNED_AT_ONCE) * scale * slope_limit
+        top = _largest(p_d_lse, B_own, SCANNED_AT_ONCE) * slope_limit
         power = tl.floor(14.0 - tl.log2(tl.where(top > 0, top, 1.0)))
         power = tl.minimum(tl.maximum(power, -100.0), 100.0)
 
@@ -143,7 +140,6 @@ def centre_pass_kernel(
     b_grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if COLUMNS > 1:
         b_radial = tl.zeros([BLOCK_C], tl.float32)
-    scale2 = scale * LOG2E
     for first in range(0, B, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
         m_b = o_b < B
@@ -152,8 +148,6 @@ def centre_pass_kernel(
             b_cos = first_product(b_w, tl.trans(b_x), C, BLOCK_C, BLOCK_B, PRECISION)
         else:
             b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
-        if not UNIT:
-            b_cos *= b_inverse[:, None]
 
         b_level = tl.load(p_level + o_b, mask=m_b, other=float("inf")) - power
         b_code = tl.load(p_code + o_b, mask=m_b, other=-2)
@@ -178,6 +172,9 @@ def centre_pass_kernel(
             b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
         if not (WHOLE and COLUMNS == 1):
             b_x = d_x_grad.load([first, i_d * BLOCK_D])
+        if HOPPER:
+            if C < 0:
+                b_grad += 1.0
         b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
     b_inverse = tl.maximum(tl.load(p_inverse + o_c, mask=o_c < C, other=0.0), 0.0)
@@ -226,28 +223,35 @@ def centre_pass_kernel(
     )
 
 
+def finished_at_once(packed: bool, indexed: bool, stochastic: bool) -> int:
+    """Columns of a tile's gradient that go through its end together.
+
+    Noise takes registers, and so do addresses where each number has one of its own. What is read
+    along columns changes its layout on the way, which takes fewer of them for more at a time.
+    """
+    if stochastic or (indexed and not packed):
+        return 16
+    return 32 if packed else 64
+
+
 def constants(
     d: int,
     precision: str,
     packed: bool,
     indexed: bool,
-    unit: bool,
     tile: TileConfig,
     has_hard: bool,
     counted: bool,
     epilogue: triton.JITFunction = epilogues.store_gradient,
     stochastic: bool = False,
+    arch: int = 0,
 ) -> dict:
     """Compile-time arguments."""
-    # noise takes registers, and so do addresses where each number has one of its own
-    short = stochastic or (indexed and not packed)
-    finished = FINISHED_AT_ONCE // 2 if short else FINISHED_AT_ONCE
     return {
         "PACKED": packed,
         "INDEXED": indexed,
-        "UNIT": unit,
         "D": d,
-        "FINISHED": min(tile.block_d, finished),
+        "FINISHED": min(tile.block_d, finished_at_once(packed, indexed, stochastic)),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
@@ -255,33 +259,27 @@ def constants(
         "IN_PLACE": epilogue is not epilogues.store_gradient,
         "EPILOGUE": epilogue,
         "STOCHASTIC": stochastic,
+        "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
         **tile.arguments(),
     }
 
 
 def _tile(
-    weight: Tensor, hard: HardRule | None, precision: str, update: SgdUpdate | None
-) -> TileConfig:
-    looks_ahead = update is not None and update.nesterov
-    crowded = hard is not None or not is_packed(weight) or looks_ahead
-    return choose("centre_pass", weight.shape[1], precision, chip(weight.device).arch, crowded)
-
-
-def steps_in_place(
     weight: Tensor,
+    index: Tensor | None,
     hard: HardRule | None,
     precision: str,
-    update: SgdUpdate,
-    momentum: Tensor | None,
-) -> bool:
-    """Whether the pass can update the centres.
+    update: SgdUpdate | None,
+) -> TileConfig:
+    packed, arch = is_packed(weight), chip(weight.device).arch
+    crowded = hard is not None or not packed or (update is not None and update.nesterov)
+    scattered = not packed and index is not None
+    return choose("centre_pass", weight.shape[1], precision, arch, crowded, scattered)
 
-    No other program may read a centre after one has written it, so a program must own whole rows;
-    and the addresses of the state must be those of the centres.
-    """
-    if not is_packed(weight) or (momentum is not None and not is_packed(momentum)):
-        return False
-    return _tile(weight, hard, precision, update).block_d >= weight.shape[1]
+
+def steps_in_place(weight: Tensor, momentum: Tensor | None) -> bool:
+    """Whether the pass can update the centres: addresses of the state are those of the centres."""
+    return is_packed(weight) and (momentum is None or is_packed(momentum))
 
 
 def centre_pass(
@@ -326,7 +324,7 @@ def centre_pass(
     lse, threshold = (None, None) if hard is None else (lse_neg, hard.threshold)
     if skip_zero_rows:
         count, level, code, lse, threshold, x = compact(level, code, lse, threshold, x)
-    tile = _tile(weight, hard, precision, update)
+    tile = _tile(weight, index, hard, precision, update)
     for part in centres:
         n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
         fixed = constants(
@@ -334,12 +332,12 @@ def centre_pass(
             precision,
             is_packed(weight),
             index is not None,
-            part.unit,
             tile,
             hard is not None,
             skip_zero_rows,
             epilogue,
             key is not None,
+            chip(weight.device).arch,
         )
         rows_of = slice(part.start, stop) if index is None else slice(None)
         here = weight[rows_of]
@@ -372,8 +370,8 @@ def centre_pass(
                 part.start,
                 weight.stride(0),
                 weight.stride(1),
-                float(scale),
-                slope_power(hard),
+                scale * LOG2E.value,
+                scale * slope_power(hard),
                 *epilogues.numbers(update),
                 key or 0,
                 **fixed,

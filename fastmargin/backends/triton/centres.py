@@ -3,9 +3,8 @@
 The passes over the centres read a tile once per block of embeddings. So what a tile costs beside
 its bytes is done once, here: following the index, strides, the norm and the cast. Some columns at
 a time are *staged*, as unit rows, in a buffer whose size does not depend on C; the passes copy
-their tiles from there by tensor descriptors, which take no registers. Centres that are stored in
-the operand type and lie one after the other are read where they are; the passes then scale
-cosines by the inverse norms.
+their tiles from there by tensor descriptors, which take no registers. So are centres that already
+have the operand type: to scale by 1 / norm in the inner loop takes longer than a copy.
 """
 
 from __future__ import annotations
@@ -33,29 +32,24 @@ from fastmargin.backends.triton.tile import (
     load_rows,
     row_pointer,
 )
-from fastmargin.spec import HardRule
 
 STAGED_BYTES = 256 << 20
 """Most that is staged at a time."""
-
-COLUMNS_AT_A_TIME = 1 << 23
-"""Most columns of a launch; their inverse norms are 32 MB."""
 
 
 @dataclass(frozen=True)
 class Centres:
     """Some columns of a pass.
 
-    start: the first of them. operand: (n, D') rows in the operand type, D' >= D with zeros past D.
+    start: the first of them.
+    operand: (n, D') unit rows in the operand type, D' >= D with zeros past D.
     inverse: (n,) 1 / ||w||, 0 for a (nearly) zero centre, -1 at an empty place; fp32.
-    unit: whether the rows have unit length, or are to be scaled by ``inverse``.
     gaps: whether places may be empty.
     """
 
     start: int
     operand: Tensor
     inverse: Tensor
-    unit: bool
     gaps: bool
 
 
@@ -71,85 +65,56 @@ def blocks_of(rows: Tensor, block_rows: int, block_columns: int) -> TensorDescri
     return TensorDescriptor.from_tensor(rows, [block_rows, block_columns])
 
 
-def lies_ready(weight: Tensor, index: Tensor | None, precision: str, hard: HardRule | None) -> bool:
-    """Whether tiles can be copied from the weight itself.
-
-    Only with 16 bits, where it saves most, and without a rule for hard negatives: it and the
-    scaling together would not fit the registers.
-    """
-    dtype = OPERAND_DTYPES[precision]
-    return (
-        index is None
-        and hard is None
-        and dtype.itemsize == 2
-        and weight.dtype == dtype
-        and is_packed(weight)
-        and weight.shape[1] == operand_width(weight.shape[1], dtype)
-        and weight.data_ptr() % 16 == 0
-    )
+def columns_at_a_time(row_bytes: int) -> int:
+    """How many unit rows are staged together."""
+    return max(1, STAGED_BYTES // row_bytes)
 
 
-def centres_of(
-    weight: Tensor, index: Tensor | None, precision: str, hard: HardRule | None = None
-) -> Iterator[Centres]:
+def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator[Centres]:
     """The columns of a pass, some at a time. The next ones overwrite those before.
 
     Args:
         weight: (C, D), C > 0.
         index: (K,) contiguous, K > 0, or None.
         precision: one of "fp32", "tf32", "bf16", "fp16".
-        hard: rule for hard negatives of the pass.
     """
     count, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
     dtype = OPERAND_DTYPES[precision]
-    ready, width = lies_ready(weight, index, precision, hard), operand_width(d, dtype)
-    step = COLUMNS_AT_A_TIME
-    if not ready:
-        step = min(step, max(1, STAGED_BYTES // (width * dtype.itemsize)))
+    width = operand_width(d, dtype)
+    step = columns_at_a_time(width * dtype.itemsize)
     inverse = torch.empty(min(step, count), dtype=torch.float32, device=weight.device)
-    buffer = None
-    if not ready:
-        buffer = torch.empty((len(inverse), width), dtype=dtype, device=weight.device)
+    operand = torch.empty((len(inverse), width), dtype=dtype, device=weight.device)
     for start in range(0, count, step):
         n = min(step, count - start)
         rows, places = weight, None if index is None else index[start : start + n]
         if index is None:
             rows = weight[start : start + n]
-        operand = None if ready else buffer[:n]
-        stage(rows, places, inverse[:n], operand)
-        yield Centres(start, rows if ready else operand, inverse[:n], not ready, index is not None)
+        stage(rows, places, inverse[:n], operand[:n])
+        yield Centres(start, operand[:n], inverse[:n], index is not None)
 
 
 def kept(centres: Centres, columns: int) -> tuple[Tensor, Tensor]:
-    """What a backward pass may use again, if these are all columns: rows, or (0,), and inverses."""
+    """What a backward pass may use again, if these are all columns: unit rows and inverse norms."""
     if len(centres.inverse) < columns:
         return centres.inverse.new_empty(0), centres.inverse.new_empty(0)
-    rows = centres.operand if centres.unit else centres.operand.new_empty(0)
-    return rows, centres.inverse
+    return centres.operand, centres.inverse
 
 
 def centres_again(
-    weight: Tensor,
-    index: Tensor | None,
-    precision: str,
-    hard: HardRule | None,
-    rows: Tensor,
-    inverse: Tensor,
+    weight: Tensor, index: Tensor | None, precision: str, operand: Tensor, inverse: Tensor
 ) -> Iterator[Centres]:
     """As :func:`centres_of`, from what :func:`kept` returned where that is all of them."""
-    if not inverse.numel():
-        yield from centres_of(weight, index, precision, hard)
-    elif rows.numel():
-        yield Centres(0, rows, inverse, True, index is not None)
+    if inverse.numel():
+        yield Centres(0, operand, inverse, index is not None)
     else:
-        yield Centres(0, weight, inverse, False, False)
+        yield from centres_of(weight, index, precision)
 
 
 @triton.jit(do_not_specialize=["C", "rows_w"])
 def stage_kernel(
     p_w,  # (rows_w, D) strided
     p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
-    p_operand,  # (C, WIDTH) contiguous unit rows, out, if STAGED
+    p_operand,  # (C, WIDTH) contiguous unit rows, out
     p_inverse,  # (C,) fp32, out
     C,
     rows_w,
@@ -157,7 +122,6 @@ def stage_kernel(
     stride_wd,
     PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
-    STAGED: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -172,46 +136,43 @@ def stage_kernel(
         p_wc = row_pointer(p_w, i_c * BLOCK_C, stride_wc, D, PACKED)
     b_inverse = inverse_norms(p_wc, m_c, stride_wc, stride_wd, D, BLOCK_C, BLOCK_D, PACKED, INDEXED)
     tl.store(p_inverse + o_c, tl.where(m_c, b_inverse, -1.0), mask=o_c < C)
-    if STAGED:
-        for start in range(0, WIDTH, BLOCK_D):
-            b_tile = load_rows(
-                p_wc,
-                m_c,
-                stride_wc,
-                stride_wd,
-                start,
-                D,
-                BLOCK_C,
-                BLOCK_D,
-                PACKED,
-                INDEXED,
-                D % BLOCK_D != 0,
-            )
-            b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], p_operand.dtype.element_ty)
-            o_d = start + tl.arange(0, BLOCK_D)
-            p_tile = p_operand + (o_c[:, None] * WIDTH + o_d[None, :])
-            tl.store(p_tile, b_tile, mask=(o_c < C)[:, None] & (o_d < WIDTH)[None, :])
+    for start in range(0, WIDTH, BLOCK_D):
+        b_tile = load_rows(
+            p_wc,
+            m_c,
+            stride_wc,
+            stride_wd,
+            start,
+            D,
+            BLOCK_C,
+            BLOCK_D,
+            PACKED,
+            INDEXED,
+            D % BLOCK_D != 0,
+        )
+        b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], p_operand.dtype.element_ty)
+        o_d = start + tl.arange(0, BLOCK_D)
+        p_tile = p_operand + (o_c[:, None] * WIDTH + o_d[None, :])
+        tl.store(p_tile, b_tile, mask=(o_c < C)[:, None] & (o_d < WIDTH)[None, :])
 
 
-def constants(d: int, packed: bool, indexed: bool, width: int | None) -> dict:
-    """Compile-time arguments; without a width only norms."""
+def constants(d: int, packed: bool, indexed: bool, width: int) -> dict:
+    """Compile-time arguments."""
     return {
         "PACKED": packed,
         "INDEXED": indexed,
-        "STAGED": width is not None,
         "D": d,
-        "WIDTH": width or d,
+        "WIDTH": width,
         "BLOCK_C": 32,
         "BLOCK_D": min(block_of(d), 128),
         "num_warps": 4,
     }
 
 
-def stage(weight: Tensor, index: Tensor | None, inverse: Tensor, operand: Tensor | None) -> None:
+def stage(weight: Tensor, index: Tensor | None, inverse: Tensor, operand: Tensor) -> None:
     """Fills in inverse norms (n,) and unit rows (n, D') of ``weight`` (C, D) or of its rows."""
     n, d = inverse.shape[0], weight.shape[1]
-    width = None if operand is None else operand.shape[1]
-    fixed = constants(d, is_packed(weight), index is not None, width)
+    fixed = constants(d, is_packed(weight), index is not None, operand.shape[1])
     with on_device(weight):
         stage_kernel[(triton.cdiv(n, fixed["BLOCK_C"]),)](
             weight,

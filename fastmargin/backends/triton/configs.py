@@ -79,14 +79,13 @@ def split_classes(row_programs: int, tiles: int, processors: int) -> tuple[int, 
     return -(-tiles // per_split), per_split
 
 
-def needs_shift(bound: float, classes: int, unit: bool, precision: str, want_pull: bool) -> bool:
+def needs_shift(bound: float, classes: int, precision: str, want_pull: bool) -> bool:
     """Whether a row's exponentials need a running power of two.
 
-    Plain sums serve bounded logits. The weights of the second product need it in fp16, which
-    cannot hold them, and where they carry 1 / ||w||, which has no bound.
+    Plain sums serve bounded logits, but fp16 cannot hold them as weights of the second product.
     """
     fits = abs(bound) + math.log(max(classes, 1)) <= PLAIN_LIMIT
-    return not (fits and ((precision != "fp16" and unit) or not want_pull))
+    return not fits or (want_pull and precision == "fp16")
 
 
 def slope_power(hard: HardRule | None) -> float:
@@ -209,14 +208,6 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("centre_pass", "half", 90): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(64, 64, 256, 256, 8, 3),
-        512: TileConfig(64, 32, 512, 512, 8, 3),
-        1024: TileConfig(64, 64, 256, 512, 8, 3),
-    },
-    ("stats_pull", "half", 90): {
-        128: TileConfig(128, 64, 128, 128, 8, 3),
-        256: TileConfig(64, 64, 256, 256, 8, 3),
-        512: TileConfig(64, 32, 512, 512, 8, 2),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
     ("centre_pass", "tf32", 90): {
@@ -237,8 +228,23 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
 }
 
+# The centre pass where the numbers of a row do not lie one after the other and the rows, behind an
+# index, do not either: addresses leave few registers for an accumulator.
+_SCATTERED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
+    ("centre_pass", "half", 90): {
+        512: TileConfig(128, 64, 64, 256, 8, 3),
+    },
+}
 
-def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
+
+def choose(
+    kernel: str,
+    d: int,
+    precision: str,
+    arch: int,
+    crowded: bool = False,
+    scattered: bool = False,
+) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
     That of the user's table if it has one for this width and registers are not short, else the
@@ -251,6 +257,8 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
         crowded: whether registers are short: because of a rule for hard negatives, centres that are
             read as they lie (or, in the centre pass, do not lie one after the other), or
             Nesterov's step.
+        scattered: whether, besides, neither the rows of the centres nor their columns lie one after
+            the other.
     """
     block = block_of(d)
     own = None if crowded else lookup(kernel, d, precision, arch)
@@ -264,6 +272,8 @@ def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False
     tuned = _TUNED.get((kernel, operand, arch), {})
     if crowded:
         tuned = tuned | _CROWDED.get((kernel, operand, arch), {})
+    if scattered:
+        tuned = tuned | _SCATTERED.get((kernel, operand, arch), {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
     tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

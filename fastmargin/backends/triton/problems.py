@@ -114,7 +114,7 @@ def _step(of: Pass, update: SgdUpdate, hard: bool, counted: bool) -> None:
     weight, heavy = of.weight(), torch.float32 if update.rounding is None else torch.bfloat16
     momentum = torch.empty_like(weight, dtype=heavy) if update.momentum else None
     rows, about = _factors(of, hard)
-    if steps_in_place(weight, about[4], of.precision, update, momentum):
+    if steps_in_place(weight, momentum):
         BACKEND.centre_step(weight, momentum, update, *rows, *about, skip_zero_rows=counted)
 
 

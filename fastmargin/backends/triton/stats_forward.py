@@ -35,6 +35,8 @@ from fastmargin.backends.triton.tile import (
     cast,
     cosines,
     first_product,
+    folded_max,
+    folded_sum,
     hard_rule,
     local_columns,
     matmul,
@@ -42,12 +44,20 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule
 
 
+@triton.jit
+def _any_rises(b_rise, LAZY: tl.constexpr):
+    if LAZY:
+        return tl.max(tl.ravel(b_rise, can_reorder=True), 0) > RISE
+    else:
+        return True
+
+
 @triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
 def stats_forward_kernel(
     d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
-    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
+    d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
     d_w_pull,  # the same in blocks of (BLOCK_C, BLOCK_D), if WANT_PULL
-    p_inverse,  # (C,) 1 / ||w||, if GAPS or not UNIT; below 0 at an empty place
+    p_inverse,  # (C,) below 0 at an empty place, if GAPS
     p_label,  # (B,) int64
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
@@ -59,9 +69,8 @@ def stats_forward_kernel(
     C,
     class_start,
     tiles_per_split,
-    scale,
+    scale2,  # s log2(e)
     slope_unit,
-    UNIT: tl.constexpr,
     GAPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -72,12 +81,14 @@ def stats_forward_kernel(
     WANT_PULL: tl.constexpr,
     ONLINE: tl.constexpr,
     HAS_HARD: tl.constexpr,
+    LAZY: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
     WHOLE: tl.constexpr = BLOCK_K >= D  # a block holds whole rows, so it may serve both products
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if WANT_PULL else 1
-    i_b = tl.program_id(0) // COLUMNS
-    i_d = tl.program_id(0) % COLUMNS
-    i_split = tl.program_id(1)
+    i_split = tl.program_id(0)
+    i_b = tl.program_id(1) // COLUMNS
+    i_d = tl.program_id(1) % COLUMNS
 
     first = i_b * BLOCK_B
     o_b = first + tl.arange(0, BLOCK_B)
@@ -90,11 +101,11 @@ def stats_forward_kernel(
         b_x = d_x.load([first, 0])
 
     b_shift = tl.full([BLOCK_B], NO_SHIFT, tl.float32)
-    b_sum = tl.zeros([BLOCK_B], tl.float32)
-    b_max = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    # of each column of a tile, and of a row only after the last tile
+    b_sum = tl.zeros([BLOCK_B, 2, 4], tl.float32)
+    b_max = tl.full([BLOCK_B, 2, 4], float("-inf"), tl.float32)
     if WANT_PULL:
         b_pull = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-    scale2 = scale * LOG2E
 
     i_first = i_split * tiles_per_split
     i_last = tl.minimum(i_first + tiles_per_split, tl.cdiv(C, BLOCK_C))
@@ -106,46 +117,39 @@ def stats_forward_kernel(
             b_cos = first_product(b_x, tl.trans(b_w), C, BLOCK_B, BLOCK_C, PRECISION)
         else:
             b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
-        m_c = o_c < C
-        if GAPS or not UNIT:
-            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=-1.0)
-            m_c = b_inverse >= 0
-        if not UNIT:
-            b_cos *= b_inverse[None, :]
-        m_negative = m_c[None, :] & (o_c[None, :] != b_column[:, None])
-        b_cos = tl.where(m_negative, b_cos, float("-inf"))
-        b_top = tl.max(b_cos, 1)
-        b_max = tl.maximum(b_max, b_top)
+        b_cos = tl.where(o_c[None, :] != b_column[:, None], b_cos, float("-inf"))
+        if GAPS:
+            m_c = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0) >= 0
+            b_cos = tl.where(m_c[None, :], b_cos, float("-inf"))
+        if start + BLOCK_C > C:
+            b_cos = tl.where((o_c < C)[None, :], b_cos, float("-inf"))
+        b_max = tl.maximum(b_max, folded_max(b_cos, BLOCK_B, BLOCK_C))
         b_z = scale2 * b_cos
         if HAS_HARD:
             b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
             b_z = scale2 * b_f
-        if WANT_PULL and not UNIT:
-            # the weights of the second product carry 1 / ||w||, and are kept in range with it
-            b_carried = tl.maximum(b_inverse, 1e-12)
-            b_z += tl.log2(b_carried)[None, :]
         if ONLINE:
-            if HAS_HARD or (WANT_PULL and not UNIT):
+            b_rise = b_z - b_shift[:, None]
+            if _any_rises(b_rise, LAZY):
                 b_top = tl.max(b_z, 1)
-            else:
-                b_top *= scale2
-            b_risen = tl.where(b_top > b_shift + RISE, tl.ceil(b_top) - START, b_shift)
-            b_ratio = tl.exp2(b_shift - b_risen)
-            b_shift = b_risen
-            b_sum *= b_ratio
-            if WANT_PULL:
-                b_pull *= b_ratio[:, None]
-            b_z -= b_shift[:, None]
+                b_risen = tl.where(b_top > b_shift + RISE, tl.ceil(b_top) - START, b_shift)
+                b_ratio = tl.exp2(b_shift - b_risen)
+                b_shift = b_risen
+                b_sum *= b_ratio[:, None, None]
+                if WANT_PULL:
+                    b_pull *= b_ratio[:, None]
+                b_rise = b_z - b_shift[:, None]
+            b_z = b_rise
         b_e = tl.exp2(b_z)
-        if WANT_PULL and not UNIT:
-            b_sum += tl.sum(b_e / b_carried[None, :], 1)
-        else:
-            b_sum += tl.sum(b_e, 1)
+        b_sum += folded_sum(b_e, BLOCK_B, BLOCK_C)
         if WANT_PULL:
             if HAS_HARD:
                 b_e *= b_slope * slope_unit
             if not (WHOLE and COLUMNS == 1):
                 b_w = d_w_pull.load([start, i_d * BLOCK_D])
+            if HOPPER and not ONLINE:
+                if C < 0:
+                    b_pull += 1.0
             b_pull = matmul(cast(b_e, d_w.dtype), b_w, b_pull, PRECISION)
 
     o_row = i_split.to(tl.int64) * B + o_b
@@ -155,8 +159,8 @@ def stats_forward_kernel(
         p_tile = p_first + (tl.arange(0, BLOCK_B)[:, None] * D + o_d[None, :])
         tl.store(p_tile, b_pull, mask=m_b[:, None] & (o_d < D)[None, :])
     if i_d == 0:
-        tl.store(p_sum + o_row, b_sum, mask=m_b)
-        tl.store(p_max + o_row, b_max, mask=m_b)
+        tl.store(p_sum + o_row, tl.sum(tl.sum(b_sum, 2), 1), mask=m_b)
+        tl.store(p_max + o_row, tl.max(tl.max(b_max, 2), 1), mask=m_b)
         if ONLINE:
             tl.store(p_shift + o_row, b_shift, mask=m_b)
 
@@ -164,16 +168,18 @@ def stats_forward_kernel(
 def constants(
     d: int,
     precision: str,
-    unit: bool,
     gaps: bool,
     tile: TileConfig,
     want_pull: bool,
     online: bool,
     has_hard: bool,
+    arch: int,
 ) -> dict:
     """Compile-time arguments."""
     return {
-        "UNIT": unit,
+        # the branch takes registers
+        "LAZY": want_pull and not has_hard and not 80 <= arch < 90,
+        "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
         "GAPS": gaps,
         "D": d,
         "PRECISION": DOT_PRECISION[precision],
@@ -219,7 +225,7 @@ def stats_forward(
     for part in centres:
         n = part.inverse.shape[0]
         if partials is None:
-            tile = choose(kernel, d, precision, here.arch, hard is not None or not part.unit)
+            tile = choose(kernel, d, precision, here.arch, hard is not None)
             row_programs = triton.cdiv(b, tile.block_b)
             if want_pull:
                 row_programs *= triton.cdiv(d, tile.block_d)
@@ -231,10 +237,17 @@ def stats_forward(
             partials = Partials.empty(splits + several, b, d, x.device, want_pull, online)
         new = partials.since(several)
         fixed = constants(
-            d, precision, part.unit, part.gaps, tile, want_pull, online, hard is not None
+            d,
+            precision,
+            part.gaps,
+            tile,
+            want_pull,
+            online,
+            hard is not None,
+            here.arch,
         )
         with on_device(x):
-            stats_forward_kernel[(row_programs, splits)](
+            stats_forward_kernel[(splits, row_programs)](
                 blocks_of(x, tile.block_b, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_d) if want_pull else None,
@@ -250,7 +263,7 @@ def stats_forward(
                 n,
                 class_start + part.start,
                 triton.cdiv(tiles, splits),
-                float(scale),
+                scale * LOG2E.value,
                 1 / slope_power(hard),
                 **fixed,
             )

@@ -186,6 +186,17 @@ def first_product(
 
 
 @triton.jit
+def folded_sum(b_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, 2, 8) sums over the columns, as far as a thread has them."""
+    return tl.sum(tl.sum(tl.reshape(b_tile, [ROWS, 2, COLUMNS // 16, 4, 2]), 4), 2)
+
+
+@triton.jit
+def folded_max(b_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.max(tl.max(tl.reshape(b_tile, [ROWS, 2, COLUMNS // 16, 4, 2]), 4), 2)
+
+
+@triton.jit
 def halves(b_tile, ROWS: tl.constexpr, HALF: tl.constexpr):
     """The left and the right half of the columns."""
     return tl.split(tl.permute(tl.reshape(b_tile, [ROWS, 2, HALF]), [0, 2, 1]))

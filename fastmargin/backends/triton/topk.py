@@ -54,8 +54,8 @@ def key_column(b_key):
 @triton.jit(do_not_specialize=["B", "C", "class_start", "column_start", "tiles_per_split"])
 def topk_scan_kernel(
     d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
-    d_w,  # (C, D') centres, in blocks of (BLOCK_C, BLOCK_K)
-    p_inverse,  # (C,) 1 / ||w||, if GAPS or not UNIT; below 0 at an empty place
+    d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
+    p_inverse,  # (C,) below 0 at an empty place, if GAPS
     p_label,  # (B,) int64
     p_key,  # (splits, B, K) int64, in if CONTINUED, and out
     B,
@@ -63,7 +63,6 @@ def topk_scan_kernel(
     class_start,
     column_start,
     tiles_per_split,
-    UNIT: tl.constexpr,
     GAPS: tl.constexpr,
     CONTINUED: tl.constexpr,
     D: tl.constexpr,
@@ -93,13 +92,8 @@ def topk_scan_kernel(
         o_c = start + tl.arange(0, BLOCK_C)
         b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
         m_c = o_c < C
-        if GAPS or not UNIT:
-            b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
         if GAPS:
-            m_c = m_c & (b_inverse >= 0)
-        if not UNIT:
-            b_cos *= b_inverse[None, :]
-
+            m_c = m_c & (tl.load(p_inverse + o_c, mask=m_c, other=0.0) >= 0)
         m_negative = m_c[None, :] & (o_c[None, :] != b_column[:, None])
         b_key = tl.where(m_negative, make_key(b_cos, (column_start + o_c)[None, :]), LEAST)
         b_top = tl.max(b_key, 1)
@@ -169,13 +163,12 @@ def topk_merge_kernel(
 
 
 def scan_constants(
-    d: int, k: int, precision: str, unit: bool, gaps: bool, continued: bool, tile: TileConfig
+    d: int, k: int, precision: str, gaps: bool, continued: bool, tile: TileConfig
 ) -> dict:
     """Compile-time arguments of the scan."""
     arguments = tile.arguments()
     del arguments["BLOCK_D"]  # no accumulator over D
     return {
-        "UNIT": unit,
         "GAPS": gaps,
         "CONTINUED": continued,
         "D": d,
@@ -230,7 +223,7 @@ def topk(
     for part in centres:
         n = part.inverse.shape[0]
         tiles = triton.cdiv(n, tile.block_c)
-        fixed = scan_constants(d, k, precision, part.unit, part.gaps, part.start > 0, tile)
+        fixed = scan_constants(d, k, precision, part.gaps, part.start > 0, tile)
         if keys is None:
             splits, _ = split_classes(row_programs, tiles, here.processors)
             keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
