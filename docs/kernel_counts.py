@@ -44,14 +44,13 @@ class Count:
 
 @dataclass(frozen=True)
 class Stored:
-    """How centres lie: bytes of a number, and whether the passes read them where they are."""
+    """How centres lie: bytes of a number."""
 
     name: str
     size: int
-    ready: bool
 
 
-STORED = (Stored("fp32", 4, False), Stored("fp16", 2, True))
+STORED = (Stored("fp32", 4), Stored("fp16", 2))
 
 
 def row_bytes(d: int) -> int:
@@ -59,11 +58,9 @@ def row_bytes(d: int) -> int:
     return operand_width(d, torch.float16) * OPERAND
 
 
-def pieces(c: int, d: int, stored: Stored) -> list[int]:
+def pieces(c: int, d: int) -> list[int]:
     """Columns of each piece of a pass."""
-    step = centres.COLUMNS_AT_A_TIME
-    if not stored.ready:
-        step = min(step, max(1, centres.STAGED_BYTES // row_bytes(d)))
+    step = centres.columns_at_a_time(row_bytes(d))
     return [min(step, c - start) for start in range(0, c, step)]
 
 
@@ -83,26 +80,24 @@ def _shape_of(tile: TileConfig, d: int) -> tuple[int, bool, int]:
 
 def stage(c: int, d: int, stored: Stored) -> Count:
     """stage, as often as a step does it: forward, and again backward if there are more pieces."""
-    times = 1 if len(pieces(c, d, stored)) == 1 else 2
-    reads, rows = (1, 0) if stored.ready else (2, row_bytes(d))
+    times = 1 if len(pieces(c, d)) == 1 else 2
     name = "`stage`" if times == 1 else "`stage`, forward and backward"
-    read, written = reads * c * d * stored.size, c * (rows + 4)
+    read, written = 2 * c * d * stored.size, c * (row_bytes(d) + 4)
     return Count(name, None, 0, times * read / 1e9, 0, times * written / 1e9)
 
 
-def forward(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
+def forward(b: int, c: int, d: int, tile: TileConfig) -> Count:
     """stats_forward with the pull."""
     columns, whole, again = _shape_of(tile, d)
     row_blocks = math.ceil(b / tile.block_b)
-    parts = [math.ceil(n / tile.block_c) for n in pieces(c, d, stored)]
+    parts = [math.ceil(n / tile.block_c) for n in pieces(c, d)]
     splits, _ = split_classes(row_blocks * columns, parts[0], PROCESSORS)
     loads_of_x = splits * len(parts) if whole else sum(parts)
-    inverse = 4 * c * row_blocks * columns if stored.ready else 0
     return Count(
         "`stats_forward`",
         tile,
         2 * columns + 2,
-        (row_blocks * (columns + again) * c * row_bytes(d) + inverse) / 1e9,
+        row_blocks * (columns + again) * c * row_bytes(d) / 1e9,
         loads_of_x * columns * b * row_bytes(d) / 1e9,
         len(parts) * splits * b * (4 * d + STATE_OF_SPLIT) / 1e9,
     )
@@ -110,7 +105,7 @@ def forward(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
 
 def merges(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
     """stats_merge of all pieces but the last, then stats_finish."""
-    parts = [math.ceil(n / tile.block_c) for n in pieces(c, d, stored)]
+    parts = [math.ceil(n / tile.block_c) for n in pieces(c, d)]
     row_programs = math.ceil(b / tile.block_b) * math.ceil(d / tile.block_d)
     splits, _ = split_classes(row_programs, parts[0], PROCESSORS)
     set_of_sums = b * (4 * d + STATE_OF_SPLIT) / 1e9
@@ -124,11 +119,11 @@ def merges(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
 def centre_pass(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
     """The pass over the batch with a tile of centres at a time."""
     columns, whole, again = _shape_of(tile, d)
-    class_blocks = sum(math.ceil(n / tile.block_c) for n in pieces(c, d, stored))
+    class_blocks = sum(math.ceil(n / tile.block_c) for n in pieces(c, d))
     loads_of_w = columns * (1 if whole else math.ceil(b / tile.block_b))
     # as they are stored: for the part along the centre, if rows are whole, and for the result
     loads_as_stored = 2 if columns == 1 else 1
-    inverses = 4 * c * columns * (2 if stored.ready else 1)
+    inverses = 4 * c * columns
     return Count(
         "`centre_pass`",
         tile,
@@ -190,10 +185,9 @@ def products(stationary: int, streamed: int, tile: TileConfig, d: int) -> Produc
     )
 
 
-def tile_of(kernel: str, stored: Stored) -> TileConfig:
+def tile_of(kernel: str) -> TileConfig:
     """What ships for a plain training step: packed centres, no rule for hard negatives."""
-    crowded = stored.ready and kernel != "centre_pass"
-    return choose(kernel, SHAPE[2], "fp16", ARCH, crowded)
+    return choose(kernel, SHAPE[2], "fp16", ARCH)
 
 
 def _shape(tile: TileConfig | None) -> str:
@@ -209,12 +203,12 @@ def work() -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for stored in STORED:
-        streaming = tile_of("stats_pull", stored)
+        streaming = tile_of("stats_pull")
         counts = (
             stage(c, d, stored),
-            forward(b, c, d, streaming, stored),
+            forward(b, c, d, streaming),
             merges(b, c, d, streaming, stored),
-            centre_pass(b, c, d, tile_of("centre_pass", stored), stored),
+            centre_pass(b, c, d, tile_of("centre_pass"), stored),
         )
         for count in counts:
             flop = f"{count.flops:g} BCD" if count.flops else ""
@@ -240,7 +234,7 @@ def shared_memory() -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, kernel in (("`stats_forward`", "stats_pull"), ("`centre_pass`", "centre_pass")):
-        tile = tile_of(kernel, STORED[0])
+        tile = tile_of(kernel)
         sides = tile.block_b, tile.block_c
         made = products(*(sides if kernel == "stats_pull" else sides[::-1]), tile, d)
         if made is None:
@@ -258,17 +252,15 @@ def by_classes() -> list[str]:
     """Table of pieces, launches and memory."""
     d = SHAPE[2]
     lines = [
-        "| classes | centres | pieces | launches of a step | staged rows | inverse norms |",
-        "|---|---|---|---|---|---|",
+        "| classes | pieces | launches of a step | staged rows | inverse norms |",
+        "|---|---|---|---|---|",
     ]
-    for stored in STORED:
-        for c in CLASSES:
-            parts = pieces(c, d, stored)
-            rows = 0 if stored.ready else parts[0] * row_bytes(d)
-            lines.append(
-                f"| {c:,} | {stored.name} | {len(parts)} | {launches(len(parts))} |"
-                f" {rows / 1e6:.0f} MB | {4 * parts[0] / 1e6:.1f} MB |"
-            )
+    for c in CLASSES:
+        parts = pieces(c, d)
+        lines.append(
+            f"| {c:,} | {len(parts)} | {launches(len(parts))} |"
+            f" {parts[0] * row_bytes(d) / 1e6:.0f} MB | {4 * parts[0] / 1e6:.1f} MB |"
+        )
     return lines
 
 

@@ -32,10 +32,6 @@ def fp32(counts):
     return counts.STORED[0]
 
 
-def ready(counts):
-    return counts.STORED[1]
-
-
 def tile(*sizes, warps=8):
     from fastmargin.backends.triton.configs import TileConfig
 
@@ -68,7 +64,8 @@ def test_counts_of_tiles_at_the_floor(counts):
     whole, gb = tile(b, c, d, d), 1e9
     staged, rows = c * d * 2, b * d * 2
     forward, backward = (
-        f(b, c, d, whole, fp32(counts)) for f in (counts.forward, counts.centre_pass)
+        counts.forward(b, c, d, whole),
+        counts.centre_pass(b, c, d, whole, fp32(counts)),
     )
     assert forward.flops == backward.flops == 4
     assert forward.centres * gb == pytest.approx(staged)
@@ -86,25 +83,13 @@ def test_counts_of_tiles_at_the_floor(counts):
     assert finish.stored * gb == pytest.approx(b * (d * 4 + 12))
 
 
-def test_centres_that_are_read_where_they_are(counts):
-    """No copy; both passes read the norms besides."""
-    b, c, d = 64, 64, 512
-    whole, gb, stored = tile(b, c, d, d), 1e9, c * d * 2
-    forward, backward = (
-        f(b, c, d, whole, ready(counts)) for f in (counts.forward, counts.centre_pass)
-    )
-    assert forward.centres * gb == pytest.approx(stored + 4 * c)
-    assert backward.centres * gb == pytest.approx(stored + 2 * stored + 2 * 4 * c)
-    stage = counts.stage(c, d, ready(counts))
-    assert [stage.centres * gb, stage.stored * gb] == pytest.approx([stored, 4 * c])
-
-
 def test_counts_of_cut_tiles(counts):
     """Two blocks of rows, of classes and of columns; K in parts, so nothing is read only once."""
     b, c, d = 128, 128, 512
     cut, gb, copy = tile(64, 64, 128, 256), 1e9, 128 * 512 * 2
     forward, backward = (
-        f(b, c, d, cut, fp32(counts)) for f in (counts.forward, counts.centre_pass)
+        counts.forward(b, c, d, cut),
+        counts.centre_pass(b, c, d, cut, fp32(counts)),
     )
     assert forward.flops == backward.flops == 6
     # both blocks of columns go through all for the cosines, and share it for the second product
@@ -119,9 +104,8 @@ def test_counts_of_pieces(counts, monkeypatch):
     b, c, d = 64, 150, 512
     whole, gb, one = tile(b, 32, d, d), 1e9, 64 * (512 * 4 + 12)
     monkeypatch.setattr(counts.centres, "STAGED_BYTES", 64 * d * 2 + 1)
-    assert counts.pieces(c, d, fp32(counts)) == [64, 64, 22]
-    assert counts.pieces(c, d, ready(counts)) == [150]
-    forward = counts.forward(b, c, d, whole, fp32(counts))
+    assert counts.pieces(c, d) == [64, 64, 22]
+    forward = counts.forward(b, c, d, whole)
     assert forward.rows * gb == pytest.approx(3 * 2 * b * d * 2)  # 2 splits
     assert forward.stored * gb == pytest.approx(3 * 2 * one)
     merges = counts.merges(b, c, d, whole, fp32(counts))
@@ -142,16 +126,12 @@ def test_pieces_and_launches_are_those_of_a_step(columns, dtype, counts, monkeyp
     import fastmargin as fm
 
     device_for("triton")
-    if dtype == torch.float32:
-        monkeypatch.setattr(counts.centres, "STAGED_BYTES", columns * 24 * 2)
-    monkeypatch.setattr(counts.centres, "COLUMNS_AT_A_TIME", columns)
-    stored = counts.STORED[dtype == torch.float16]
+    monkeypatch.setattr(counts.centres, "STAGED_BYTES", columns * 24 * 2)
     head = fm.MarginHead(24, 70, fm.AdaFace(), backend="triton", precision="fp16", validate=False)
     head.to(dtype)
     x = torch.randn(4, 24, requires_grad=True)
     parts = list(counts.centres.centres_of(head.weight.detach(), None, "fp16"))
-    assert [len(part.inverse) for part in parts] == counts.pieces(70, 24, stored)
-    assert all(part.unit != stored.ready for part in parts)
+    assert [len(part.inverse) for part in parts] == counts.pieces(70, 24)
     with counted() as step:
         head(x, torch.tensor([0, 1, 69, -1])).backward()
     assert len(step.names) == counts.launches(len(parts)), step.names

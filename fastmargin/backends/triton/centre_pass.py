@@ -223,15 +223,15 @@ def centre_pass_kernel(
     )
 
 
-def finished_at_once(packed: bool, indexed: bool, stochastic: bool) -> int:
-    """Columns of a tile's gradient that go through its end together.
+def finished_at_once(packed: bool, indexed: bool, in_place: bool, stochastic: bool) -> int:
+    """Columns of a tile's gradient that go through its end together, so that nothing spills.
 
-    Noise takes registers, and so do addresses where each number has one of its own. What is read
-    along columns changes its layout on the way, which takes fewer of them for more at a time.
+    Noise takes registers, and so do addresses where each number has one of its own. Where a part
+    changes its layout on the way, larger ones take fewer registers in all.
     """
     if stochastic or (indexed and not packed):
         return 16
-    return 32 if packed else 64
+    return 32 if packed and not in_place else 64
 
 
 def constants(
@@ -247,16 +247,18 @@ def constants(
     arch: int = 0,
 ) -> dict:
     """Compile-time arguments."""
+    in_place = epilogue is not epilogues.store_gradient
+    finished = finished_at_once(packed, indexed, in_place, stochastic)
     return {
         "PACKED": packed,
         "INDEXED": indexed,
         "D": d,
-        "FINISHED": min(tile.block_d, finished_at_once(packed, indexed, stochastic)),
+        "FINISHED": min(tile.block_d, finished),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
         "COUNTED": counted,
-        "IN_PLACE": epilogue is not epilogues.store_gradient,
+        "IN_PLACE": in_place,
         "EPILOGUE": epilogue,
         "STOCHASTIC": stochastic,
         "HOPPER": arch == 90 and precision in ("bf16", "fp16"),

@@ -191,7 +191,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         1024: TileConfig(32, 64, 256, 512, 8, 3),
     },
     ("stats_pull", "tf32", 100): {
-        1024: TileConfig(64, 64, 64, 128, 8, 2),
+        1024: TileConfig(64, 64, 32, 128, 8, 2),
     },
     ("stats_sum", "half", 100): {
         1024: TileConfig(128, 128, 64, 128, 8, 4),
@@ -210,6 +210,9 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         128: TileConfig(128, 64, 128, 128, 8, 3),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
+    ("stats_pull", "half", 90): {
+        256: TileConfig(64, 128, 256, 256, 8, 2),
+    },
     ("centre_pass", "tf32", 90): {
         128: TileConfig(64, 64, 128, 128, 8, 3),
         256: TileConfig(32, 64, 256, 256, 8, 3),
@@ -223,8 +226,14 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         512: TileConfig(64, 64, 256, 256, 8, 2),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
+    ("stats_pull", "half", 100): {
+        128: TileConfig(128, 64, 64, 128, 8, 3),
+    },
     ("stats_pull", "tf32", 100): {
         1024: TileConfig(64, 32, 32, 128, 8, 2),
+    },
+    ("stats_sum", "half", 100): {
+        1024: TileConfig(128, 64, 64, 128, 4, 4),
     },
 }
 
