@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import NoForm, device_for
 from processes import run
 from sharded_cases import batch_of, compare, head_of, own_rows, steps
@@ -268,16 +269,36 @@ def test_compaction(batch, dim):
     code = torch.arange(batch, dtype=torch.int32)
     rows = [level, code, *torch.randn(2, batch, generator=g)]
     rows.append(torch.randn(batch, dim, generator=g).half())
-    count, *moved = compact(*(t.to(device) for t in rows))
+    whole = -(-batch // 128) * 128 - batch
+    padded = [F.pad(level, (0, whole), value=torch.inf), F.pad(code, (0, whole), value=-2)]
+    count, *moved = compact(*(t.to(device) for t in (*padded, *rows[2:])))
     assert count.tolist() == [int(kept.sum())]
     for given, found in zip(rows, moved, strict=True):
         torch.testing.assert_close(
             found[: int(count)].cpu(), given[kept], rtol=0, atol=0, equal_nan=True
         )
-    # a block of zeros follows: the centre pass reads whole blocks
-    assert moved[-1][int(count) :][:128].eq(0).all()
-    count, *_ = compact(*(t.to(device) for t in (torch.full_like(level, torch.inf), *rows[1:])))
-    assert count.item() == 0
+    # a block of nothing follows: the centre pass reads whole blocks
+    assert [len(part) for part in moved[:2]] == [batch + whole] * 2
+    for part, nothing in zip((*moved[:2], moved[-1]), (torch.inf, -2, 0), strict=True):
+        assert part[int(count) :][:128].eq(nothing).all()
+    nobody = torch.full_like(padded[0], torch.inf), padded[1], *rows[2:]
+    count, *moved = compact(*(t.to(device) for t in nobody))
+    assert count.item() == 0 and moved[0][:128].eq(torch.inf).all()
+
+
+@pytest.mark.parametrize("batch", [5, 128, 130])
+def test_what_follows_the_rows_does_nothing(batch):
+    """The centre pass reads whole tiles of rows, and masks none."""
+    device = device_for("triton")
+    from fastmargin.backends.triton.own_rows import own_rows
+
+    x, weight = torch.randn(batch, 8, device=device), torch.randn(7, 8, device=device)
+    labels = torch.arange(batch, device=device) % 7
+    each = torch.ones(batch, device=device)
+    made = own_rows(each, each, each, x, weight, None, labels, 4.0, 0)
+    assert len(made.level) == len(made.code) == (256 if batch > 128 else 128)
+    assert made.level[:batch].isfinite().all() and made.level[batch:].eq(torch.inf).all()
+    assert (made.code[:batch] == 2 * labels).all() and made.code[batch:].eq(-2).all()
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])

@@ -226,7 +226,7 @@ def test_precision_and_shift_are_pure_choices():
 
 
 def test_every_choice_of_a_tile_is_one_that_triton_takes():
-    from fastmargin.backends.triton.configs import choose
+    from fastmargin.backends.triton.configs import MOST_TILE_ROWS, choose
 
     kernels = ("stats_pull", "stats_sum", "centre_pass", "topk")
     for kernel, d, precision, arch in itertools.product(
@@ -234,5 +234,7 @@ def test_every_choice_of_a_tile_is_one_that_triton_takes():
     ):
         for crowded in (True, False):
             tile = choose(kernel, d, precision, arch, crowded)
+            if kernel == "centre_pass":
+                assert tile.block_b <= MOST_TILE_ROWS
             for size in (tile.block_b, tile.block_c, tile.block_k, tile.block_d):
                 assert size >= 16 and size & (size - 1) == 0

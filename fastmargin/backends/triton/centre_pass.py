@@ -75,14 +75,14 @@ def centre_pass_kernel(
     d_x_grad,  # the same in blocks of (BLOCK_B, BLOCK_D)
     d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
     p_inverse,  # (C,) 1 / ||w||; below 0 at an empty place
-    p_level,  # (B,) of own_rows.py
-    p_code,  # (B,) int32, of own_rows.py
+    p_level,  # (B',) of own_rows.py
+    p_code,  # (B',) int32, of own_rows.py
     p_lse,  # (B,) lse_neg, if HAS_HARD
     p_threshold,  # (B,) hard rule, if HAS_HARD
     p_rule,  # (3,) its coefficients
     p_count,  # (1,) int32 number of rows above that take part, the first ones, if COUNTED
     p_d_lse,  # (B_own,) upstream gradient of lse_neg, of all rows
-    p_own_code,  # (B_own,) int32, of all rows
+    p_own_code,  # (B_own',) int32, of all rows
     p_own,  # (B_own, D) of own_rows.py
     p_w,  # (rows_w, D) strided centres as they are
     p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
@@ -142,17 +142,17 @@ def centre_pass_kernel(
         b_radial = tl.zeros([BLOCK_C], tl.float32)
     for first in range(0, B, BLOCK_B):
         o_b = first + tl.arange(0, BLOCK_B)
-        m_b = o_b < B
         if WHOLE:
             b_x = d_x.load([first, 0])
             b_cos = first_product(b_w, tl.trans(b_x), C, BLOCK_C, BLOCK_B, PRECISION)
         else:
             b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
 
-        b_level = tl.load(p_level + o_b, mask=m_b, other=float("inf")) - power
-        b_code = tl.load(p_code + o_b, mask=m_b, other=-2)
+        b_level = tl.load(p_level + o_b) - power
+        b_code = tl.load(p_code + o_b)
         b_f = b_cos
         if HAS_HARD:
+            m_b = o_b < B
             b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
             b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
         b_z = scale2 * b_f - b_level[None, :]
@@ -223,7 +223,7 @@ def centre_pass_kernel(
     )
 
 
-def finished_at_once(packed: bool, indexed: bool, in_place: bool, stochastic: bool) -> int:
+def finished_at_once(packed: bool, indexed: bool, stochastic: bool) -> int:
     """Columns of a tile's gradient that go through its end together, so that nothing spills.
 
     Noise takes registers, and so do addresses where each number has one of its own. Where a part
@@ -231,7 +231,7 @@ def finished_at_once(packed: bool, indexed: bool, in_place: bool, stochastic: bo
     """
     if stochastic or (indexed and not packed):
         return 16
-    return 32 if packed and not in_place else 64
+    return 32 if packed else 64
 
 
 def constants(
@@ -248,7 +248,7 @@ def constants(
 ) -> dict:
     """Compile-time arguments."""
     in_place = epilogue is not epilogues.store_gradient
-    finished = finished_at_once(packed, indexed, in_place, stochastic)
+    finished = finished_at_once(packed, indexed, stochastic)
     return {
         "PACKED": packed,
         "INDEXED": indexed,

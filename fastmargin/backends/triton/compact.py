@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import block_of
+from fastmargin.backends.triton.configs import MOST_TILE_ROWS, block_of
 from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.own_rows import store_nothing
 
 COUNTED_AT_ONCE = 1024
-MOST_ROWS = 128
-"""No tile of the centre pass has more."""
 
 
 @triton.jit
@@ -26,13 +25,13 @@ def _has_gradient(p_level, o_b, B):
 
 @triton.jit(do_not_specialize=["B"])
 def compact_kernel(
-    p_level,  # (B,) of own_rows.py
-    p_code,  # (B,) int32, of own_rows.py
+    p_level,  # (B',) of own_rows.py
+    p_code,  # (B',) int32, of own_rows.py
     p_lse,  # (B,), if HAS_HARD
     p_threshold,  # (B,), if HAS_HARD
     p_x,  # (B, D) contiguous
     p_count,  # (1,) int32, out: how many rows have one
-    p_level_out,  # as above, out: only the first rows are written
+    p_level_out,  # as above, out: only the first rows are written, and a block that follows
     p_code_out,
     p_lse_out,
     p_threshold_out,
@@ -61,6 +60,7 @@ def compact_kernel(
     if i_r == tl.num_programs(0) - 1:
         count = before + tl.sum(b_own, 0)
         tl.store(p_count, count)
+        store_nothing(p_level_out, p_code_out, count, B, ZEROS)
         # the pass reads whole blocks of rows, and multiplies those that follow by 0
         for start in range(0, ZEROS, BLOCK_R):
             o_zero = count + start + tl.arange(0, BLOCK_R)
@@ -86,7 +86,7 @@ def constants(d: int, has_hard: bool) -> dict:
         "BLOCK_R": max(2, min(16, 4096 // block_d)),
         "BLOCK_D": block_d,
         "BLOCK": COUNTED_AT_ONCE,
-        "ZEROS": MOST_ROWS,
+        "ZEROS": MOST_TILE_ROWS,
         "num_warps": 4,
     }
 
@@ -96,10 +96,10 @@ def compact(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """The number of rows that do anything, (1,) int32, then the arguments, those rows first.
 
-    What follows them is not written, but for a block of ``x``, which is 0.
+    What follows them is not written, but for a block of rows that do nothing, as which 0 is ``x``.
 
     Args:
-        level, code: (B,) of :class:`OwnRows`.
+        level, code: (B',) of :class:`OwnRows`.
         lse, threshold: (B,) contiguous, fp32, with a hard rule.
         x: (B, D') contiguous.
     """

@@ -27,6 +27,9 @@ DOT_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee", "fp16": "ieee"}
 PLAIN_LIMIT = 85.0
 """``|logit| + log C`` up to which plain fp32 sums of exponentials neither overflow nor vanish."""
 
+MOST_TILE_ROWS = 128
+"""No tile of the centre pass has more."""
+
 
 def block_of(d: int) -> int:
     """Smallest block that holds D columns; 16 is the least a matrix instruction takes."""

@@ -18,17 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import block_of
+from fastmargin.backends.triton.configs import MOST_TILE_ROWS, block_of
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import LOG2E, inverse
 
+BLOCK_OF_ROWS: tl.constexpr = tl.constexpr(MOST_TILE_ROWS)
 NO_ROW: tl.constexpr = tl.constexpr(2**31 - 1)
 SCANNED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
 class OwnRows:
-    """own: (B, D) fp32, in the first row of every class; level: (B,) fp32; code: (B,) int32."""
+    """own: (B, D) fp32, in the first row of every class; level: (B',) fp32; code: (B',) int32.
+
+    B' is B in whole tiles, whatever their size: so the pass needs no masks in its loop. What lies
+    past B does nothing.
+    """
 
     own: Tensor
     level: Tensor
@@ -37,14 +42,26 @@ class OwnRows:
     @staticmethod
     def empty(x_hat: Tensor) -> OwnRows:
         """For unit rows (B, D), with nothing in it yet."""
-        level = x_hat.new_empty(x_hat.shape[0], dtype=torch.float32)
+        rows = triton.cdiv(x_hat.shape[0], MOST_TILE_ROWS) * MOST_TILE_ROWS
+        level = x_hat.new_empty(rows, dtype=torch.float32)
         own = torch.empty_like(x_hat, dtype=torch.float32)
         return OwnRows(own, level, torch.empty_like(level, dtype=torch.int32))
 
 
 @triton.jit
-def store_level(p_level, p_code, o_b, m_b, b_lse, b_d_lse, b_column, scale):
+def store_nothing(p_level, p_code, first, B, BLOCK: tl.constexpr):
+    """``level`` and ``code`` of the BLOCK rows from ``first`` on that do nothing to any centre."""
+    o_b = first + tl.arange(0, BLOCK)
+    m_b = o_b < tl.cdiv(B, BLOCK) * BLOCK
+    tl.store(p_level + o_b, float("inf"), mask=m_b)
+    tl.store(p_code + o_b, -2, mask=m_b)
+
+
+@triton.jit
+def store_level(p_level, p_code, o_b, m_b, b_lse, b_d_lse, b_column, scale, B):
     """``level`` and ``code`` of rows; inf where a row does nothing to others."""
+    if tl.program_id(0) == 0:
+        store_nothing(p_level, p_code, B, B, BLOCK_OF_ROWS)
     m_none = (b_d_lse == 0.0) | (b_lse == float("-inf"))
     b_size = tl.where(m_none, 1.0, tl.abs(b_d_lse) * scale)
     b_level = tl.where(m_none, 0.0, b_lse) * LOG2E - tl.log2(b_size)
@@ -158,8 +175,8 @@ def own_rows_kernel(
     p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
     p_label,  # (B,) int64
     p_own,  # (B, D) contiguous, out
-    p_level,  # (B,) out
-    p_code,  # (B,) int32, out
+    p_level,  # (B',) out
+    p_code,  # (B',) int32, out
     B,
     C,
     rows_w,
@@ -193,7 +210,7 @@ def own_rows_kernel(
     )
     b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
     b_d_lse = tl.load(p_d_lse + o_b, mask=m_b, other=0.0)
-    store_level(p_level, p_code, o_b, m_b, b_lse, b_d_lse, b_column, scale)
+    store_level(p_level, p_code, o_b, m_b, b_lse, b_d_lse, b_column, scale, B)
     store_own(
         p_own,
         None,

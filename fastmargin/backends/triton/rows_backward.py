@@ -42,8 +42,8 @@ def rows_backward_kernel(
     p_d_cos,  # (B,) out, as p_d_lse
     p_lse,  # (B,) lse_neg
     p_own,  # (B, D) out, if WANT_W; see own_rows.py
-    p_level,  # (B,) out, as p_own
-    p_code,  # (B,) int32, out, as p_own
+    p_level,  # (B',) out, as p_own
+    p_code,  # (B',) int32, out, as p_own
     B,
     C,
     rows_w,
@@ -88,7 +88,7 @@ def rows_backward_kernel(
         b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
         b_left = tl.where(m_drop, 0.0, b_d_lse)
         tl.store(p_d_lse + o_b, b_left, mask=m_b)
-        store_level(p_level, p_code, o_b, m_b, b_lse, b_left, b_column, scale)
+        store_level(p_level, p_code, o_b, m_b, b_lse, b_left, b_column, scale, B)
         tl.store(p_d_cos + o_b, tl.where(m_drop, 0.0, b_d_cos), mask=m_b)
         store_own(
             p_own,

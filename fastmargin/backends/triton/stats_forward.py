@@ -177,8 +177,8 @@ def constants(
 ) -> dict:
     """Compile-time arguments."""
     return {
-        # the branch takes registers
-        "LAZY": want_pull and not has_hard and not 80 <= arch < 90,
+        # the branch takes registers that a rule, or a mask of empty places, takes as well
+        "LAZY": want_pull and not (has_hard or gaps or 80 <= arch < 90),
         "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
         "GAPS": gaps,
         "D": d,
