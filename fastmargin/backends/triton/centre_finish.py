@@ -1,7 +1,8 @@
 """The end of the centre pass: a finished tile of the gradient, through the normalisation.
 
 Some columns at a time: the tiles of the centres and of the optimiser's state beside all of the
-gradient would not fit the registers.
+gradient would not fit the registers. The part along the centre is that along its unit row as the
+products have it: those rows lie one after the other, whatever the layout of the weight.
 """
 
 from __future__ import annotations
@@ -17,31 +18,25 @@ from fastmargin.backends.triton.tile import halves, load_rows, row_tile
 @triton.jit
 def along_centres(
     b_grad,
-    centre,
+    unit,
     start,
-    D: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     MOST: tl.constexpr,
-    PACKED: tl.constexpr,
-    INDEXED: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
-    """(ROWS,) products of the gradient and the centres as they are, MOST columns at a time."""
+    """(ROWS,) products of the gradient and the unit centres, MOST columns at a time."""
     if WIDTH > MOST:
         HALF: tl.constexpr = WIDTH // 2
         b_left, b_right = halves(b_grad, ROWS, HALF)
-        b_sum = along_centres(b_left, centre, start, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED)
-        b_sum += along_centres(
-            b_right, centre, start + HALF, D, ROWS, HALF, MOST, PACKED, INDEXED, RAGGED
-        )
+        b_sum = along_centres(b_left, unit, start, WIDE, ROWS, HALF, MOST, RAGGED)
+        b_sum += along_centres(b_right, unit, start + HALF, WIDE, ROWS, HALF, MOST, RAGGED)
         return b_sum
     else:
-        p_wc, m_c, stride_wc, stride_wd = centre
-        b_w = load_rows(
-            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
-        )
-        return tl.sum(b_grad * b_w.to(tl.float32), 1)
+        p_unit, m_c = unit
+        b_unit = load_rows(p_unit, m_c, 0, 0, start, WIDE, ROWS, WIDTH, True, False, RAGGED)
+        return tl.sum(b_grad * b_unit.to(tl.float32), 1)
 
 
 @triton.jit
@@ -49,6 +44,7 @@ def finish(
     b_grad,
     b_radial,
     b_factor,
+    unit,
     centre,
     out,
     own,
@@ -56,17 +52,17 @@ def finish(
     place,
     start,
     D: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     MOST: tl.constexpr,
-    PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
     RAGGED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """``(b_grad - b_radial w) b_factor`` and own rows to the epilogue, MOST columns at a time."""
+    """``(b_grad - b_radial w_hat) b_factor``, own rows added, to the epilogue, MOST at a time."""
     if WIDTH > MOST:
         HALF: tl.constexpr = WIDTH // 2
         b_left, b_right = halves(b_grad, ROWS, HALF)
@@ -74,6 +70,7 @@ def finish(
             b_left,
             b_radial,
             b_factor,
+            unit,
             centre,
             out,
             own,
@@ -81,10 +78,10 @@ def finish(
             place,
             start,
             D,
+            WIDE,
             ROWS,
             HALF,
             MOST,
-            PACKED,
             INDEXED,
             RAGGED,
             IN_PLACE,
@@ -95,6 +92,7 @@ def finish(
             b_right,
             b_radial,
             b_factor,
+            unit,
             centre,
             out,
             own,
@@ -102,10 +100,10 @@ def finish(
             place,
             start + HALF,
             D,
+            WIDE,
             ROWS,
             HALF,
             MOST,
-            PACKED,
             INDEXED,
             RAGGED,
             IN_PLACE,
@@ -113,33 +111,27 @@ def finish(
             STOCHASTIC,
         )
     else:
-        p_wc, m_c, stride_wc, stride_wd = centre
-        p_out, p_state, m_out = out
+        p_unit, m_c = unit
         p_own, b_slot = own
         rate, momentum, decay = numbers
         b_row, key = place
+        p_out, p_state, m_out = out
         o_d = start + tl.arange(0, WIDTH)
         m_d = o_d < D
         m_own = b_slot < NO_ROW
         p_own_tile = p_own + tl.where(m_own, b_slot, 0).to(tl.int64)[:, None] * D + o_d[None, :]
         b_own = tl.load(p_own_tile, mask=m_own[:, None] & m_d[None, :], other=0.0)
-        b_w = load_rows(
-            p_wc, m_c, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED, RAGGED
-        )
-        b_w = b_w.to(tl.float32)
-        b_grad = (b_grad - b_radial[:, None] * b_w) * b_factor[:, None] + b_own
+        b_unit = load_rows(p_unit, m_c, 0, 0, start, WIDE, ROWS, WIDTH, True, False, RAGGED)
+        b_unit = b_unit.to(tl.float32)
+        b_grad = (b_grad - b_radial[:, None] * b_unit) * b_factor[:, None] + b_own
         if INDEXED:  # the exponentials of an empty place have no bound
             b_grad = tl.where(m_c[:, None], b_grad, 0.0)
+        b_w = b_unit
         if IN_PLACE:
-            p_out_tile = row_tile(
-                p_out, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
-            )
-            p_state_tile = row_tile(
-                p_state, stride_wc, stride_wd, start, D, ROWS, WIDTH, PACKED, INDEXED
-            )
-        else:
-            p_out_tile = row_tile(p_out, D, 1, start, D, ROWS, WIDTH, True, False)
-            p_state_tile = p_out_tile
+            b_w = load_rows(centre, m_out, 0, 0, start, D, ROWS, WIDTH, True, INDEXED, RAGGED)
+            b_w = b_w.to(tl.float32)
+        p_out_tile = row_tile(p_out, 0, 0, start, D, ROWS, WIDTH, True, INDEXED and IN_PLACE)
+        p_state_tile = row_tile(p_state, 0, 0, start, D, ROWS, WIDTH, True, INDEXED and IN_PLACE)
         m_tile = m_out[:, None] & m_d[None, :]
         b_noise = 0
         if STOCHASTIC:

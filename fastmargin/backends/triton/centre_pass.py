@@ -25,9 +25,11 @@ from fastmargin.backends.triton.centres import Centres, blocks_of
 from fastmargin.backends.triton.compact import compact
 from fastmargin.backends.triton.configs import (
     DOT_PRECISION,
+    OPERAND_DTYPES,
     TileConfig,
     choose,
     is_packed,
+    operand_width,
     slope_power,
 )
 from fastmargin.backends.triton.launch import chip, on_device
@@ -45,6 +47,7 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule, SgdUpdate
 
 SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
+FINISHED_AT_ONCE = 32
 
 
 @triton.jit
@@ -84,26 +87,25 @@ def centre_pass_kernel(
     p_d_lse,  # (B_own,) upstream gradient of lse_neg, of all rows
     p_own_code,  # (B_own',) int32, of all rows
     p_own,  # (B_own, D) of own_rows.py
-    p_w,  # (rows_w, D) strided centres as they are
+    p_unit,  # (C, D') contiguous, what d_w copies from
+    p_w,  # (rows_w, D) contiguous centres as they are, if IN_PLACE
     p_index,  # (C,) int64, their rows that are columns of the pass, if INDEXED
-    p_out,  # (C, D) contiguous, in the order of the columns; or p_w, if IN_PLACE
-    p_state,  # strided as p_w, if IN_PLACE; p_w again, if the epilogue has no state
+    p_out,  # (C, D) contiguous, in the order of the columns, if not IN_PLACE
+    p_state,  # (rows_w, D) contiguous, if IN_PLACE; p_w again, if the epilogue has no state
     B,
     B_own,
     C,
     rows_w,
     column_start,
-    stride_wc,
-    stride_wd,
     scale2,  # s log2(e)
     slope_limit,  # of s f(c)
     rate,
     momentum,
     decay,
     key,  # int32, of the rounding, if STOCHASTIC
-    PACKED: tl.constexpr,
     INDEXED: tl.constexpr,
     D: tl.constexpr,
+    WIDE: tl.constexpr,  # D'
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,7 +124,7 @@ def centre_pass_kernel(
         B = tl.load(p_count)
     WHOLE: tl.constexpr = BLOCK_K >= D
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    RAGGED: tl.constexpr = D % BLOCK_D != 0
+    RAGGED: tl.constexpr = WIDE % BLOCK_D != 0
     start = tl.program_id(0) // COLUMNS * BLOCK_C
     i_d = tl.program_id(0) % COLUMNS
     o_c = start + tl.arange(0, BLOCK_C)
@@ -177,44 +179,45 @@ def centre_pass_kernel(
                 b_grad += 1.0
         b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
-    b_inverse = tl.maximum(tl.load(p_inverse + o_c, mask=o_c < C, other=0.0), 0.0)
-    m_out = o_c < C
+    m_c = o_c < C
+    b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
     b_row = column_start + o_c
+    m_out = m_c
     if INDEXED:
+        m_c = m_c & (b_inverse >= 0)
         if STOCHASTIC:
-            b_row = tl.load(p_index + o_c, mask=m_out, other=0)
-        p_wc, m_c = indexed_rows(p_w, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
-    else:
-        p_wc, m_c = row_pointer(p_w, start.to(tl.int64), stride_wc, D, PACKED), m_out
+            b_row = tl.load(p_index + o_c, mask=m_c, other=0)
+    centre = p_w
     if IN_PLACE:
-        m_out = m_c
-        p_first = p_wc
         if INDEXED:
-            p_state, _ = indexed_rows(p_state, p_index, o_c, C, rows_w, stride_wc, D, PACKED)
+            centre, m_out = indexed_rows(p_w, p_index, o_c, C, rows_w, D, D, True)
+            p_state, _ = indexed_rows(p_state, p_index, o_c, C, rows_w, D, D, True)
         else:
-            p_state = row_pointer(p_state, start.to(tl.int64), stride_wc, D, PACKED)
+            centre = row_pointer(p_w, start.to(tl.int64), D, D, True)
+            p_state = row_pointer(p_state, start.to(tl.int64), D, D, True)
+        p_out = centre
     else:
-        p_first = p_out + start.to(tl.int64) * D
-    centre = (p_wc, m_c, stride_wc, stride_wd)
+        p_out = row_pointer(p_out, start.to(tl.int64), D, D, True)
+        p_state = p_out
+    unit = (p_unit + start.to(tl.int64) * WIDE, m_c)
     if COLUMNS == 1:
-        b_radial = b_inverse * along_centres(
-            b_grad, centre, 0, D, BLOCK_C, BLOCK_D, FINISHED, PACKED, INDEXED, RAGGED
-        )
+        b_radial = along_centres(b_grad, unit, 0, WIDE, BLOCK_C, BLOCK_D, FINISHED, RAGGED)
     finish(
         b_grad,
-        b_radial * b_inverse,
-        b_inverse * tl.exp2(-power),
+        b_radial,
+        tl.maximum(b_inverse, 0.0) * tl.exp2(-power),
+        unit,
         centre,
-        (p_first, p_state, m_out),
+        (p_out, p_state, m_out),
         (p_own, b_slot),
         (rate, momentum, decay),
         (b_row, key),
         i_d * BLOCK_D,
         D,
+        WIDE,
         BLOCK_C,
         BLOCK_D,
         FINISHED,
-        PACKED,
         INDEXED,
         RAGGED,
         IN_PLACE,
@@ -223,21 +226,9 @@ def centre_pass_kernel(
     )
 
 
-def finished_at_once(packed: bool, indexed: bool, stochastic: bool) -> int:
-    """Columns of a tile's gradient that go through its end together, so that nothing spills.
-
-    Noise takes registers, and so do addresses where each number has one of its own. Where a part
-    changes its layout on the way, larger ones take fewer registers in all.
-    """
-    if stochastic or (indexed and not packed):
-        return 16
-    return 32 if packed else 64
-
-
 def constants(
     d: int,
     precision: str,
-    packed: bool,
     indexed: bool,
     tile: TileConfig,
     has_hard: bool,
@@ -248,11 +239,11 @@ def constants(
 ) -> dict:
     """Compile-time arguments."""
     in_place = epilogue is not epilogues.store_gradient
-    finished = finished_at_once(packed, indexed, stochastic)
+    finished = FINISHED_AT_ONCE // 2 if stochastic else FINISHED_AT_ONCE  # noise takes registers
     return {
-        "PACKED": packed,
         "INDEXED": indexed,
         "D": d,
+        "WIDE": operand_width(d, OPERAND_DTYPES[precision]),
         "FINISHED": min(tile.block_d, finished),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
@@ -264,19 +255,6 @@ def constants(
         "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
         **tile.arguments(),
     }
-
-
-def _tile(
-    weight: Tensor,
-    index: Tensor | None,
-    hard: HardRule | None,
-    precision: str,
-    update: SgdUpdate | None,
-) -> TileConfig:
-    packed, arch = is_packed(weight), chip(weight.device).arch
-    crowded = hard is not None or not packed or (update is not None and update.nesterov)
-    scattered = not packed and index is not None
-    return choose("centre_pass", weight.shape[1], precision, arch, crowded, scattered)
 
 
 def steps_in_place(weight: Tensor, momentum: Tensor | None) -> bool:
@@ -326,26 +304,29 @@ def centre_pass(
     lse, threshold = (None, None) if hard is None else (lse_neg, hard.threshold)
     if skip_zero_rows:
         count, level, code, lse, threshold, x = compact(level, code, lse, threshold, x)
-    tile = _tile(weight, index, hard, precision, update)
+    arch = chip(weight.device).arch
+    crowded = hard is not None or (update is not None and update.nesterov)
+    tile = choose("centre_pass", d, precision, arch, crowded)
     for part in centres:
         n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
         fixed = constants(
             d,
             precision,
-            is_packed(weight),
             index is not None,
             tile,
             hard is not None,
             skip_zero_rows,
             epilogue,
             key is not None,
-            chip(weight.device).arch,
+            arch,
         )
         rows_of = slice(part.start, stop) if index is None else slice(None)
-        here = weight[rows_of]
-        result, state = here, here if momentum is None else momentum[rows_of]
+        here = state = result = None
         if out is not None:
-            result, state = out[part.start : stop], None
+            result = out[part.start : stop]
+        else:
+            here = weight[rows_of]
+            state = here if momentum is None else momentum[rows_of]
         with on_device(weight):
             centre_pass_kernel[(triton.cdiv(n, tile.block_c) * triton.cdiv(d, tile.block_d),)](
                 blocks_of(x, tile.block_b, tile.block_k),
@@ -361,6 +342,7 @@ def centre_pass(
                 d_lse,
                 rows.code,
                 rows.own,
+                part.operand,
                 here,
                 None if index is None else index[part.start : stop],
                 result,
@@ -368,10 +350,8 @@ def centre_pass(
                 x.shape[0],
                 x.shape[0],
                 n,
-                here.shape[0],
+                0 if here is None else here.shape[0],
                 part.start,
-                weight.stride(0),
-                weight.stride(1),
                 scale * LOG2E.value,
                 scale * slope_power(hard),
                 *epilogues.numbers(update),

@@ -240,23 +240,8 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
 }
 
-# The centre pass where the numbers of a row do not lie one after the other and the rows, behind an
-# index, do not either: addresses leave few registers for an accumulator.
-_SCATTERED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
-    ("centre_pass", "half", 90): {
-        512: TileConfig(128, 64, 64, 256, 8, 3),
-    },
-}
 
-
-def choose(
-    kernel: str,
-    d: int,
-    precision: str,
-    arch: int,
-    crowded: bool = False,
-    scattered: bool = False,
-) -> TileConfig:
+def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
     That of the user's table if it has one for this width and registers are not short, else the
@@ -266,11 +251,8 @@ def choose(
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
-        crowded: whether registers are short: because of a rule for hard negatives, centres that are
-            read as they lie (or, in the centre pass, do not lie one after the other), or
-            Nesterov's step.
-        scattered: whether, besides, neither the rows of the centres nor their columns lie one after
-            the other.
+        crowded: whether registers are short: because of a rule for hard negatives, in the forward
+            pass also of places that may be empty, in the centre pass of Nesterov's step.
     """
     block = block_of(d)
     own = None if crowded else lookup(kernel, d, precision, arch)
@@ -284,8 +266,6 @@ def choose(
     tuned = _TUNED.get((kernel, operand, arch), {})
     if crowded:
         tuned = tuned | _CROWDED.get((kernel, operand, arch), {})
-    if scattered:
-        tuned = tuned | _SCATTERED.get((kernel, operand, arch), {})
     tile = next((tuned[widest] for widest in sorted(tuned) if d <= widest), None)
     tile = tile or _SMALL[kernel, operand]
     return replace(tile, block_k=min(tile.block_k, block), block_d=min(tile.block_d, block))

@@ -225,7 +225,8 @@ def stats_forward(
     for part in centres:
         n = part.inverse.shape[0]
         if partials is None:
-            tile = choose(kernel, d, precision, here.arch, hard is not None)
+            crowded = hard is not None or (want_pull and part.gaps)
+            tile = choose(kernel, d, precision, here.arch, crowded)
             row_programs = triton.cdiv(b, tile.block_b)
             if want_pull:
                 row_programs *= triton.cdiv(d, tile.block_d)
