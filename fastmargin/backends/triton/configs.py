@@ -191,7 +191,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 128, 256, 256, 8, 2),
         512: TileConfig(64, 32, 512, 512, 8, 3),
-        1024: TileConfig(32, 64, 256, 512, 8, 3),
+        1024: TileConfig(64, 128, 128, 256, 8, 3),
     },
     ("stats_pull", "tf32", 100): {
         1024: TileConfig(64, 64, 32, 128, 8, 2),
@@ -214,6 +214,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
     ("stats_pull", "half", 90): {
+        128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 128, 256, 256, 8, 2),
     },
     ("centre_pass", "tf32", 90): {
@@ -221,7 +222,8 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         256: TileConfig(32, 64, 256, 256, 8, 3),
     },
     ("stats_pull", "tf32", 90): {
-        128: TileConfig(128, 64, 128, 128, 8, 2),
+        128: TileConfig(64, 64, 128, 128, 8, 3),
+        512: TileConfig(64, 64, 64, 256, 8, 2),
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
