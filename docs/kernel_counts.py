@@ -121,14 +121,14 @@ def centre_pass(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Cou
     columns, whole, again = _shape_of(tile, d)
     class_blocks = sum(math.ceil(n / tile.block_c) for n in pieces(c, d))
     loads_of_w = columns * (1 if whole else math.ceil(b / tile.block_b))
-    # as they are stored: for the part along the centre, if rows are whole, and for the result
-    loads_as_stored = 2 if columns == 1 else 1
+    # at the end: for the part along the centre, if rows are whole, and for the result
+    loads_of_w += 2 if columns == 1 else 1
     inverses = 4 * c * columns
     return Count(
         "`centre_pass`",
         tile,
         2 * columns + 2,
-        (loads_of_w * c * row_bytes(d) + loads_as_stored * c * d * stored.size + inverses) / 1e9,
+        (loads_of_w * c * row_bytes(d) + inverses) / 1e9,
         class_blocks * ((columns + again) * b * row_bytes(d) + columns * b * STATE_OF_ROW) / 1e9,
         c * d * stored.size / 1e9,
     )

@@ -72,7 +72,7 @@ def _solve(case: testing.Case, loss_of):
 
 
 def kernels() -> list[dict]:
-    """Registers, stack and shared memory of the Triton kernels for sm_80, sm_90 and sm_100.
+    """Registers, stack, shared memory and products of the Triton kernels, sm_80, sm_90, sm_100.
 
     Needs Triton and no GPU; minutes the first time.
 
@@ -230,12 +230,14 @@ def print_report(console, report: dict) -> None:
     for line in tile_shapes(report["tuned"]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if report["kernels"] is not None:
-        table = Table("kernel", "sm", "registers", "stack B", "shared KB", title="Triton kernels")
+        head = ("kernel", "sm", "registers", "stack B", "shared KB", "products")
+        table = Table(*head, title="Triton kernels")
         for kernel in report["kernels"]:
             style = None if kernel["fits"] else "red"
             size = f"{kernel['shared'] / 1024:.0f}"
             numbers = str(kernel["arch"]), str(kernel["registers"]), str(kernel["stack"]), size
-            table.add_row(kernel["name"], *numbers, style=style)
+            products = "SERIAL" if kernel["serial"] else kernel["products"]
+            table.add_row(kernel["name"], *numbers, products, style=style)
         console.print(table)
     cuda = report["cuda_kernels"]
     if isinstance(cuda, str):

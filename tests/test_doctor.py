@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 from fastmargin import backends, doctor
 from fastmargin.cli import app
 
-KERNEL = {"name": "k", "arch": 90, "registers": 255, "stack": 0, "shared": 65536, "fits": True}
+KERNEL = {
+    **{"name": "k", "arch": 90, "registers": 255, "stack": 0, "shared": 65536, "fits": True},
+    **{"products": "HGMMA", "serial": False},
+}
 
 
 @pytest.fixture

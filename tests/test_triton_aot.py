@@ -24,6 +24,9 @@ KERNELS = {
     *("rows_backward", "stage", "stats_finish", "stats_forward", "stats_merge", "through_norm"),
     *("through_stats", "topk_backward", "topk_merge", "topk_scan"),
 }
+PASSES = ("stats_forward", "centre_pass", "topk_scan")
+PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+"""Matrix instructions of 16-bit operands."""
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"
 
 
@@ -48,7 +51,14 @@ def test_everything_fits(arch):
         assert report["arch"] == arch and report["registers"] > 0
         assert report["stack"] == 0, report
         assert report["shared"] <= report["shared_limit"], report
+        assert not report["serial"], report
         assert report["fits"], report
+        words = report["name"].split()
+        if words[0] in ("stats_forward", "centre_pass", "topk_scan") and words[2][1:] in (
+            "p16",
+            "f16",
+        ):
+            assert report["products"] == PRODUCTS[arch], report
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -72,6 +82,21 @@ def test_a_spill_shows():
     )
     stack, fits = printed_by(code)
     assert int(stack) > 0 and fits == "False"
+
+
+@pytest.mark.slow
+def test_products_that_wait_for_each_other_show():
+    """The second product of a tile left under way, as Triton would have it."""
+    code = (
+        "import sys; from fastmargin.backends.triton import aot, stats_forward;"
+        "own = stats_forward.constants;"
+        "stats_forward.constants = lambda *a: own(*a) | {'HOPPER': False};"
+        "of = [p for p in aot.problems() if p.name.startswith('D=512 bf16')];"
+        "build = next(b for b in aot.builds(90, of) if b.name.endswith('pull'));"
+        "report = aot.compile_build(build);"
+        "sys.stdout.write(f'{report.serial} {report.fits} {report.products}')"
+    )
+    assert printed_by(code) == ["True", "False", "HGMMA"]
 
 
 @pytest.mark.slow
