@@ -186,7 +186,7 @@ def products(stationary: int, streamed: int, tile: TileConfig, d: int) -> Produc
 
 
 def tile_of(kernel: str) -> TileConfig:
-    """What ships for a plain training step: packed centres, no rule for hard negatives."""
+    """What ships for a plain training step: all classes, no rule for hard negatives."""
     return choose(kernel, SHAPE[2], "fp16", ARCH)
 
 

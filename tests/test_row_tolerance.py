@@ -287,18 +287,32 @@ def test_compaction(batch, dim):
 
 
 @pytest.mark.parametrize("batch", [5, 128, 130])
-def test_what_follows_the_rows_does_nothing(batch):
-    """The centre pass reads whole tiles of rows, and masks none."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_follows_the_rows_does_nothing(alone, batch, monkeypatch):
+    """The centre pass reads whole tiles of rows and masks none; both kernels that write them."""
     device = device_for("triton")
-    from fastmargin.backends.triton.own_rows import own_rows
+    from fastmargin.backends.triton import own_rows
 
+    made, empty = [], own_rows.OwnRows.empty
+
+    def noted(x_hat):
+        made.append(empty(x_hat))
+        made[-1].level.fill_(1.0), made[-1].code.fill_(7)
+        return made[-1]
+
+    monkeypatch.setattr(own_rows.OwnRows, "empty", staticmethod(noted))
     x, weight = torch.randn(batch, 8, device=device), torch.randn(7, 8, device=device)
     labels = torch.arange(batch, device=device) % 7
-    each = torch.ones(batch, device=device)
-    made = own_rows(each, each, each, x, weight, None, labels, 4.0, 0)
-    assert len(made.level) == len(made.code) == (256 if batch > 128 else 128)
-    assert made.level[:batch].isfinite().all() and made.level[batch:].eq(torch.inf).all()
-    assert (made.code[:batch] == 2 * labels).all() and made.code[batch:].eq(-2).all()
+    if alone:
+        each = torch.ones(batch, device=device)
+        own_rows.own_rows(each, each, each, x, weight, None, labels, 4.0, 0)
+    else:
+        head = fm.MarginHead(8, 7, fm.ArcFace(), backend="triton").to(device)
+        head(x, labels).backward()
+    (rows,) = made
+    assert len(rows.level) == len(rows.code) == (256 if batch > 128 else 128)
+    assert (rows.level[:batch] != 1).all() and rows.level[batch:].eq(torch.inf).all()
+    assert (rows.code[:batch] == 2 * labels).all() and rows.code[batch:].eq(-2).all()
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])

@@ -85,14 +85,15 @@ def test_a_spill_shows():
 
 
 @pytest.mark.slow
-def test_products_that_wait_for_each_other_show():
+@pytest.mark.parametrize("kernel", ["stats_forward", "centre_pass"])
+def test_products_that_wait_for_each_other_show(kernel):
     """The second product of a tile left under way, as Triton would have it."""
     code = (
-        "import sys; from fastmargin.backends.triton import aot, stats_forward;"
-        "own = stats_forward.constants;"
-        "stats_forward.constants = lambda *a: own(*a) | {'HOPPER': False};"
+        f"import sys; from fastmargin.backends.triton import aot, {kernel} as module;"
+        "own = module.constants;"
+        "module.constants = lambda *a: own(*a) | {'HOPPER': False};"
         "of = [p for p in aot.problems() if p.name.startswith('D=512 bf16')];"
-        "build = next(b for b in aot.builds(90, of) if b.name.endswith('pull'));"
+        f"build = next(b for b in aot.builds(90, of) if b.name.startswith('{kernel}'));"
         "report = aot.compile_build(build);"
         "sys.stdout.write(f'{report.serial} {report.fits} {report.products}')"
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -327,6 +329,50 @@ def test_nothing_is_read_past_the_last_column(indexed, monkeypatch):
             weight = around.flatten()[: p.weight.numel()].view(-1, 96)
         found = solve(TRITON, replace(p, weight=weight), "fp32", torch.float32)[1]
         assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects a page of memory")
+@pytest.mark.parametrize(("dim", "dtype"), [(30, "float32"), (27, "float16"), (24, "bfloat16")])
+def test_a_step_in_place_reads_nothing_past_the_centres(dim, dtype):
+    """Behind the last of them lies memory that nobody may touch, so the process would end."""
+    device_for("triton")
+    if torch.cuda.is_available():
+        pytest.skip("memory of the host")
+    code = f"""
+import ctypes, mmap, torch
+from fastmargin.backends.triton import BACKEND
+from fastmargin.spec import SgdUpdate
+page, dtype = mmap.PAGESIZE, torch.{dtype}
+memory = mmap.mmap(-1, 2 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+count = 5 * {dim}
+start = page - count * dtype.itemsize
+weight = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(5, {dim})
+weight.copy_(torch.randn(5, {dim}))
+x, each, labels = torch.randn(3, {dim}), torch.ones(3), torch.arange(3)
+rows = each, each, torch.nn.functional.normalize(x), None, labels, each
+BACKEND.centre_step(weight, None, SgdUpdate(0.1, 0.0, 0.0, False), *rows, 4.0, None, 0, "auto")
+print(bool(weight.isfinite().all()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["True"], done.stderr[-1000:]
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 2e-3), ("fp32", 2e-6)])
+def test_the_gradient_is_square_to_the_centres(precision, most, monkeypatch):
+    """Of whole rows, as far as operands are exact, where all centres and rows point one way."""
+    from fastmargin.backends.triton import centre_pass
+    from fastmargin.backends.triton.configs import TileConfig
+
+    monkeypatch.setattr(centre_pass, "choose", lambda *_: TileConfig(16, 16, 64, 64, 4, 1))
+    p = problem(dim=64)
+    way = torch.ones(64) / 2
+    x_hat = F.normalize(p.x_hat + way, dim=1)
+    p = replace(p, x_hat=x_hat, weight=F.normalize(p.weight, dim=1) + way)
+    _, d_weight = solve(TRITON, p, precision, torch.float32)
+    along = (d_weight * F.normalize(p.weight, dim=1)).sum(1)
+    assert along.norm() < most * d_weight.norm()
 
 
 def test_no_step_in_place_where_addresses_differ():

@@ -226,7 +226,8 @@ def test_precision_and_shift_are_pure_choices():
 
 
 def test_every_choice_of_a_tile_is_one_that_triton_takes():
-    from fastmargin.backends.triton.configs import MOST_TILE_ROWS, choose
+    from fastmargin.backends.triton.configs import choose
+    from fastmargin.backends.triton.tuned import MOST_TILE_ROWS
 
     kernels = ("stats_pull", "stats_sum", "centre_pass", "topk")
     for kernel, d, precision, arch in itertools.product(

@@ -87,6 +87,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
         ({"arch": True}, "arch must be of type int"),
         ({"tile": {"block_b": 64}}, "a tile has the numbers"),
         ({"block_b": 48}, "block_b must be a power of two, got 48"),
+        ({"kernel": "centre_pass", "block_b": 256}, "block_b of centre_pass must be at most 128"),
         ({"block_k": 8}, "block_k must be from 16 to 1024, got 8"),
         ({"block_d": 2048}, "block_d must be from 16 to 1024"),
         ({"block_c": 64.0}, "block_c must be a whole number"),

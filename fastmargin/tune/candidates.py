@@ -23,7 +23,7 @@ TENSOR_MEMORY = 100
 
 
 def shipped(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
-    """The tile that ships, for centres in fp32 that lie one after the other."""
+    """The tile that ships where registers are not short."""
     with tuned.using({}):
         return choose(kernel, d, precision, arch)
 

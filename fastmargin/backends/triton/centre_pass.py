@@ -43,6 +43,7 @@ from fastmargin.backends.triton.tile import (
     indexed_rows,
     matmul,
     row_pointer,
+    settled,
 )
 from fastmargin.spec import HardRule, SgdUpdate
 
@@ -124,7 +125,7 @@ def centre_pass_kernel(
         B = tl.load(p_count)
     WHOLE: tl.constexpr = BLOCK_K >= D
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    RAGGED: tl.constexpr = WIDE % BLOCK_D != 0
+    RAGGED: tl.constexpr = D % BLOCK_D != 0  # where it is not, D' is D
     start = tl.program_id(0) // COLUMNS * BLOCK_C
     i_d = tl.program_id(0) % COLUMNS
     o_c = start + tl.arange(0, BLOCK_C)
@@ -175,8 +176,7 @@ def centre_pass_kernel(
         if not (WHOLE and COLUMNS == 1):
             b_x = d_x_grad.load([first, i_d * BLOCK_D])
         if HOPPER:
-            if C < 0:
-                b_grad += 1.0
+            b_grad = settled(b_grad, C)
         b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
     m_c = o_c < C
@@ -233,12 +233,11 @@ def constants(
     tile: TileConfig,
     has_hard: bool,
     counted: bool,
-    epilogue: triton.JITFunction = epilogues.store_gradient,
-    stochastic: bool = False,
-    arch: int = 0,
+    epilogue: triton.JITFunction,
+    stochastic: bool,
+    arch: int,
 ) -> dict:
     """Compile-time arguments."""
-    in_place = epilogue is not epilogues.store_gradient
     finished = FINISHED_AT_ONCE // 2 if stochastic else FINISHED_AT_ONCE  # noise takes registers
     return {
         "INDEXED": indexed,
@@ -249,7 +248,7 @@ def constants(
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
         "COUNTED": counted,
-        "IN_PLACE": in_place,
+        "IN_PLACE": epilogue is not epilogues.store_gradient,
         "EPILOGUE": epilogue,
         "STOCHASTIC": stochastic,
         "HOPPER": arch == 90 and precision in ("bf16", "fp16"),

@@ -4,7 +4,7 @@ The passes over the centres read a tile once per block of embeddings. So what a 
 its bytes is done once, here: following the index, strides, the norm and the cast. Some columns at
 a time are *staged*, as unit rows, in a buffer whose size does not depend on C; the passes copy
 their tiles from there by tensor descriptors, which take no registers. So are centres that already
-have the operand type: to scale by 1 / norm in the inner loop takes longer than a copy.
+have the operand type, for which docs/design.md has the reasons.
 """
 
 from __future__ import annotations

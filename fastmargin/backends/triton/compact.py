@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import MOST_TILE_ROWS, block_of
+from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.own_rows import store_nothing
+from fastmargin.backends.triton.tuned import MOST_TILE_ROWS
 
 COUNTED_AT_ONCE = 1024
 

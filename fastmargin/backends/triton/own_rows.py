@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import MOST_TILE_ROWS, block_of
+from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import LOG2E, inverse
+from fastmargin.backends.triton.tuned import MOST_TILE_ROWS
 
 BLOCK_OF_ROWS: tl.constexpr = tl.constexpr(MOST_TILE_ROWS)
 NO_ROW: tl.constexpr = tl.constexpr(2**31 - 1)

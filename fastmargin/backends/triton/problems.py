@@ -198,10 +198,10 @@ def passes(of: Pass, every: bool) -> Iterator[Problem]:
     for hard, counted in itertools.product((False, True), repeat=2):
         if every or not counted:
             yield Problem(str(of), partial(_gradient, of, hard, counted))
-    ready = OPERAND_DTYPES[of.precision] == of.dtype != torch.float32
+    half = of.dtype != torch.float32  # centres that may be rounded stochastically
     for update, key in itertools.product(UPDATES.values(), (None, KEY)):
         for hard, counted in itertools.product((False, True), repeat=2):
-            if not every and (hard or counted or (key and not ready)):
+            if not every and (hard or counted or (key and not half)):
                 continue
             step = replace(update, rounding=key)
             yield Problem(str(of), partial(_step, of, step, hard, counted))
@@ -271,6 +271,7 @@ def problems(every: bool = False) -> Iterator[Problem]:
         yield from passes(Pass(d, precision, indexed=True), False)
     for of in (
         Pass(512, "fp16", torch.float16),
+        Pass(512, "fp16", torch.bfloat16, indexed=True),
         Pass(512, "bf16", packed=False),
         Pass(512, "fp32"),
     ):

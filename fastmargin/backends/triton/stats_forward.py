@@ -40,19 +40,21 @@ from fastmargin.backends.triton.tile import (
     hard_rule,
     local_columns,
     matmul,
+    settled,
 )
 from fastmargin.spec import HardRule
 
 
 @triton.jit
 def _any_rises(b_rise, LAZY: tl.constexpr):
+    """Whether the shift of any row of the tile has to move; not LAZY: it is always worked out."""
     if LAZY:
         return tl.max(tl.ravel(b_rise, can_reorder=True), 0) > RISE
     else:
         return True
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "class_start", "splits", "tiles_per_split"])
 def stats_forward_kernel(
     d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
     d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
@@ -68,6 +70,7 @@ def stats_forward_kernel(
     B,
     C,
     class_start,
+    splits,
     tiles_per_split,
     scale2,  # s log2(e)
     slope_unit,
@@ -86,9 +89,9 @@ def stats_forward_kernel(
 ):
     WHOLE: tl.constexpr = BLOCK_K >= D  # a block holds whole rows, so it may serve both products
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if WANT_PULL else 1
-    i_split = tl.program_id(0)
-    i_b = tl.program_id(1) // COLUMNS
-    i_d = tl.program_id(1) % COLUMNS
+    i_split = tl.program_id(0) % splits
+    i_b = tl.program_id(0) // splits // COLUMNS
+    i_d = tl.program_id(0) // splits % COLUMNS
 
     first = i_b * BLOCK_B
     o_b = first + tl.arange(0, BLOCK_B)
@@ -101,7 +104,7 @@ def stats_forward_kernel(
         b_x = d_x.load([first, 0])
 
     b_shift = tl.full([BLOCK_B], NO_SHIFT, tl.float32)
-    # of each column of a tile, and of a row only after the last tile
+    # of a row in parts, as its threads have them, until after the last tile
     b_sum = tl.zeros([BLOCK_B, 2, 4], tl.float32)
     b_max = tl.full([BLOCK_B, 2, 4], float("-inf"), tl.float32)
     if WANT_PULL:
@@ -147,9 +150,8 @@ def stats_forward_kernel(
                 b_e *= b_slope * slope_unit
             if not (WHOLE and COLUMNS == 1):
                 b_w = d_w_pull.load([start, i_d * BLOCK_D])
-            if HOPPER and not ONLINE:
-                if C < 0:
-                    b_pull += 1.0
+            if HOPPER and not ONLINE:  # a shift uses the sum as well
+                b_pull = settled(b_pull, C)
             b_pull = matmul(cast(b_e, d_w.dtype), b_w, b_pull, PRECISION)
 
     o_row = i_split.to(tl.int64) * B + o_b
@@ -177,7 +179,8 @@ def constants(
 ) -> dict:
     """Compile-time arguments."""
     return {
-        # the branch takes registers that a rule, or a mask of empty places, takes as well
+        # The branch takes registers, as a rule and a mask of empty places do, and, before sm_90,
+        # pointers of tiles. Without a pull it saves nothing.
         "LAZY": want_pull and not (has_hard or gaps or 80 <= arch < 90),
         "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
         "GAPS": gaps,
@@ -248,7 +251,7 @@ def stats_forward(
             here.arch,
         )
         with on_device(x):
-            stats_forward_kernel[(splits, row_programs)](
+            stats_forward_kernel[(splits * row_programs,)](
                 blocks_of(x, tile.block_b, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_d) if want_pull else None,
@@ -263,6 +266,7 @@ def stats_forward(
                 b,
                 n,
                 class_start + part.start,
+                splits,
                 triton.cdiv(tiles, splits),
                 scale * LOG2E.value,
                 1 / slope_power(hard),

@@ -186,13 +186,31 @@ def first_product(
 
 
 @triton.jit
+def settled(b_sum, count):
+    """``b_sum`` when the product that it came from is done; ``count`` is not below 0.
+
+    Triton leaves a product under way until the next one with the same accumulator, if nothing else
+    uses that. The assembler may then find other writes to registers meanwhile and let every
+    instruction of all products wait for the one before. A branch that is never taken is a use.
+    """
+    if count < 0:
+        b_sum += 1.0
+    return b_sum
+
+
+@triton.jit
 def folded_sum(b_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, 2, 8) sums over the columns, as far as a thread has them."""
+    """(ROWS, 2, 4) sums over the columns, which are a multiple of 16, as far as a thread has them.
+
+    Of a matrix instruction's result a thread has two of every eight columns, and of two groups of
+    warps that share the columns each has one half.
+    """
     return tl.sum(tl.sum(tl.reshape(b_tile, [ROWS, 2, COLUMNS // 16, 4, 2]), 4), 2)
 
 
 @triton.jit
 def folded_max(b_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The largest, likewise."""
     return tl.max(tl.max(tl.reshape(b_tile, [ROWS, 2, COLUMNS // 16, 4, 2]), 4), 2)
 
 

@@ -25,6 +25,8 @@ KERNELS = ("stats_pull", "stats_sum", "centre_pass", "topk")
 BLOCKS = ("block_b", "block_c", "block_k", "block_d")
 FIELDS = (*BLOCKS, "num_warps", "num_stages")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+MOST_TILE_ROWS = 128
+"""Rows of a tile of the centre pass: its loop reads so far past the batch, without a mask."""
 INTERPRETER = "interpreter"
 """Name of the device in Triton's interpreter, whose compute capability is 0."""
 
@@ -50,6 +52,8 @@ def fault(kernel: str, tile: object) -> str | None:
             return f"{name} must be from {least} to {most}, got {value}"
         if name != "num_stages" and value & (value - 1):
             return f"{name} must be a power of two, got {value}"
+    if kernel == "centre_pass" and tile["block_b"] > MOST_TILE_ROWS:
+        return f"block_b of centre_pass must be at most {MOST_TILE_ROWS}, got {tile['block_b']}"
     return None
 
 
