@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import MARGINS, device_for
+from fresh_processes import run_fresh
 from launches import counted
 
 import fastmargin as fm
@@ -127,6 +128,27 @@ def test_launches_of_operators_one_by_one():
         *(UPSTREAM, "aten::mul", "aten::mul", "topk_backward_kernel", *SPREAD[:3]),
         *("aten::index_put_", "through_norm_kernel"),
     ]
+
+
+def test_launches_of_corrected_samples():
+    forward, backward = step(fm.ArcFace(), sample_rate=0.5, correct_sampling=True)
+    assert forward[:3] == SAMPLED
+    assert len(forward + backward) <= 100
+
+
+def shared_out(group) -> tuple[list[str], list[str]]:
+    """In a process of its own, which has all classes of the group of one."""
+    return step(fm.ArcFace(), group=group, batch_size=20)
+
+
+def test_launches_with_classes_shared_out():
+    """Of one process, collectives aside."""
+    (found,) = run_fresh(1, shared_out)
+    assert found.error is None, found
+    forward, backward = found.value
+    assert {"stage_kernel", "stats_forward_kernel"} <= set(forward)
+    assert {"own_rows_kernel", "centre_pass_kernel", "through_norm_kernel"} <= set(backward)
+    assert len(forward + backward) <= 53
 
 
 def test_margins_that_do_more_launch_more():
