@@ -105,7 +105,7 @@ def compile_build(build: Build) -> Report:
             check=True,
         ).stdout
     usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    products = Counter(re.findall(r"\b(\w*MMA)[. ]", text))
+    products = Counter(re.findall(r"\s(\w+MMA)[. ]", text))
     # of each group the last one is marked; Triton asks for as many as it closes
     groups = len(re.findall(r"\bHGMMA\..*gsb0", text))
     return Report(

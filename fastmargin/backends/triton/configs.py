@@ -217,6 +217,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("centre_pass", "tf32", 90): {
         128: TileConfig(64, 64, 128, 128, 8, 3),
         256: TileConfig(32, 64, 256, 256, 8, 3),
+        512: TileConfig(64, 64, 32, 128, 8, 2),
     },
     ("stats_pull", "tf32", 90): {
         128: TileConfig(64, 64, 128, 128, 8, 3),
