@@ -13,7 +13,7 @@ from fastmargin.cli import app
 
 KERNEL = {
     **{"name": "k", "arch": 90, "registers": 255, "stack": 0, "shared": 65536, "fits": True},
-    **{"products": "HGMMA", "serial": False},
+    **{"products": "wgmma.mma_async", "serial": False},
 }
 
 

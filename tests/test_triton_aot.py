@@ -25,7 +25,7 @@ KERNELS = {
     *("through_stats", "topk_backward", "topk_merge", "topk_scan"),
 }
 PASSES = ("stats_forward", "centre_pass", "topk_scan")
-PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """Matrix instructions of 16-bit operands."""
 FULL = os.environ.get("FASTMARGIN_AOT_FULL") == "1"
 
@@ -99,7 +99,7 @@ def test_products_that_wait_for_each_other_show(kernel):
         "report = aot.compile_build(build);"
         "sys.stdout.write(f'{report.serial} {report.fits} {report.products}')"
     )
-    assert printed_by(code) == ["True", "False", "HGMMA"]
+    assert printed_by(code) == ["True", "False", "wgmma.mma_async"]
 
 
 @pytest.mark.slow

@@ -36,6 +36,9 @@ from fastmargin.backends.triton.tuned import using
 
 ARCHS = (80, 90, 100)
 
+_HOPPERS = "wgmma.mma_async"
+_PRODUCTS = (_HOPPERS, "tcgen05.mma", "mma.sync")
+
 _WORDS = {
     "WANT_PULL": "pull",
     "ONLINE": "online",
@@ -64,8 +67,8 @@ class Build:
 class Report:
     """What came of a build; sizes in bytes.
 
-    products: the matrix instructions, the most frequent first: "HGMMA" of Hopper, "UTCHMMA" of
-        Blackwell, "HMMA", which both also have, at half the speed; "" without.
+    products: the matrix instructions: "wgmma.mma_async" of Hopper, "tcgen05.mma" of Blackwell,
+        "mma.sync", which both also have, but slower; "" without.
     serial: whether each of Hopper's waits for the one before, as the assembler decides where it
         cannot tell that registers of one are not written meanwhile (its note C7515 says so).
     """
@@ -86,7 +89,7 @@ class Report:
     def __str__(self) -> str:
         return (
             f"sm_{self.arch:<4}{self.registers:4} registers {self.stack:5} B stack"
-            f" {self.shared / 1024:7.1f} KB shared {self.products:>8}  {self.name}"
+            f" {self.shared / 1024:7.1f} KB shared {self.products:>16}  {self.name}"
             f"{'  SERIAL' if self.serial else '' if self.fits else '  DOES NOT FIT'}"
         )
 
@@ -94,18 +97,18 @@ class Report:
 def compile_build(build: Build) -> Report:
     """Compiles it and reads the compiler's figures."""
     compiled = build.compiled()
+    ptx = compiled.asm["ptx"]
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    read = ["--dump-resource-usage"]
+    if _HOPPERS in ptx:
+        read.append("--dump-sass")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
+            [tool, *read, file.name], capture_output=True, text=True, check=True
         ).stdout
     usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    products = Counter(re.findall(r"\s(\w+MMA)[. ]", text))
     # of each group the last one is marked; Triton asks for as many as it closes
     groups = len(re.findall(r"\bHGMMA\..*gsb0", text))
     return Report(
@@ -115,8 +118,8 @@ def compile_build(build: Build) -> Report:
         int(usage["STACK"]),
         compiled.metadata.shared,
         SHARED_LIMIT[build.arch] * 1024,
-        ", ".join(name for name, _ in products.most_common()),
-        groups > compiled.asm["ptx"].count("wgmma.commit_group"),
+        ", ".join(name for name in _PRODUCTS if name in ptx),
+        groups > ptx.count("wgmma.commit_group"),
     )
 
 
