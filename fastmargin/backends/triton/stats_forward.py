@@ -44,6 +44,9 @@ from fastmargin.backends.triton.tile import (
 )
 from fastmargin.spec import HardRule
 
+MOST_ROW_PROGRAMS = 65535
+"""What CUDA launches along the second axis. Rows along the first one take a register more."""
+
 
 @triton.jit
 def _any_rises(b_rise, LAZY: tl.constexpr):
@@ -54,7 +57,7 @@ def _any_rises(b_rise, LAZY: tl.constexpr):
         return True
 
 
-@triton.jit(do_not_specialize=["B", "C", "class_start", "splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["B", "C", "class_start", "tiles_per_split"])
 def stats_forward_kernel(
     d_x,  # (B, D') unit rows, in blocks of (BLOCK_B, BLOCK_K)
     d_w,  # (C, D') unit centres, in blocks of (BLOCK_C, BLOCK_K)
@@ -70,7 +73,6 @@ def stats_forward_kernel(
     B,
     C,
     class_start,
-    splits,
     tiles_per_split,
     scale2,  # s log2(e)
     slope_unit,
@@ -89,9 +91,9 @@ def stats_forward_kernel(
 ):
     WHOLE: tl.constexpr = BLOCK_K >= D  # a block holds whole rows, so it may serve both products
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if WANT_PULL else 1
-    i_split = tl.program_id(0) % splits
-    i_b = tl.program_id(0) // splits // COLUMNS
-    i_d = tl.program_id(0) // splits % COLUMNS
+    i_split = tl.program_id(0)
+    i_b = tl.program_id(1) // COLUMNS
+    i_d = tl.program_id(1) % COLUMNS
 
     first = i_b * BLOCK_B
     o_b = first + tl.arange(0, BLOCK_B)
@@ -233,6 +235,11 @@ def stats_forward(
             row_programs = triton.cdiv(b, tile.block_b)
             if want_pull:
                 row_programs *= triton.cdiv(d, tile.block_d)
+            if row_programs > MOST_ROW_PROGRAMS:
+                raise ValueError(
+                    f"x has too many rows for one pass ({b}), want at most"
+                    f" {MOST_ROW_PROGRAMS * b // row_programs} of {d} columns; split the batch"
+                )
         tiles = triton.cdiv(n, tile.block_c)
         if partials is None:
             splits, _ = split_classes(row_programs, tiles, here.processors)
@@ -251,7 +258,7 @@ def stats_forward(
             here.arch,
         )
         with on_device(x):
-            stats_forward_kernel[(splits * row_programs,)](
+            stats_forward_kernel[(splits, row_programs)](
                 blocks_of(x, tile.block_b, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_k),
                 blocks_of(part.operand, tile.block_c, tile.block_d) if want_pull else None,
@@ -266,7 +273,6 @@ def stats_forward(
                 b,
                 n,
                 class_start + part.start,
-                splits,
                 triton.cdiv(tiles, splits),
                 scale * LOG2E.value,
                 1 / slope_power(hard),
