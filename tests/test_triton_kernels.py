@@ -375,6 +375,17 @@ def test_the_gradient_is_square_to_the_centres(precision, most, monkeypatch):
     assert along.norm() < most * d_weight.norm()
 
 
+def test_too_many_rows_for_a_launch_are_refused(monkeypatch):
+    from fastmargin.backends.triton import stats_forward
+
+    device_for("triton")
+    monkeypatch.setattr(stats_forward, "MOST_ROW_PROGRAMS", 1)
+    with pytest.raises(
+        ValueError, match=r"x has too many rows for one pass \(40\).*split the batch"
+    ):
+        solve(TRITON, problem(batch=40, dim=24), "fp32", torch.float32)
+
+
 def test_no_step_in_place_where_addresses_differ():
     from fastmargin.backends.triton import centre_pass
 
