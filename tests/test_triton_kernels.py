@@ -380,9 +380,7 @@ def test_too_many_rows_for_a_launch_are_refused(monkeypatch):
 
     device_for("triton")
     monkeypatch.setattr(stats_forward, "MOST_ROW_PROGRAMS", 1)
-    with pytest.raises(
-        ValueError, match=r"x has too many rows .* \(40\).*split the batch"
-    ):
+    with pytest.raises(ValueError, match=r"x has too many rows .* \(40\).*split the batch"):
         solve(TRITON, problem(batch=40, dim=24), "fp32", torch.float32)
 
 
