@@ -235,10 +235,13 @@ def constants(
     counted: bool,
     epilogue: triton.JITFunction,
     stochastic: bool,
+    short: bool,  # 16-bit centres
     arch: int,
 ) -> dict:
     """Compile-time arguments."""
-    finished = FINISHED_AT_ONCE // 2 if stochastic else FINISHED_AT_ONCE  # noise takes registers
+    finished = FINISHED_AT_ONCE
+    if stochastic or (short and d > tile.block_d):
+        finished //= 2  # noise takes registers, as do 16-bit rows beside the sums along them
     return {
         "INDEXED": indexed,
         "D": d,
@@ -317,6 +320,7 @@ def centre_pass(
             skip_zero_rows,
             epilogue,
             key is not None,
+            weight.element_size() == 2,
             arch,
         )
         rows_of = slice(part.start, stop) if index is None else slice(None)

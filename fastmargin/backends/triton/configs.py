@@ -161,7 +161,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         1024: TileConfig(64, 128, 64, 128, 4, 4),
     },
     ("centre_pass", "tf32", 90): {
-        128: TileConfig(64, 128, 128, 128, 8, 2),
+        128: TileConfig(64, 64, 128, 128, 8, 3),
         256: TileConfig(64, 64, 256, 256, 8, 2),
         512: TileConfig(64, 64, 64, 256, 8, 2),
     },
@@ -215,7 +215,6 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         256: TileConfig(64, 128, 256, 256, 8, 2),
     },
     ("centre_pass", "tf32", 90): {
-        128: TileConfig(64, 64, 128, 128, 8, 3),
         256: TileConfig(32, 64, 256, 256, 8, 3),
         512: TileConfig(64, 64, 32, 128, 8, 2),
     },

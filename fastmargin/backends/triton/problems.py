@@ -274,6 +274,7 @@ def problems(every: bool = False) -> Iterator[Problem]:
         Pass(512, "fp16", torch.bfloat16, indexed=True),
         Pass(512, "bf16", packed=False),
         Pass(512, "fp32"),
+        Pass(1024, "fp16", torch.float16),
     ):
         yield from passes(of, False)
     yield from _rest(False)
