@@ -41,7 +41,7 @@ def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | No
     """This process's rows of a tensor of all classes, a DTensor or not.
 
     Raises:
-        ValueError: it has another number of classes.
+        ValueError: it has another number of classes, or was saved by another process.
     """
     if value.dim() == 0 or value.shape[0] != num_classes:
         raise ValueError(
@@ -51,6 +51,13 @@ def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | No
         )
     if hasattr(value, "placements"):
         if shard is not None and value.device_mesh == shard.mesh:
+            first = getattr(value, "first_row", shard.start)  # travels with torch.save
+            if first != shard.start:
+                raise ValueError(
+                    f"{name} holds the rows from {first} on, those of another process, and here "
+                    f"they begin with {shard.start}: load the state that this process saved, or "
+                    "use fastmargin.checkpoint or torch.distributed.checkpoint, which save all rows"
+                )
             return value.redistribute(placements=shard.placements()).to_local()
         value = value.full_tensor()
     return value if shard is None else value[shard.start : shard.stop]

@@ -392,6 +392,7 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
         )
     else:
         psi = margin(stats.cos_y, _safe(norm, valid), labels)
+        _check_row_values(margin, psi, labels)
         # not softplus, which drops what is below exp(-20)
         loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
         loss = torch.where(valid, loss, 0)
@@ -399,6 +400,15 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
     if _has_mark(stats):
         loss = ops.marked(loss, stats.mark, -torch.expm1(-loss.detach()))
     return LossRows(loss, valid, stats.cos_y, stats.max_neg, norm, applied)
+
+
+def _check_row_values(margin: Margin, values: Tensor, labels: Tensor) -> None:
+    """Raises ValueError unless a margin's ``forward`` gave one number for each row."""
+    if values.shape != labels.shape:
+        raise ValueError(
+            f"margin: {type(margin).__name__} returned shape {tuple(values.shape)}, expected one "
+            f"number for each row, {tuple(labels.shape)}"
+        )
 
 
 def _has_mark(stats: RowStats) -> bool:
@@ -412,5 +422,7 @@ def _safe(norm: Tensor, valid: Tensor) -> Tensor:
 
 def _nearest_rows(nearest, cos_y, norm, labels, margin: NearestMargin) -> LossRows:
     valid = labels >= 0
-    loss = torch.where(valid, margin(cos_y, nearest), 0)
+    loss = margin(cos_y, nearest)
+    _check_row_values(margin, loss, labels)
+    loss = torch.where(valid, loss, 0)
     return LossRows(loss, valid, cos_y, nearest[:, 0], norm, torch.zeros_like(norm))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastmargin import ops
 from fastmargin.columns import Pass
 from fastmargin.factors import GradientFactors
+from fastmargin.first_order import first_order
 from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
 
 
@@ -57,7 +57,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return made.rows if step.reduction == "none" else made.loss, made.x_hat, *figures
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, d_loss, *_):
         if d_loss is None:
             return None, None, None, None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastmargin import factors
 from fastmargin.distributed import collectives
-from fastmargin.head import MarginHead
+from fastmargin.distributed.shard import shards_in
 from fastmargin.norms import compute_dtype
 from fastmargin.optim.row_chunks import merged_rows
 
@@ -18,7 +18,8 @@ def total_norm(*modules: nn.Module) -> Tensor:
 
     As ``torch.nn.utils.get_total_norm``, which knows dense gradients only. Here they may be sparse
     (rows listed several times are added up first), DTensors (``fully_shard``), and those of a
-    head that shares out its classes, which are summed over the processes, replicas counted once.
+    head that shares out its classes, of :mod:`fastmargin.compat`, too, which are summed over the
+    processes, replicas counted once.
     The number is the same on every process and that of one process with all rows and classes, if
     the other gradients are (DDP). Then::
 
@@ -26,17 +27,16 @@ def total_norm(*modules: nn.Module) -> Tensor:
         for module in (backbone, head):
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), 5.0, norm)
 
-    With a head that has a ``group``, all its processes call this. Nothing waits for the device.
+    With a head whose classes are shared out, all its processes call this. Nothing waits for the device.
 
     Raises:
         ValueError: the modules have no parameter, or one whose gradient is not formed (``fused``
             of :class:`fastmargin.optim.RowSGD`).
     """
     shards = {
-        part.weight: part.shard
+        module.get_parameter(name): shard
         for module in modules
-        for part in module.modules()
-        if isinstance(part, MarginHead) and part.shard is not None
+        for name, shard in shards_in(module).items()
     }
     parameters = dict.fromkeys(p for module in modules for p in module.parameters())
     if not parameters:

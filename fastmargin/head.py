@@ -17,7 +17,7 @@ from fastmargin.deferred import SettledCopies
 from fastmargin.distributed import batch as batches
 from fastmargin.distributed import collectives
 from fastmargin.distributed.processes import GroupProcesses
-from fastmargin.distributed.shard import ClassShard
+from fastmargin.distributed.shard import ClassShard, check_outside_ddp
 from fastmargin.functional import LossRows
 from fastmargin.margins import Margin, NearestMargin
 from fastmargin.norms import FLOATS, inverse_norm
@@ -169,6 +169,10 @@ class MarginHead(SettledCopies, nn.Module):
         """First and one past the last class that is here."""
         return (0, self.num_classes) if self.shard is None else (self.shard.start, self.shard.stop)
 
+    def shared_rows(self) -> dict[str, ClassShard]:
+        """For :func:`fastmargin.distributed.shard.shards_in`."""
+        return {} if self.shard is None else {"weight": self.shard}
+
     def _local_shape(self) -> tuple[int, int]:
         start, stop = self._range()
         return stop - start, self.embedding_size
@@ -179,7 +183,8 @@ class MarginHead(SettledCopies, nn.Module):
             return
         names = ("num_classes", "embedding_size", "batch_size", "num_sampled", "seed")
         names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce", "row_tolerance")
-        own = {name: getattr(self, name) for name in names} | {"dtype": self.weight.dtype}
+        own = {name: getattr(self, name) for name in names}
+        own |= {"dtype": self.weight.dtype, "margin": self.margin}
         # numbers of any type, and words, as integers that are alike where they are
         hashes = [zlib.crc32(repr(value).encode()) for value in own.values()]
         hashes = torch.tensor(hashes, device=self.weight.device)
@@ -219,6 +224,7 @@ class MarginHead(SettledCopies, nn.Module):
         of this one; what every process makes of its rows is then added up.
         """
         checks.check_choice("reduction", reduction, functional.REDUCTIONS)
+        check_outside_ddp(self.weight, self.shard)
         loss, self._rows = functional.loss_and_rows(
             embeddings,
             self.weight,
@@ -424,6 +430,7 @@ def _share_out(head: MarginHead, state: dict, prefix: str, _metadata) -> None:
         for name in _rows_by_class(head, prefix):
             if name in state:
                 state[name] = head.shard.to_dtensor(state[name])
+                state[name].first_row = head.shard.start  # a file of another process shows
 
 
 def _take_own(head: MarginHead, state: dict, prefix: str, *_) -> None:

@@ -207,17 +207,31 @@ def test_ignored_rows_may_hold_anything(backend, dtype, name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["cosface", "adaface", "npt"])
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
-def test_second_order_gradient_is_refused(backend, dtype):
-    """An error, not a wrong number."""
+def test_second_order_gradient_is_refused(backend, dtype, name):
+    """An error, not a wrong number, also where the rest of what is derived has a derivative."""
     device = device_for(backend)
     case = testing.make_case("random", batch=3, classes=5, dim=4).to(dtype, device)
-    x = case.x.requires_grad_()
-    for name in ("cosface", "npt"):
-        loss = fm.margin_loss(x, case.weight, case.labels, MARGINS[name](), backend=backend)
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        with pytest.raises(RuntimeError):
-            torch.autograd.grad(gradient.square().sum(), x)
+    inputs = case.x.requires_grad_(), case.weight.requires_grad_()
+    for which in inputs:
+        loss = fm.margin_loss(*inputs, case.labels, MARGINS[name](), backend=backend)
+        (gradient,) = torch.autograd.grad(loss, which, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiate twice|no autograd formula"):
+            (loss + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_of_a_graph_are_the_same(sparse):
+    head = fm.MarginHead(
+        8, 20, fm.ArcFace(), num_sampled=10 if sparse else None, sparse_grad=sparse
+    )
+    x, labels = torch.randn(4, 8), torch.arange(4)
+    loss = head(x, labels)
+    plain = torch.autograd.grad(loss, head.weight, retain_graph=True)[0]
+    graph = torch.autograd.grad(loss, head.weight, create_graph=True)[0]
+    assert graph.is_sparse == sparse and graph.requires_grad and not plain.requires_grad
+    assert torch.equal(graph.detach().to_dense(), plain.to_dense())
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

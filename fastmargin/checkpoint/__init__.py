@@ -201,7 +201,9 @@ def _write(path: Path, taken: Taken, group, staged: bool) -> None:
 
 
 @torch.no_grad()
-def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> dict[str, Any]:
+def load(
+    path: str | os.PathLike, objects: dict[str, Any], *, process_group=None, strict: bool = True
+) -> dict[str, Any]:
     """Brings objects to the state in a checkpoint, whatever number of processes saved it.
 
     Everything is read into the host's memory, compared and agreed upon before anything changes.
@@ -211,6 +213,8 @@ def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
         path: folder.
         objects: as for :func:`save`, under the same names; plain values may be left out.
         process_group: those who load; default as in :func:`save`.
+        strict: False to load some of what was saved, such as ``{"backbone": net}`` for another
+            task; ``{}`` gives the plain values alone.
 
     Returns:
         The plain values, by name.
@@ -245,7 +249,7 @@ def load(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
             )
         metadata = storage.metadata_of(version)
         loading = Loading(
-            Objects(objects, group), structure["objects"], storage.stored_in(metadata)
+            Objects(objects, group), structure["objects"], storage.stored_in(metadata), strict
         )
         storage.read(version, metadata, loading.pieces)
         loading.keep_sums_once()

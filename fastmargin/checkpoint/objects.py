@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastmargin import deferred
 from fastmargin.checkpoint.pieces import Piece, Place, put_back, replace, take_out
 from fastmargin.distributed import collectives
-from fastmargin.distributed.shard import ClassShard
+from fastmargin.distributed.shard import ClassShard, overwrites, shards_in
 from fastmargin.head import MarginHead
 
 MODULE, OPTIMIZER, STATE, VALUE = "module", "optimizer", "state", "value"
@@ -43,14 +43,26 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def _check_state_is_whole(name: str, module: nn.Module) -> None:
+    """Raises ValueError where a part says that its ``state_dict`` leaves something out."""
+    for inner, part in module.named_modules():
+        left_out = getattr(part, "outside_state", None)
+        if left_out is not None:
+            raise ValueError(
+                f"{name}{inner and '.'}{inner}: the state_dict of a {type(part).__name__} leaves "
+                f"out {left_out}: leave it out of objects"
+            )
+
+
 class Objects:
     """The objects of one call, by name, and the processes that make it.
 
     group: of all processes that save or load; None for this one alone.
 
     Raises:
-        ValueError: a head's classes are on processes that take no part, or an optimiser has
-            parameters of no module, of which nobody can tell how the processes share them out.
+        ValueError: a head's classes are on processes that take no part, or were overwritten by
+            DDP; a module has more than its ``state_dict``; or an optimiser has parameters of no
+            module, of which nobody can tell how the processes share them out.
     """
 
     def __init__(self, objects: dict[str, Any], group) -> None:
@@ -60,9 +72,20 @@ class Objects:
         }
         self.objects, self.group = unwrapped, group
         self.kinds = {name: kind_of(thing) for name, thing in unwrapped.items()}
-        self.shards: dict[int, ClassShard] = {
-            id(head.weight): head.shard for _, head in self.heads() if head.shard is not None
-        }
+        self.rows: dict[str, ClassShard] = {}
+        """Of entries whose rows are shared out."""
+        self.shards: dict[int, ClassShard] = {}
+        """The same, by the identity of the parameter."""
+        for name, module in self.of_kind(MODULE).items():
+            _check_state_is_whole(name, module)
+            for inner, shard in shards_in(module).items():
+                entry, parameter = f"{name}.{inner}", module.get_parameter(inner)
+                if module is not objects[name] and overwrites(objects[name], parameter, shard):
+                    raise ValueError(
+                        f"{entry}: DistributedDataParallel has overwritten rows that processes "
+                        "share out: leave the head outside"
+                    )
+                self.rows[entry], self.shards[id(parameter)] = shard, shard
         self._check()
 
     def of_kind(self, kind: str) -> dict[str, Any]:
@@ -79,10 +102,10 @@ class Objects:
         if self.group is None:
             return
         members = set(collectives.ranks_of(self.group))
-        for name, head in self.heads():
-            if head.shard is not None and not members.issuperset(head.shard.processes()):
+        for entry, shard in self.rows.items():
+            if not members.issuperset(shard.processes()):
                 raise ValueError(
-                    f"{name}: processes {head.shard.processes()} share out its classes, and only "
+                    f"{entry}: processes {shard.processes()} share out its rows, and only "
                     f"{sorted(members)} take part: give a process_group of all"
                 )
         modules = self.of_kind(MODULE).values()
@@ -110,6 +133,13 @@ class Objects:
         return tuple(
             parameter.shape if shard is None else (shard.num_classes, *parameter.shape[1:])
         )
+
+    def piece_of(self, entry: str, tensor: Tensor) -> Piece:
+        """How an entry of a module is stored."""
+        shard = self.rows.get(entry)
+        if shard is None or hasattr(tensor, "placements"):
+            return Piece.of(entry, tensor)
+        return Piece.of_rows(tensor, shard.start, shard.num_classes)
 
     def sizes(self, optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
         return [
@@ -157,7 +187,7 @@ def take(objects: Objects) -> Taken:
             entry["state"] = _take_optimizer(name, thing, objects, taken.pieces)
         else:
             state = thing if kind == VALUE else thing.state_dict()
-            entry["state"] = take_out(state, name, taken.pieces)
+            entry["state"] = take_out(state, name, taken.pieces, objects.piece_of)
         structure[name] = entry
     if collectives.rank_in(objects.group) == 0:
         file = io.BytesIO()
@@ -216,6 +246,7 @@ class Loading:
     Args:
         structure: what was stored beside the tensors.
         stored: of every tensor that is stored, shape and dtype.
+        strict: all objects that were saved are here; otherwise those that are not stay behind.
 
     Raises:
         ValueError: it does not fit the objects.
@@ -226,7 +257,11 @@ class Loading:
         objects: Objects,
         structure: dict[str, dict[str, Any]],
         stored: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        strict: bool,
     ) -> None:
+        if not strict:
+            kinds = objects.kinds
+            structure = {n: e for n, e in structure.items() if n in kinds or e["kind"] == VALUE}
         self.objects, self.structure, self.stored = objects, structure, stored
         self.pieces: dict[str, Piece] = {}
         """To be filled from the files."""
@@ -251,7 +286,8 @@ class Loading:
         if absent or extra:
             raise ValueError(
                 f"objects: only in the checkpoint: {_listed(extra) or 'none'}; only here: "
-                f"{_listed(absent) or 'none'}: pass objects under the names they were saved with"
+                f"{_listed(absent) or 'none'}: pass objects under the names they were saved with, "
+                "and strict=False for some of them only"
             )
         for name, kind in here.items():
             entry, type_here = saved[name], type(self.objects.objects[name]).__name__
@@ -279,7 +315,7 @@ class Loading:
     def _plan_module(self, name: str) -> None:
         own: dict[str, Piece] = {}
         state = self.objects.objects[name].state_dict()
-        take_out(state, name, own)
+        take_out(state, name, own, self.objects.piece_of)
         saved = set(_places(self.structure[name]["state"], name))
         if own.keys() != saved:
             raise ValueError(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastmargin.first_order import first_order
 from fastmargin.margins.guards import add_angle
 from fastmargin.norms import inverse_norm
 from fastmargin.rows import inside
@@ -57,7 +57,7 @@ class _Chunks(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         x, weight, *rows = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]

@@ -9,10 +9,10 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from fastmargin.compat.scores import MOST_STREAMED, Scores
+from fastmargin.first_order import first_order
 
 _warned = False
 _warned_of_change = False
@@ -136,7 +136,7 @@ class _Origin(torch.autograd.Function):
         return StreamedLogits(scores)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor | None):
         wanted = ctx.needs_input_grad[1:]
         if grad is None:

@@ -40,6 +40,8 @@ class PartialFCV1(nn.Module):
     ``sub_weight_mom`` hold the rows of the step: all of them, or those that ``index`` names.
     """
 
+    outside_state = "its centres and their momentum, which save_params() writes"
+
     def __init__(
         self,
         rank: int,
@@ -106,6 +108,10 @@ class PartialFCV1(nn.Module):
             margin.to(self.device).train()
             margin.processes = GroupProcesses(shard, batch_size)
         self._shard, self._margin = shard, [margin]  # a list, so that it is no submodule
+
+    def shared_rows(self) -> dict[str, ClassShard]:
+        """For :func:`fastmargin.distributed.shard.shards_in`."""
+        return {} if self._shard is None else {"sub_weight": self._shard}
 
     def _margin_of(self, margin_softmax) -> Margin:
         return as_margin(margin_softmax)

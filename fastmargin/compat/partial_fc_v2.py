@@ -15,7 +15,7 @@ from fastmargin.compat.margin_losses import as_margin
 from fastmargin.deferred import SettledCopies
 from fastmargin.distributed import collectives
 from fastmargin.distributed.processes import GroupProcesses
-from fastmargin.distributed.shard import ClassShard, bounds
+from fastmargin.distributed.shard import ClassShard, bounds, check_outside_ddp
 from fastmargin.margins import Margin
 from fastmargin.sampling import ClassSampler
 
@@ -26,7 +26,7 @@ INIT_STD = 0.01
 class _Place:
     """What belongs to the head and is not in its ``state_dict``, where the original has nothing.
 
-    shard, sampler: made at the first step, when the centres are on their device.
+    shard, sampler: of the device that the centres are on.
     """
 
     margin: Margin | None
@@ -103,6 +103,12 @@ class PartialFCV2(SettledCopies, nn.Module):
         self.weight = nn.Parameter(torch.normal(0, INIT_STD, (self.num_local, embedding_size)))
         self.margin_softmax = margin_loss
         self._place = _Place(margin)
+        self._placed()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._placed()  # here and not in a step, which may be traced
+        return self
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Mean loss over the rows of all processes, the same number on each.
@@ -120,6 +126,7 @@ class PartialFCV2(SettledCopies, nn.Module):
         if self.faithful:
             return self._official(local_embeddings, local_labels)
         place, margin = self._placed(), self._place.margin
+        check_outside_ddp(self.weight, place.shard)
         rows = local_embeddings.shape[0] if isinstance(local_embeddings, Tensor) else 0
         if place.shard is not None and 0 < self.last_batch_size < rows:
             raise ValueError(
@@ -154,6 +161,14 @@ class PartialFCV2(SettledCopies, nn.Module):
             self.last_batch_size = found.batch.rows
         return loss
 
+    def shared_rows(self) -> dict[str, ClassShard]:
+        """For :func:`fastmargin.distributed.shard.shards_in`: rows of ``weight``, classes or not."""
+        if self.world_size == 1:
+            return {}
+        padded = self.num_local * self.world_size
+        rows = self._classes if self.split == "even" else padded
+        return {"weight": ClassShard.of(rows, "world", self.weight.device.type, self.split)}
+
     def _margin_of(self, margin_loss) -> Margin:
         return as_margin(margin_loss)
 
@@ -161,9 +176,9 @@ class PartialFCV2(SettledCopies, nn.Module):
         """Shows the margin the state that the classifier keeps for it."""
 
     def _placed(self) -> _Place:
-        """The place, once the centres are on their device."""
+        """The place, for the device that the centres are on."""
         place, device = self._place, self.weight.device
-        if place.device != device:
+        if place.device != device and not self.weight.is_meta:
             shard = None
             if self.world_size > 1:
                 shard = ClassShard.of(self._classes, "world", device.type, self.split)

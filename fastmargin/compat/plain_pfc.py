@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmargin.distributed import collectives
+from fastmargin.first_order import first_order
 from fastmargin.sampling import Sample
 
 SMALLEST_PROBABILITY = 1e-30
@@ -99,6 +100,7 @@ class _CrossEntropy(torch.autograd.Function):
         return -own.clamp_min(SMALLEST_PROBABILITY).log().mean()
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: Tensor):
         share, row, column = ctx.saved_tensors
         share[row, column] -= 1

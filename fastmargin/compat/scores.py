@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -52,6 +53,17 @@ class Scores(Protocol):
 
     def with_rows(self, x: Tensor) -> Scores:
         """The same of other rows."""
+
+
+def _without_autocast(method):
+    """Products of the logits in their own type, as the passes have them."""
+
+    @functools.wraps(method)
+    def run(self, *args):
+        with torch.autocast(self.device.type, enabled=False):
+            return method(self, *args)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,7 @@ class CentreScores:
             return False
         return torch.equal(target[takes_part], self.labels[takes_part])
 
+    @_without_autocast
     def rows(self, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         takes_part = counted & inside(target, self.shape[1])
         same = self._is_given(target, takes_part)
@@ -177,6 +190,7 @@ class CentreScores:
         rows = rows.to(self.dtype)
         return rows * inverse_norm(rows)
 
+    @_without_autocast
     def total(self, class_weight: Tensor | None) -> Tensor:
         factor = inverse_norm(self.weight.to(self.dtype)).squeeze(1)
         if class_weight is not None:
@@ -193,6 +207,7 @@ class CentreScores:
             total = total + moved
         return self.form.scale * total
 
+    @_without_autocast
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         labels = self.labels
         if labels is None:
@@ -214,6 +229,7 @@ class CentreScores:
             index = index.gather(1, place)
         return self.form.scale * cosine, index
 
+    @_without_autocast
     def dense(self) -> Tensor:
         logits = self.x @ self._unit(self.weight).t()
         if self.labels is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmargin.distributed import collectives
 
@@ -193,3 +193,40 @@ class ClassShard:
 
     def __deepcopy__(self, memo) -> ClassShard:
         return self  # process groups are not copied
+
+
+def check_outside_ddp(rows: Tensor, shard: ClassShard | None) -> None:
+    """Raises ValueError in a forward of DDP that takes shared-out rows for copies of one another.
+
+    It has overwritten them with those of its first process, and would mix their gradients.
+    """
+    ddp = None
+    if shard is not None and not torch.compiler.is_compiling():
+        ddp = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if ddp is not None and overwrites(ddp, rows, shard):
+        raise ValueError(
+            "DistributedDataParallel is around a head that shares out its classes, and has "
+            "overwritten them: make the head anew, and leave it outside (wrap the backbone alone)"
+        )
+
+
+def overwrites(ddp: nn.parallel.DistributedDataParallel, rows: Tensor, shard: ClassShard) -> bool:
+    """Whether DDP keeps a parameter alike on processes that share out its rows."""
+    copies = dist.get_process_group_ranks(ddp.process_group)
+    if len(set(copies).intersection(dist.get_process_group_ranks(shard.group))) < 2:
+        return False
+    parameters = ddp.module.named_parameters()
+    return any(p is rows and name not in ddp.parameters_to_ignore for name, p in parameters)
+
+
+def shards_in(module: nn.Module) -> dict[str, ClassShard]:
+    """Of the parameters in a module whose rows processes share out, by name, as the parts say.
+
+    A part says so with a method ``shared_rows`` that gives them by its own names.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: shard
+        for prefix, part in module.named_modules()
+        if hasattr(part, "shared_rows")
+        for name, shard in part.shared_rows().items()
+    }
