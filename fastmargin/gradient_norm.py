@@ -27,7 +27,8 @@ def total_norm(*modules: nn.Module) -> Tensor:
         for module in (backbone, head):
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), 5.0, norm)
 
-    With a head whose classes are shared out, all its processes call this. Nothing waits for the device.
+    With a head whose classes are shared out, all its processes call this. Nothing waits for the
+    device.
 
     Raises:
         ValueError: the modules have no parameter, or one whose gradient is not formed (``fused``

@@ -235,6 +235,23 @@ def test_what_does_not_fit_changes_nothing(misfit, tmp_path):
     assert_same(snapshot(objects), before)
 
 
+def test_some_of_what_was_saved(tmp_path):
+    saved = {**stepped(small()), "backbone": nn.Linear(3, 2)}
+    fm.checkpoint.save(tmp_path, {**saved, "epoch": 7})
+    assert fm.checkpoint.load(tmp_path, {}, strict=False) == {"epoch": 7}
+    backbone = nn.Linear(3, 2)
+    assert fm.checkpoint.load(tmp_path, {"backbone": backbone}, strict=False) == {"epoch": 7}
+    assert torch.equal(backbone.weight, saved["backbone"].weight)
+    fresh_start = small()
+    fm.checkpoint.load(tmp_path, {"head": fresh_start["head"]}, strict=False)
+    assert torch.equal(fresh_start["head"].weight, saved["head"].weight)
+    assert not fresh_start["optimiser"].state
+    with pytest.raises(ValueError, match=r"only here: net: .* strict=False"):
+        fm.checkpoint.load(tmp_path, {"net": backbone}, strict=False)
+    with pytest.raises(ValueError, match=r"only in the checkpoint: head, optimiser;"):
+        fm.checkpoint.load(tmp_path, {"backbone": backbone})
+
+
 def one_refuses(group, path):
     objects = stepped(small(group=group), group.rank())
     objects["other"] = Refuses(group.rank() == 1)

@@ -220,3 +220,11 @@ def test_labels_may_change_afterwards():
     truth = dense(x, weight, scale, labels.clone())
     labels.zero_()
     assert relative_error(logits.dense(), truth) < 1e-12
+
+
+def test_second_order_gradient_is_refused():
+    x, weight, scale, labels = parts()
+    loss = F.cross_entropy(streamed(x, weight, scale, labels), labels)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + grad.square().sum()).backward()

@@ -261,6 +261,26 @@ def tensors(result):
     return result if isinstance(result, tuple) else (result,)
 
 
+@pytest.mark.parametrize("form", [ARC, None])
+def test_all_of_them_in_autocast(form):
+    """Products in the type of the embeddings, as the passes have them."""
+    x, weight, labels = parts(dtype=torch.float32)
+    logits = stream(CentreScores.of(x, weight, form or PLAIN, labels if form else None))
+    soft = F.one_hot(labels, 50).float()
+    uses = (
+        lambda: logits.dense(),
+        lambda: logits.softmax(1),
+        lambda: F.cross_entropy(logits, soft),
+        lambda: F.cross_entropy(logits, labels, label_smoothing=0.1),
+    )
+    expected = [use() for use in uses]
+    logits = stream(CentreScores.of(x, weight, form or PLAIN, labels if form else None))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [use() for use in uses]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 def test_named_arguments():
     x, weight, labels = parts()
     out = stream(CentreScores.of(x, weight, ARC, labels))

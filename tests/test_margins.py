@@ -179,6 +179,18 @@ def test_a_subclass_with_its_own_forward_is_heard():
     torch.testing.assert_close(loss, same)
 
 
+@pytest.mark.parametrize("base", [CosFace, NPT])
+@pytest.mark.parametrize("shape", [lambda c: c[:, None], lambda c: c.mean()])
+def test_a_margin_of_another_shape_is_refused(base, shape):
+    class Mine(base):
+        def forward(self, cos_y, *rest):
+            return shape(cos_y - 0.1)
+
+    case = testing.make_case("random")
+    with pytest.raises(ValueError, match=r"margin: Mine returned shape .* one number for each row"):
+        fm.margin_loss(case.x, case.weight, case.labels, Mine())
+
+
 def test_learnable_margin_gets_nothing_from_ignored_rows():
     """Not 0 * inf either, where its formula is singular at the norm 0 that such rows have here."""
 

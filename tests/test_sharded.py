@@ -219,6 +219,9 @@ def unlike(group, what: str):
             fm.MarginHead(DIM, 70 if first else 72, fm.ArcFace(), group=group)
         elif what == "seed":
             fm.MarginHead(DIM, 70, fm.ArcFace(), group=group, seed=int(first))
+        elif what == "margin":
+            margin = fm.ArcFace(m=0.5 if first else 0.3)
+            fm.MarginHead(DIM, 70, margin, group=group)
         elif what == "requires_grad":
             head_of("arcface", 70, group)(x.requires_grad_(first), labels)
         elif what == "width":
@@ -237,6 +240,7 @@ def unlike(group, what: str):
     [
         ("classes", "ValueError: num_classes is 70 on this", "ValueError: num_classes is 72 on"),
         ("seed", "ValueError: seed is 1 on this process", "ValueError: seed is 0 on this process"),
+        ("margin", "ValueError: margin is ArcFace(m=0.5", "ValueError: margin is ArcFace(m=0.3"),
         ("requires_grad", "ValueError: embeddings: some processes want a gradient", None),
         (
             "width",

@@ -162,7 +162,7 @@ class PartialFCV2(SettledCopies, nn.Module):
         return loss
 
     def shared_rows(self) -> dict[str, ClassShard]:
-        """For :func:`fastmargin.distributed.shard.shards_in`: rows of ``weight``, classes or not."""
+        """For :func:`fastmargin.distributed.shard.shards_in`; rows need not be classes."""
         if self.world_size == 1:
             return {}
         padded = self.num_local * self.world_size
