@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from fastmargin import __version__
+
 app = typer.Typer(
     name="fastmargin",
     help="Margin-softmax heads for PyTorch.",
@@ -46,8 +48,18 @@ class Kernel(str, Enum):
     topk = "topk"
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def fastmargin() -> None:
+def fastmargin(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
     """Margin-softmax heads for PyTorch."""
 
 

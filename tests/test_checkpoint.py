@@ -235,6 +235,14 @@ def test_what_does_not_fit_changes_nothing(misfit, tmp_path):
     assert_same(snapshot(objects), before)
 
 
+def test_objects_have_names(tmp_path):
+    with pytest.raises(TypeError, match="by name, such as"):
+        fm.checkpoint.save(tmp_path, [small()["head"]])
+    fm.checkpoint.save(tmp_path, small())
+    with pytest.raises(TypeError, match="by name, such as"):
+        fm.checkpoint.load(tmp_path, [small()["head"]])
+
+
 def test_some_of_what_was_saved(tmp_path):
     saved = {**stepped(small()), "backbone": nn.Linear(3, 2)}
     fm.checkpoint.save(tmp_path, {**saved, "epoch": 7})

@@ -86,3 +86,10 @@ def test_no_dangling_links(page):
 def test_readme_is_short():
     """Its tables of numbers are tested in test_bench_publish.py."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_command_is_there_without_being_installed():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastmargin", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, fm.__version__), done.stderr

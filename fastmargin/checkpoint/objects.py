@@ -66,6 +66,11 @@ class Objects:
     """
 
     def __init__(self, objects: dict[str, Any], group) -> None:
+        if not isinstance(objects, dict):
+            raise TypeError(
+                'objects must be a dict by name, such as {"head": head}, got a '
+                f"{type(objects).__name__}"
+            )
         unwrapped = {
             name: thing.module if isinstance(thing, nn.parallel.DistributedDataParallel) else thing
             for name, thing in objects.items()
