@@ -268,7 +268,7 @@ class TritonBackend(Composed):
         want_pull: bool,
         precision: str,
     ) -> SoftmaxLoss:
-        from fastmargin.backends.triton.configs import OPERAND_DTYPES, resolve_precision
+        from fastmargin.backends.triton.configs import resolve_precision
         from fastmargin.backends.triton.margin_loss import margin_loss
         from fastmargin.backends.triton.row_prologue import unit_rows
 
@@ -277,7 +277,7 @@ class TritonBackend(Composed):
             rest = class_start, num_classes, form, ema, reduction, want_pull, precision
             return super().softmax_loss(x, weight, index, labels, columns, *rest)
         precision = resolve_precision(precision, _interpreted())
-        x_hat, operand, norm = unit_rows(x, labels, OPERAND_DTYPES[precision])
+        x_hat, operand, norm = unit_rows(x, labels, precision)
         stats, centres, inverse = _row_stats(
             x_hat,
             operand,

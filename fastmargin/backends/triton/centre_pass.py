@@ -36,14 +36,14 @@ from fastmargin.backends.triton.launch import chip, on_device
 from fastmargin.backends.triton.own_rows import NO_ROW, OwnRows
 from fastmargin.backends.triton.tile import (
     LOG2E,
-    cast,
     cosines,
     first_product,
     hard_rule,
     indexed_rows,
     matmul,
+    operand,
     row_pointer,
-    settled,
+    runs_ahead,
 )
 from fastmargin.spec import HardRule, SgdUpdate
 
@@ -119,7 +119,7 @@ def centre_pass_kernel(
     IN_PLACE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    HOPPER: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     if COUNTED:
         B = tl.load(p_count)
@@ -143,41 +143,42 @@ def centre_pass_kernel(
     b_grad = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
     if COLUMNS > 1:
         b_radial = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, B, BLOCK_B):
-        o_b = first + tl.arange(0, BLOCK_B)
+    o_column = column_start + o_c
+    for first in tl.range(0, B, BLOCK_B, num_stages=AHEAD):
         if WHOLE:
             b_x = d_x.load([first, 0])
-            b_cos = first_product(b_w, tl.trans(b_x), C, BLOCK_C, BLOCK_B, PRECISION)
-        else:
-            b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
+        if runs_ahead(first < B, AHEAD):
+            o_b = first + tl.arange(0, BLOCK_B)
+            if WHOLE:
+                b_cos = first_product(b_w, tl.trans(b_x), C, BLOCK_C, BLOCK_B, PRECISION)
+            else:
+                b_cos = cosines(d_w, d_x, start, first, D, BLOCK_C, BLOCK_B, BLOCK_K, PRECISION)
 
-        b_level = tl.load(p_level + o_b) - power
-        b_code = tl.load(p_code + o_b)
-        b_f = b_cos
-        if HAS_HARD:
-            m_b = o_b < B
-            b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
-            b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
-        b_z = scale2 * b_f - b_level[None, :]
-        b_z = tl.where((column_start + o_c)[:, None] == (b_code >> 1)[None, :], float("-inf"), b_z)
-        if HAS_HARD:
-            # rounding may put a cosine on the other side of its threshold than in the forward pass,
-            # and its exponential above the sum of all
-            b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
-            b_most = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E) - b_level
-            b_z = tl.minimum(b_z, b_most[None, :], propagate_nan=tl.PropagateNan.ALL)
-        b_g = tl.exp2(b_z)
-        b_g = tl.where((b_code & 1)[None, :] == 1, -b_g, b_g)
-        if HAS_HARD:
-            b_g *= b_slope
-        b_half = cast(b_g, d_x.dtype)
-        if COLUMNS > 1:  # of the rounded gradients, so that it matches what the product sums up
-            b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
-        if not (WHOLE and COLUMNS == 1):
-            b_x = d_x_grad.load([first, i_d * BLOCK_D])
-        if HOPPER:
-            b_grad = settled(b_grad, C)
-        b_grad = matmul(b_half, b_x, b_grad, PRECISION)
+            b_level = tl.load(p_level + o_b) - power
+            b_code = tl.load(p_code + o_b)
+            b_f = b_cos
+            if HAS_HARD:
+                m_b = o_b < B
+                b_threshold = tl.load(p_threshold + o_b, mask=m_b, other=2.0)
+                b_f, b_slope = hard_rule(b_cos, b_threshold[None, :], p_rule)
+            b_z = scale2 * b_f - b_level[None, :]
+            b_z = tl.where(o_column[:, None] == (b_code >> 1)[None, :], float("-inf"), b_z)
+            if HAS_HARD:
+                # rounding may put a cosine on the other side of its threshold than in the forward
+                # pass, and its exponential above the sum of all
+                b_lse = tl.load(p_lse + o_b, mask=m_b, other=0.0)
+                b_most = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E) - b_level
+                b_z = tl.minimum(b_z, b_most[None, :], propagate_nan=tl.PropagateNan.ALL)
+            b_g = tl.exp2(b_z)
+            b_g = tl.where((b_code & 1)[None, :] == 1, -b_g, b_g)
+            if HAS_HARD:
+                b_g *= b_slope
+            b_half = operand(b_g, d_x.dtype, PRECISION)
+            if COLUMNS > 1:  # of the rounded gradients, so that it matches what the product sums up
+                b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
+            if not (WHOLE and COLUMNS == 1):
+                b_x = d_x_grad.load([first, i_d * BLOCK_D])
+            b_grad = matmul(b_half, b_x, b_grad, PRECISION)
 
     m_c = o_c < C
     b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)
@@ -202,6 +203,10 @@ def centre_pass_kernel(
     unit = (p_unit + start.to(tl.int64) * WIDE, m_c)
     if COLUMNS == 1:
         b_radial = along_centres(b_grad, unit, 0, WIDE, BLOCK_C, BLOCK_D, FINISHED, RAGGED)
+    else:
+        # Nothing is added. As threads have it from the loop, everything to come would be laid out
+        # like that, and the gradient twice.
+        b_radial = tl.sum(tl.join(b_radial, tl.zeros_like(b_radial)), 1)
     finish(
         b_grad,
         b_radial,
@@ -235,13 +240,10 @@ def constants(
     counted: bool,
     epilogue: triton.JITFunction,
     stochastic: bool,
-    short: bool,  # 16-bit centres
     arch: int,
 ) -> dict:
     """Compile-time arguments."""
-    finished = FINISHED_AT_ONCE
-    if stochastic or (short and d > tile.block_d):
-        finished //= 2  # noise takes registers, as do 16-bit rows beside the sums along them
+    finished = FINISHED_AT_ONCE // 2 if stochastic else FINISHED_AT_ONCE  # noise takes registers
     return {
         "INDEXED": indexed,
         "D": d,
@@ -254,7 +256,7 @@ def constants(
         "IN_PLACE": epilogue is not epilogues.store_gradient,
         "EPILOGUE": epilogue,
         "STOCHASTIC": stochastic,
-        "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
+        "AHEAD": tile.num_stages if arch == 90 else None,
         **tile.arguments(),
     }
 
@@ -320,7 +322,6 @@ def centre_pass(
             skip_zero_rows,
             epilogue,
             key is not None,
-            weight.element_size() == 2,
             arch,
         )
         rows_of = slice(part.start, stop) if index is None else slice(None)

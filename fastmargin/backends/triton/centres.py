@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastmargin.backends.triton.configs import (
+    DOT_PRECISION,
     OPERAND_DTYPES,
     block_of,
     is_packed,
@@ -26,10 +27,10 @@ from fastmargin.backends.triton.configs import (
 )
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import (
-    cast,
     indexed_rows,
     inverse_norms,
     load_rows,
+    operand,
     row_pointer,
 )
 
@@ -56,6 +57,9 @@ class Centres:
 def as_operand(x_hat: Tensor, precision: str) -> Tensor:
     """Unit rows (B, D) as (B, D') in the operand type."""
     dtype = OPERAND_DTYPES[precision]
+    if precision == "tf32":  # to nearest, as `tile.operand` does
+        bits = (x_hat.view(torch.int32) + 0x1000) & -0x2000
+        x_hat = torch.where(x_hat.isnan(), x_hat, bits.view(torch.float32))
     x_hat, missing = x_hat.to(dtype), operand_width(x_hat.shape[1], dtype) - x_hat.shape[1]
     return torch.nn.functional.pad(x_hat, (0, missing)) if missing else x_hat.contiguous()
 
@@ -89,7 +93,7 @@ def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator
         rows, places = weight, None if index is None else index[start : start + n]
         if index is None:
             rows = weight[start : start + n]
-        stage(rows, places, inverse[:n], operand[:n])
+        stage(rows, places, precision, inverse[:n], operand[:n])
         yield Centres(start, operand[:n], inverse[:n], index is not None)
 
 
@@ -124,6 +128,7 @@ def stage_kernel(
     INDEXED: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -150,34 +155,38 @@ def stage_kernel(
             INDEXED,
             D % BLOCK_D != 0,
         )
-        b_tile = cast(b_tile.to(tl.float32) * b_inverse[:, None], p_operand.dtype.element_ty)
+        b_tile = b_tile.to(tl.float32) * b_inverse[:, None]
+        b_tile = operand(b_tile, p_operand.dtype.element_ty, PRECISION)
         o_d = start + tl.arange(0, BLOCK_D)
         p_tile = p_operand + (o_c[:, None] * WIDTH + o_d[None, :])
         tl.store(p_tile, b_tile, mask=(o_c < C)[:, None] & (o_d < WIDTH)[None, :])
 
 
-def constants(d: int, packed: bool, indexed: bool, width: int) -> dict:
+def constants(d: int, packed: bool, indexed: bool, width: int, precision: str) -> dict:
     """Compile-time arguments."""
     return {
         "PACKED": packed,
         "INDEXED": indexed,
         "D": d,
         "WIDTH": width,
+        "PRECISION": DOT_PRECISION[precision],
         "BLOCK_C": 32,
         "BLOCK_D": min(block_of(d), 128),
         "num_warps": 4,
     }
 
 
-def stage(weight: Tensor, index: Tensor | None, inverse: Tensor, operand: Tensor) -> None:
+def stage(
+    weight: Tensor, index: Tensor | None, precision: str, inverse: Tensor, unit: Tensor
+) -> None:
     """Fills in inverse norms (n,) and unit rows (n, D') of ``weight`` (C, D) or of its rows."""
     n, d = inverse.shape[0], weight.shape[1]
-    fixed = constants(d, is_packed(weight), index is not None, operand.shape[1])
+    fixed = constants(d, is_packed(weight), index is not None, unit.shape[1], precision)
     with on_device(weight):
         stage_kernel[(triton.cdiv(n, fixed["BLOCK_C"]),)](
             weight,
             index,
-            operand,
+            unit,
             inverse,
             n,
             weight.shape[0],

@@ -7,9 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmargin.backends.triton.configs import block_of, operand_width
+from fastmargin.backends.triton.configs import (
+    DOT_PRECISION,
+    OPERAND_DTYPES,
+    block_of,
+    operand_width,
+)
 from fastmargin.backends.triton.launch import on_device
-from fastmargin.backends.triton.tile import cast, inverse
+from fastmargin.backends.triton.tile import inverse, operand
 from fastmargin.spec import NormEma
 
 ROWS_PER_STEP = 1024
@@ -27,6 +32,7 @@ def row_prologue_kernel(
     stride_xd,
     HAS_LABELS: tl.constexpr,
     HAS_OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -48,7 +54,8 @@ def row_prologue_kernel(
     if HAS_OPERAND:
         o_tile = o_b[:, None] * WIDTH + o_d[None, :]
         m_tile = m_b[:, None] & (o_d < WIDTH)[None, :]
-        tl.store(p_operand + o_tile, cast(b_x_hat, p_operand.dtype.element_ty), mask=m_tile)
+        b_x_hat = operand(b_x_hat, p_operand.dtype.element_ty, PRECISION)
+        tl.store(p_operand + o_tile, b_x_hat, mask=m_tile)
     tl.store(p_norm + o_b, b_norm, mask=m_b)
 
 
@@ -112,13 +119,14 @@ def _counted(p_norm, p_label, o_b, B, low, high):
     return m_row, tl.minimum(tl.maximum(tl.where(m_row, b_norm, 0.0), low), high)
 
 
-def constants(d: int, has_labels: bool, width: int | None) -> dict:
+def constants(d: int, has_labels: bool, width: int | None, precision: str) -> dict:
     """Compile-time arguments of the first kernel; without a width no operand."""
     block_d = block_of(d)
     rows = max(1, min(16, 2048 // block_d))
     return {
         "HAS_LABELS": has_labels,
         "HAS_OPERAND": width is not None,
+        "PRECISION": DOT_PRECISION[precision],
         "D": d,
         "WIDTH": width or d,
         "BLOCK_R": rows,
@@ -133,36 +141,37 @@ def statistics_constants() -> dict:
 
 
 def unit_rows(
-    x: Tensor, labels: Tensor | None, operand_dtype: torch.dtype = torch.float32
+    x: Tensor, labels: Tensor | None, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``x_hat`` (B, D), the same (B, D') in the operand type, and norms (B,), in one launch.
 
     Args:
         x: (B, D), any strides.
         labels: (B,) contiguous, int64: rows below 0 come out as zeros; None: there are none.
-        operand_dtype: with fp32, the second result is the first one, unless D' > D.
+        precision: of the operand; with "fp32" the second result is the first one, unless D' > D.
     """
     b, d = x.shape
     x_hat = torch.empty((b, d), dtype=torch.float32, device=x.device)
     norm = torch.empty((b,), dtype=torch.float32, device=x.device)
-    width = operand_width(d, operand_dtype)
-    has_operand = operand_dtype != torch.float32 or width != d
-    operand = x_hat.new_empty((b, width), dtype=operand_dtype) if has_operand else x_hat
-    fixed = constants(d, labels is not None, width if has_operand else None)
+    dtype = OPERAND_DTYPES[precision]
+    width = operand_width(d, dtype)
+    has_operand = precision != "fp32" or width != d
+    made = x_hat.new_empty((b, width), dtype=dtype) if has_operand else x_hat
+    fixed = constants(d, labels is not None, width if has_operand else None, precision)
     if b > 0:
         with on_device(x):
             row_prologue_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](
                 x,
                 labels,
                 x_hat,
-                operand if has_operand else None,
+                made if has_operand else None,
                 norm,
                 b,
                 x.stride(0),
                 x.stride(1),
                 **fixed,
             )
-    return x_hat, operand, norm
+    return x_hat, made, norm
 
 
 def norm_statistics(norm: Tensor, labels: Tensor, ema: NormEma) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,6 @@ from fastmargin.backends.triton.tile import (
     NO_SHIFT,
     RISE,
     START,
-    cast,
     cosines,
     first_product,
     folded_max,
@@ -40,7 +39,8 @@ from fastmargin.backends.triton.tile import (
     hard_rule,
     local_columns,
     matmul,
-    settled,
+    operand,
+    runs_ahead,
 )
 from fastmargin.spec import HardRule
 
@@ -87,7 +87,7 @@ def stats_forward_kernel(
     ONLINE: tl.constexpr,
     HAS_HARD: tl.constexpr,
     LAZY: tl.constexpr,
-    HOPPER: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     WHOLE: tl.constexpr = BLOCK_K >= D  # a block holds whole rows, so it may serve both products
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D if WANT_PULL else 1
@@ -114,47 +114,47 @@ def stats_forward_kernel(
 
     i_first = i_split * tiles_per_split
     i_last = tl.minimum(i_first + tiles_per_split, tl.cdiv(C, BLOCK_C))
-    for i_c in range(i_first, i_last):
+    for i_c in tl.range(i_first, i_last, num_stages=AHEAD):
         start = i_c * BLOCK_C
-        o_c = start + tl.arange(0, BLOCK_C)
         if WHOLE:
             b_w = d_w.load([start, 0])
-            b_cos = first_product(b_x, tl.trans(b_w), C, BLOCK_B, BLOCK_C, PRECISION)
-        else:
-            b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
-        b_cos = tl.where(o_c[None, :] != b_column[:, None], b_cos, float("-inf"))
-        if GAPS:
-            m_c = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0) >= 0
-            b_cos = tl.where(m_c[None, :], b_cos, float("-inf"))
-        if start + BLOCK_C > C:
-            b_cos = tl.where((o_c < C)[None, :], b_cos, float("-inf"))
-        b_max = tl.maximum(b_max, folded_max(b_cos, BLOCK_B, BLOCK_C))
-        b_z = scale2 * b_cos
-        if HAS_HARD:
-            b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
-            b_z = scale2 * b_f
-        if ONLINE:
-            b_rise = b_z - b_shift[:, None]
-            if _any_rises(b_rise, LAZY):
-                b_top = tl.max(b_z, 1)
-                b_risen = tl.where(b_top > b_shift + RISE, tl.ceil(b_top) - START, b_shift)
-                b_ratio = tl.exp2(b_shift - b_risen)
-                b_shift = b_risen
-                b_sum *= b_ratio[:, None, None]
-                if WANT_PULL:
-                    b_pull *= b_ratio[:, None]
-                b_rise = b_z - b_shift[:, None]
-            b_z = b_rise
-        b_e = tl.exp2(b_z)
-        b_sum += folded_sum(b_e, BLOCK_B, BLOCK_C)
-        if WANT_PULL:
+        if runs_ahead(i_c < i_last, AHEAD):
+            o_c = start + tl.arange(0, BLOCK_C)
+            if WHOLE:
+                b_cos = first_product(b_x, tl.trans(b_w), C, BLOCK_B, BLOCK_C, PRECISION)
+            else:
+                b_cos = cosines(d_x, d_w, first, start, D, BLOCK_B, BLOCK_C, BLOCK_K, PRECISION)
+            b_cos = tl.where(o_c[None, :] != b_column[:, None], b_cos, float("-inf"))
+            if GAPS:
+                m_c = tl.load(p_inverse + o_c, mask=o_c < C, other=0.0) >= 0
+                b_cos = tl.where(m_c[None, :], b_cos, float("-inf"))
+            if start + BLOCK_C > C:
+                b_cos = tl.where((o_c < C)[None, :], b_cos, float("-inf"))
+            b_max = tl.maximum(b_max, folded_max(b_cos, BLOCK_B, BLOCK_C))
+            b_z = scale2 * b_cos
             if HAS_HARD:
-                b_e *= b_slope * slope_unit
-            if not (WHOLE and COLUMNS == 1):
-                b_w = d_w_pull.load([start, i_d * BLOCK_D])
-            if HOPPER and not ONLINE:  # a shift uses the sum as well
-                b_pull = settled(b_pull, C)
-            b_pull = matmul(cast(b_e, d_w.dtype), b_w, b_pull, PRECISION)
+                b_f, b_slope = hard_rule(b_cos, b_threshold[:, None], p_rule)
+                b_z = scale2 * b_f
+            if ONLINE:
+                b_rise = b_z - b_shift[:, None]
+                if _any_rises(b_rise, LAZY):
+                    b_top = tl.max(b_z, 1)
+                    b_risen = tl.where(b_top > b_shift + RISE, tl.ceil(b_top) - START, b_shift)
+                    b_ratio = tl.exp2(b_shift - b_risen)
+                    b_shift = b_risen
+                    b_sum *= b_ratio[:, None, None]
+                    if WANT_PULL:
+                        b_pull *= b_ratio[:, None]
+                    b_rise = b_z - b_shift[:, None]
+                b_z = b_rise
+            b_e = tl.exp2(b_z)
+            b_sum += folded_sum(b_e, BLOCK_B, BLOCK_C)
+            if WANT_PULL:
+                if HAS_HARD:
+                    b_e *= b_slope * slope_unit
+                if not (WHOLE and COLUMNS == 1):
+                    b_w = d_w_pull.load([start, i_d * BLOCK_D])
+                b_pull = matmul(operand(b_e, d_w.dtype, PRECISION), b_w, b_pull, PRECISION)
 
     o_row = i_split.to(tl.int64) * B + o_b
     if WANT_PULL:
@@ -184,7 +184,7 @@ def constants(
         # The branch takes registers, as a rule and a mask of empty places do, and, before sm_90,
         # pointers of tiles. Without a pull it saves nothing.
         "LAZY": want_pull and not (has_hard or gaps or 80 <= arch < 90),
-        "HOPPER": arch == 90 and precision in ("bf16", "fp16"),
+        "AHEAD": tile.num_stages if arch == 90 and want_pull else None,
         "GAPS": gaps,
         "D": d,
         "PRECISION": DOT_PRECISION[precision],

@@ -158,12 +158,30 @@ def cast(b_value, TYPE: tl.constexpr):
 
 
 @triton.jit
+def operand(b_value, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """fp32 as an operand of a product, to nearest. Of a tf32 operand the GPU reads 19 bits."""
+    if PRECISION == "tf32":
+        if EMULATED:
+            b_bits = (b_value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+            b_value = tl.where(b_value == b_value, b_bits.to(tl.float32, bitcast=True), b_value)
+        else:
+            b_bits = tl.inline_asm_elementwise(
+                "cvt.rna.tf32.f32 $0, $1;", "=r,f", [b_value], dtype=tl.int32, is_pure=True, pack=1
+            )
+            b_value = b_bits.to(tl.float32, bitcast=True)
+    return cast(b_value, TYPE)
+
+
+@triton.jit
 def matmul(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """``b_sum + b_left @ b_right`` with fp32 accumulation."""
     if EMULATED:
         # the interpreter multiplies the bit patterns of bf16; in fp32 the products are the same
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)
+        if PRECISION == "tf32":
+            b_left = (b_left.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+            b_right = (b_right.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
@@ -186,16 +204,12 @@ def first_product(
 
 
 @triton.jit
-def settled(b_sum, count):
-    """``b_sum`` when the product that it came from is done; ``count`` is not below 0.
-
-    Triton leaves a product under way until the next one with the same accumulator, if nothing else
-    uses that. The assembler may then find other writes to registers meanwhile and let every
-    instruction of all products wait for the one before. A branch that is never taken is a use.
-    """
-    if count < 0:
-        b_sum += 1.0
-    return b_sum
+def runs_ahead(within, AHEAD: tl.constexpr):
+    """``within``, which is true, if AHEAD, so that what depends on it stays behind a branch."""
+    if AHEAD is None:
+        return True
+    else:
+        return within
 
 
 @triton.jit
