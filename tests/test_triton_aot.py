@@ -89,17 +89,46 @@ def test_a_spill_shows():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["stats_forward", "centre_pass"])
 def test_products_that_wait_for_each_other_show(kernel):
-    """The second product of a tile left under way, as Triton would have it."""
+    """The second product of a tile left under way, as Triton has it without a branch around."""
     code = (
         f"import sys; from fastmargin.backends.triton import aot, {kernel} as module;"
         "own = module.constants;"
-        "module.constants = lambda *a: own(*a) | {'HOPPER': False};"
+        "module.constants = lambda *a: own(*a) | {'AHEAD': None};"
         "of = [p for p in aot.problems() if p.name.startswith('D=512 bf16')];"
         f"build = next(b for b in aot.builds(90, of) if b.name.startswith('{kernel}'));"
         "report = aot.compile_build(build);"
         "sys.stdout.write(f'{report.serial} {report.fits} {report.products}')"
     )
     assert printed_by(code) == ["True", "False", "wgmma.mma_async"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_next_tile_is_copied_while_this_one_is_multiplied(ahead):
+    """Hopper: between the wait for a tile and its products the copy of the next one begins."""
+    late = "" if ahead else "module.constants = lambda *a, own=own: own(*a) | {'AHEAD': None}"
+    code = f"""
+import re
+from fastmargin.backends.triton import aot, centre_pass, stats_forward
+for module in (centre_pass, stats_forward):
+    own = module.constants
+    {late}
+of = [p for p in aot.problems() if re.match("D=(128|256|512) (fp16|bf16) W=fp32", p.name)]
+for build in aot.builds(90, of):
+    if re.search("stats_forward.* pull|centre_pass.*sgd_momentum", build.name):
+        steps = re.findall(
+            "(mbarrier.try_wait)|(cp.async.bulk.tensor)|(wgmma.mma)", build.compiled().asm["ptx"]
+        )
+        text = "".join("WCP"[[bool(part) for part in step].index(True)] for step in steps)
+        print(build.name.replace(" ", "_"), "P" in text and "WP" not in text)
+"""
+    words = printed_by(code)
+    names, found = words[::2], words[1::2]
+    assert len(names) > 10 and {name.split("_D=")[0] for name in names} == {*PASSES[:2]}
+    found = dict(zip(names, found, strict=True))
+    if not ahead:  # of two buffers; where there are three, one copy is under way in any case
+        found = {name: begins for name, begins in found.items() if "D=512_fp16" in name}
+    assert set(found.values()) == {str(ahead)}, found
 
 
 @pytest.mark.slow

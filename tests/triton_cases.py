@@ -108,7 +108,7 @@ def yardstick(p: Problem, precision):
 
 
 def as_operands(values, precision):
-    """What the products see of them, in float64. tf32 has as many bits as fp16, and fp32's range."""
+    """What the products see of them, in float64. tf32 has the bits of fp16 and fp32's range."""
     if precision != "tf32":
         return values.to(OPERANDS[precision]).double()
     fraction, exponent = torch.frexp(values.double())
