@@ -243,12 +243,11 @@ def constants(
     arch: int,
 ) -> dict:
     """Compile-time arguments."""
-    finished = FINISHED_AT_ONCE // 2 if stochastic else FINISHED_AT_ONCE  # noise takes registers
     return {
         "INDEXED": indexed,
         "D": d,
         "WIDE": operand_width(d, OPERAND_DTYPES[precision]),
-        "FINISHED": min(tile.block_d, finished),
+        "FINISHED": min(tile.block_d, FINISHED_AT_ONCE),
         "PRECISION": DOT_PRECISION[precision],
         "SCALED": precision == "fp16",
         "HAS_HARD": has_hard,
