@@ -170,7 +170,7 @@ def constants(d: int, packed: bool, indexed: bool, width: int, precision: str) -
         "D": d,
         "WIDTH": width,
         "PRECISION": DOT_PRECISION[precision],
-        "BLOCK_C": 32,
+        "BLOCK_C": 16,
         "BLOCK_D": min(block_of(d), 128),
         "num_warps": 4,
     }
