@@ -158,9 +158,11 @@ class _Nearest(torch.autograd.Function):
     def backward(ctx, d_nearest, d_cos, d_norm):
         weight, x_hat, norm, index, place = ctx.saved_tensors
         task, (column,) = ctx.task, ctx.task.columns
-        b, k = index.shape
-        d_all = d_nearest.new_zeros((b, k * task.classes.shard.ranks)).scatter(1, place, d_nearest)
-        d_own = d_all[:, k * task.classes.shard.rank :][:, :k].contiguous()
+        k = index.shape[1]
+        # compared, since a scatter waits for the device under deterministic algorithms
+        own = torch.arange(k, device=place.device) + k * task.classes.shard.rank
+        chosen = place[:, None, :] == own[:, None]
+        d_own = torch.where(chosen, d_nearest[:, None, :], 0).sum(2)
         d_x_hat, rows, touched = ops.row_topk_backward(
             d_own,
             d_cos,
