@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import MARGINS, device_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmargin as fm
 from fastmargin import functional, ops, testing
@@ -351,6 +352,23 @@ def test_kappaface_memory_averages_a_sample_with_its_past():
     mixed = torch.nn.functional.normalize(torch.tensor([0.75, 0.25, 0, 0]), dim=0)
     torch.testing.assert_close(margin.memory[2], mixed)
     torch.testing.assert_close(margin.class_sums[0], torch.eye(4)[0] + mixed)
+
+
+def test_kappaface_memory_reads_nothing_back():
+    """On a GPU a scalar that the host asks for waits for all that was launched before."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    margin = KappaFace(features="memory", num_samples=5)
+    margin.bind(2, 4)
+    names = set()
+    with Seen():
+        margin.accumulate(torch.randn(3, 4), torch.tensor([-1, 0, 1]), torch.tensor([4, 2, 0]))
+    assert "aten::index.Tensor" in names and "aten::_local_scalar_dense" not in names
+    assert margin.memory_filled.tolist() == [True, False, True, False, False]
 
 
 @pytest.mark.parametrize("features", ["online", "memory"])

@@ -207,7 +207,8 @@ class KappaFace(SoftmaxMargin):
         fresh = nn.functional.normalize(mixed)
         unit = torch.where(self.memory_filled[index, None], fresh, unit)
         # rows that are left out repeat one that is not: the same values written twice do no harm
-        first = valid.to(torch.int8).argmax()
+        # an index that is no scalar, which would be read back
+        first = valid.to(torch.int8).argmax(0, keepdim=True)
         place = torch.where(valid, index, index[first])
         stored = torch.where(valid[:, None], unit, unit[first])
         some = valid[first]
