@@ -395,3 +395,67 @@ def test_lazy_is_dense(rule, history, horizon, rows):
         pair.check(rtol=1e-9, atol=1e-11)
     finally:
         owed_steps.HORIZON, row_chunks.CHUNK_BYTES = saved
+
+
+def capture(monkeypatch):
+    """Sets whether a CUDA graph seems to be captured; not yet."""
+    now = [False]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now[0])
+    return lambda capturing: now.__setitem__(0, capturing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (RowSGD, {}, "repeat this very step of RowSGD"),
+        (RowSGD, {"unsampled": "dense"}, "unsampled='frozen'"),
+        (RowSGD, {"unsampled": "frozen", "stochastic_rounding": True}, "stochastic_rounding"),
+        (RowAdamW, {"unsampled": "frozen"}, "repeat this very step of RowAdamW"),
+        (RowSGD, {"unsampled": "frozen", "momentum": 0.9}, "one step before"),
+        (RowSGD, {"unsampled": "frozen"}, None),
+    ],
+)
+def test_what_a_graph_would_repeat_is_refused(kind, options, says, monkeypatch):
+    """Its replays have the numbers of the step that was captured."""
+    captures = capture(monkeypatch)
+    weight = parameter(dtype=torch.bfloat16)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer = kind([weight], lr=0.1, **options)
+    captures(True)
+    if says is None:
+        optimizer.step()
+        assert not weight.equal(before)
+        return
+    with pytest.raises(RuntimeError, match=says):
+        optimizer.step()
+    assert not optimizer.state and weight.equal(before)
+    weight.grad = None
+    optimizer.step()  # of nothing
+    captures(False)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not weight.equal(before)
+    if says == "one step before":
+        captures(True)
+        optimizer.step()
+
+
+def test_rows_that_are_owed_steps_are_not_read_in_a_graph(monkeypatch):
+    captures = capture(monkeypatch)
+    pair = Pair("sgd_both")
+    pair.step(random_grad(5))
+    captures(True)
+    with pytest.raises(RuntimeError, match=r"lazy optimiser.*unsampled='dense'"):
+        deferred.settle(pair.weight, torch.tensor([0, 3]))
+    captures(False)
+    pair.check()
+
+
+def test_without_a_context_nobody_asks_for_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", None)
+    pair = Pair("sgd_both")
+    pair.step(random_grad(5))
+    pair.check()

@@ -26,6 +26,11 @@ HORIZON = 1024
 """Steps a table holds. When it is full, all rows catch up and it starts anew."""
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which the host's numbers stay as they are."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 class Step(Protocol):
     """One step of an optimiser with its numbers, which are the host's."""
 
@@ -101,7 +106,16 @@ class OwedSteps:
         return [as_rows(tensor) for tensor in (parameter, *states)]
 
     def settle(self, parameter: Tensor, rows: Tensor | None = None) -> None:
-        """Brings rows (K,) up to date, all if None; -1 is an empty place."""
+        """Brings rows (K,) up to date, all if None; -1 is an empty place.
+
+        Raises:
+            RuntimeError: rows are owed steps and a CUDA graph is being captured.
+        """
+        if self.owing and capturing():
+            raise RuntimeError(
+                "a CUDA graph would always bring rows up to this very step: capture nothing that "
+                "reads rows of a lazy optimiser, or make it with unsampled='dense' or 'frozen'"
+            )
         # .data has a version counter of its own. A backward that waits for rows used before finds
         # the weight unchanged, and rightly: those rows were settled then, and the way from now to
         # now multiplies by 1 and adds 0.

@@ -120,11 +120,13 @@ class RowAdamW(RowOptimizer):
         ValueError: a number out of its range, in a group or, changed since, at the step.
         TypeError: a number that is a tensor, or a seed that is no integer; at the step, a DTensor
             to round stochastically.
+        RuntimeError: at the step, in the capture of a CUDA graph.
     """
 
     _step_type = AdamWStep
     _row_states = ("exp_avg", "exp_avg_sq")
     _numbers = ("lr", "eps", "weight_decay")
+    _counts = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from fastmargin import deferred, factors
 from fastmargin.factors import GradientFactors
 from fastmargin.norms import compute_dtype
 from fastmargin.optim.factor_steps import formed, merged, unscale
-from fastmargin.optim.owed_steps import OwedSteps, Step
+from fastmargin.optim.owed_steps import OwedSteps, Step, capturing
 from fastmargin.optim.row_chunks import (
     as_rows,
     gather,
@@ -45,6 +45,8 @@ class RowOptimizer(Optimizer):
     """Names of the states shaped as the parameter, in the order ``Step.update`` takes them."""
     _numbers: ClassVar[tuple[str, ...]]
     """Options that must be numbers from 0 on."""
+    _counts: ClassVar[bool]
+    """Whether a step depends on its number."""
     fused: bool = False
     """Whether backward passes leave the factors of gradients (:mod:`fastmargin.factors`)."""
 
@@ -78,6 +80,23 @@ class RowOptimizer(Optimizer):
             raise TypeError(
                 "stochastic_rounding takes no DTensor: give the optimiser the local rows, as the "
                 "weight of MarginHead(group=...) is, or leave it out"
+            )
+
+    def _check_capture(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Raises where a CUDA graph of this step would not be further steps when replayed."""
+        if parameter.grad is None and not factors.pending(parameter):
+            return
+        if self._counts or group["unsampled"] != "frozen" or self._rounding(parameter) is not None:
+            raise RuntimeError(
+                f"a CUDA graph would repeat this very step of {type(self).__name__}, with its "
+                "number, its debts and its noise: capture forward and backward and call step() "
+                "after each replay, or use RowSGD with unsampled='frozen' and without "
+                "stochastic_rounding"
+            )
+        if not self.state.get(parameter, {}).keys() >= set(self._needed_states(group)):
+            raise RuntimeError(
+                "a CUDA graph would begin every step with empty momentum: take one step before "
+                "the capture"
             )
 
     def _state_dtype(self, parameter: Tensor) -> torch.dtype:
@@ -130,18 +149,21 @@ class RowOptimizer(Optimizer):
             closure: computes the loss and the gradients anew; its value is returned.
 
         Raises:
-            ValueError, TypeError, RuntimeError: an option or a gradient that does not fit, before
-                any change.
+            ValueError, TypeError, RuntimeError: an option or a gradient that does not fit, or a
+                CUDA graph that would not take further steps, before any change.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        in_graph = capturing()
         for group in self.param_groups:
             self._check_group(group)
             for parameter in group["params"]:
                 _check_grad(parameter.grad)
                 self._check_rows(parameter)
+                if in_graph:
+                    self._check_capture(parameter, group)
         if not unscale(self, self._parameters()):
             return loss
         for group in self.param_groups:

@@ -91,6 +91,8 @@ class RowSGD(RowOptimizer):
     Raises:
         RuntimeError: at the step, with ``fused``: a parameter was written to since the backward
             pass, or a GradScaler's ``unscale_`` has passed over the gradient. Nothing has changed.
+            In the capture of a CUDA graph, unless ``unsampled="frozen"``, nothing is rounded
+            stochastically, and one step has been taken before.
         ValueError: a number out of its range, in a group or, changed since, at the step.
         TypeError: a number that is a tensor, a ``momentum_dtype`` that is no float type, a seed
             that is no integer; at the step, a DTensor to round stochastically.
@@ -100,6 +102,7 @@ class RowSGD(RowOptimizer):
     _step_type = SGDStep
     _row_states = ("momentum_buffer",)
     _numbers = ("lr", "momentum", "weight_decay")
+    _counts = False
 
     def __init__(
         self,
