@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import MARGINS, device_for
 
 import fastmargin as fm
 from fastmargin import deferred, ops, testing
@@ -19,6 +20,7 @@ pytestmark = [
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_offsets_beyond_31_bits(backend):
     """C x D = 2.25e9 elements: the last classes count as the first do."""
+    device_for(backend)
     classes, dim, batch = 4_400_000, 512, 32
     weight = torch.randn(classes, dim, device="cuda", dtype=torch.bfloat16)
     labels = torch.randint(0, classes, (batch,), device="cuda")
@@ -39,6 +41,7 @@ def test_offsets_beyond_31_bits(backend):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_offsets_of_an_index_beyond_31_bits(backend):
     """Rows at both ends of 2.25e9 elements are what their copy is, and so are their gradients."""
+    device_for(backend)
     classes, dim, batch, places = 4_400_000, 512, 32, 1000
     weight = torch.randn(classes, dim, device="cuda", dtype=torch.bfloat16)
     index = torch.arange(places, device="cuda")
@@ -93,6 +96,7 @@ def test_pass_over_an_index_does_not_synchronise(sparse_grad):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_step_replays_with_new_data(backend, row_tolerance):
     """With rows left out, too: how many they are is not the graph's."""
+    device_for(backend)
     margin = fm.AdaFace(m=0.1, s=16)
     _check_captured_step(margin, backend=backend, row_tolerance=row_tolerance)
 
@@ -101,8 +105,6 @@ def test_captured_step_replays_with_new_data(backend, row_tolerance):
 @pytest.mark.parametrize("name", ["elasticface", "npt", "arcface"])
 def test_captured_step_of_other_heads(name, options):
     """What is drawn follows from steps counted on the device: a replay draws as they say."""
-    from conftest import MARGINS
-
     _check_captured_step(MARGINS[name](), **options)
 
 
@@ -150,8 +152,6 @@ def _check_captured_step(margin, **options):
 @pytest.mark.parametrize("row_tolerance", [0.0, 1e-3])
 @pytest.mark.parametrize("name", ["arcface", "adaface", "elasticface", "kappaface", "npt"])
 def test_training_step_does_not_synchronise(name, row_tolerance):
-    from conftest import MARGINS
-
     if name == "npt" and row_tolerance > 0:
         pytest.skip("has no probability to compare with")
     head = fm.MarginHead(64, 500, MARGINS[name](), row_tolerance=row_tolerance).cuda()
@@ -214,8 +214,6 @@ def nccl(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.3}])
 def test_shared_out_step_on_nccl(name, options, nccl):
     """One process that shares out classes with itself: the same numbers, no synchronisation."""
-    from conftest import MARGINS
-
     heads = [
         fm.MarginHead(64, 507, MARGINS[name](), device="cuda", **options),
         fm.MarginHead(64, 507, MARGINS[name](), nccl, device="cuda", batch_size=40, **options),
@@ -312,6 +310,7 @@ def test_sampled_step_over_rows_does_not_synchronise(rule):
 
 def test_launches_of_a_training_step():
     """What tests/test_launches.py counts in the interpreter, as the GPU sees it."""
+    torch.use_deterministic_algorithms(False)  # which fills every tensor, one launch each
     head = fm.MarginHead(64, 500, fm.AdaFace()).cuda()
     x = torch.randn(32, 64, device="cuda", requires_grad=True)
     labels = torch.randint(-1, 500, (32,), device="cuda")
@@ -375,6 +374,7 @@ def test_gradient_error_at_scale_64(precision):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_captured_draw_replays_with_the_next_step(backend):
     """The draws of the CPU, one step further with each replay; nothing waits for the device."""
+    device_for(backend)
     labels = torch.randint(-1, 100_000, (256,))
     there = labels.cuda()
     draws, plain = ClassSampler(100_000, 5000, device="cuda"), ClassSampler(100_000, 5000)
@@ -429,6 +429,29 @@ def test_row_optimisers_do_not_wait(kind, unsampled, monkeypatch):
         results.append(weight.detach().cpu())
     assert torch.equal(results[0], results[1])
     torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+
+
+def test_captured_step_of_the_row_optimiser():
+    """Of the one that has nothing on the host but its numbers; others say so."""
+    start = torch.randn(500, 32, device="cuda")
+    weights = [torch.nn.Parameter(start.clone()) for _ in "ab"]
+    rule = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "unsampled": "frozen"}
+    captured, eager = (fm.optim.RowSGD([weight], **rule) for weight in weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    captured.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+        with pytest.raises(RuntimeError, match="repeat this very step"):
+            lazy = torch.nn.Parameter(start)
+            lazy.grad = weights[0].grad
+            fm.optim.RowSGD([lazy], lr=0.1).step()
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        eager.step()
+    assert torch.equal(*weights)
 
 
 def test_row_optimiser_beyond_31_bits():
