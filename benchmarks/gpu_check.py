@@ -1,75 +1,151 @@
 """The check on a GPU: build, tests, then a short benchmark, in one command under ten minutes.
 
-Writes ``benchmarks/results/<gpu>.json``, a report of ``fastmargin bench`` with what became of the
-build and the tests beside it. Contenders that are wrong get no time, and what fails or no longer
-fits into the time is a row that says so. ``make gpu-check`` runs it. With ``--tune`` tile shapes
-are measured last, and ``benchmarks/results/<gpu>_tuned.json`` is their table, which nothing uses.
+Writes ``benchmarks/results/<gpu>.json``, anew after every step: a report of ``fastmargin bench``
+with what became of build and tests beside it. Contenders that are wrong get no time, and what fails
+or no longer fits into the time is a row that says so. Every case is a process of its own, so that
+a device in disorder costs that case alone. ``make gpu-check`` runs it. With ``--tune`` tile shapes
+are measured last, and ``<gpu>_tuned.json`` is their table, which nothing uses.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from benchmarks import RESULTS, ROOT
 
 TEST_FILES = ("gpu", "rounding", "backends", "ops", "margins", "head")
 TEST_FILES += ("sampling", "hinge_loss", "row_normals")
+SELECTED = "triton or cuda or gpu"
+WORKERS = 6
+"""Of pytest, where xdist is there. Each may hold some 20 GB in tests of large offsets."""
+MOST_FAILURES = 30
 TEST_SHARE = 0.5
 """Of the time that the build leaves, for the tests."""
 RESERVE = 60
 """Seconds at the end: no case is begun in them."""
+CASE_LIMIT = 150
+"""Seconds after which a case is held to hang."""
+GRACE = 15
+"""Seconds that a command has to say how far it came, after its limit."""
+WORKER = (sys.executable, "-m", "benchmarks.one_case")
 
 
 def run(command: list[str], limit: float) -> dict:
-    """Exit status, seconds and the end of the output."""
+    """Exit status, seconds and the end of the output. Nothing that it started outlives it."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(limit, 1)
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        status, output = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired as late:
-        status, output = "timeout", str(late.stdout or "")
+        try:
+            status: int | str = process.wait(max(limit, 1))
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+            process.send_signal(signal.SIGINT)  # pytest then lists what has failed
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        tail = output.read()[-3000 if status == 0 else -30_000 :]
     return {
         "command": " ".join(command[1:]),
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
-        "tail": output[-3000:],
+        "tail": tail,
     }
 
 
-def benchmark(cases, device, settings, deadline: float, clock=time.monotonic) -> dict:
-    """One report of case after case until the deadline; rows of the rest say that time was up."""
-    from benchmarks import bench
+def test_command() -> list[str]:
+    """Of the tests that have a kernel to run. One that dies is one failure among others."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
+    command += ["--continue-on-collection-errors", "-k", SELECTED]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(WORKERS)]
+    return command + [f"tests/test_{name}.py" for name in TEST_FILES]
 
-    whole: dict = {}
-    late = []
-    for case in cases:
-        if whole and clock() > deadline:
-            late.append(case)
+
+def alone(case, device: str, settings, limit: float) -> dict:
+    """The report of one case out of its own process; a row alone that tells how it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        words = json.dumps(asdict(case)), device, json.dumps(asdict(settings)), str(file)
+        done = run([*WORKER, *words], limit)
+        if file.exists():
+            return json.loads(file.read_text())
+    late, at = done["status"] == "timeout", re.findall("^at (.+)", done["tail"], re.MULTILINE)
+    ended = f"was stopped after {limit:.0f} s" if late else f"ended with {done['status']}"
+    at, end = at[-1] if at else "its start", " ".join(done["tail"].split())[-300:]
+    row = _row(case, f"its process {ended} at {at}: {end}")
+    if not late or limit >= CASE_LIMIT:  # less was the end of the time
+        row |= {"ours": True, "status": "failed"}
+    return {"rows": [row]}
+
+
+def _row(case, reason: str) -> dict:
+    row = {"case": asdict(case), "contender": "everybody", "ours": False}
+    return row | {"status": "not run", "reason": reason}
+
+
+def joined(whole: dict, found: dict) -> dict:
+    """Two reports as one. Ceilings and settings are those of the first."""
+    rows = whole["rows"] + found["rows"]
+    if "schema" not in whole or "schema" not in found:
+        return whole | found | {"rows": rows}
+    both = whole["canary"], found["canary"]
+    seconds = [one for part in both for one in part["seconds"]]
+    disturbed = sum(part["disturbed_share"] * len(part["seconds"]) for part in both)
+    canary = {"seconds": seconds, "disturbed_share": disturbed / len(seconds)}
+    accuracy = whole["accuracy"] or found["accuracy"]
+    return whole | {"rows": rows, "canary": canary, "accuracy": accuracy}
+
+
+def benchmark(
+    cases, device: str, settings, end: float, keep: Callable[[dict], None], clock=time.monotonic
+) -> dict:
+    """One report of case after case; rows of those that died, or that time is up for, say so.
+
+    end: by the clock; no case is begun in the last RESERVE seconds. keep: gets what is there.
+    """
+    whole: dict = {"rows": []}
+    for place, case in enumerate(cases):
+        if clock() > end - RESERVE:
+            whole = joined(whole, {"rows": [_row(case, "no time left")]})
             continue
-        found = bench.run([case], device, settings)
-        if not whole:
-            whole = found
-            settings = replace(settings, accuracy=False)  # once is enough
-        else:
-            whole["rows"] += found["rows"]
-            whole["canary"]["seconds"] += found["canary"]["seconds"]
-    for case in late:
-        row = {"case": asdict(case), "contender": "everybody", "ours": False}
-        whole["rows"].append(row | {"status": "not run", "reason": "no time left"})
+        # once is enough, and what two cases die of is not tried again
+        wanted = settings.accuracy and place < 2 and not whole.get("accuracy")
+        limit = min(CASE_LIMIT, end - GRACE - clock())
+        whole = joined(whole, alone(case, device, replace(settings, accuracy=wanted), limit))
+        keep(whole)
     return whole
 
 
 def file_name(gpu: str) -> str:
     """Of the results: letters and digits of the GPU's name."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
+
+
+def write(path: Path, report: dict) -> None:
+    """The file is whole whenever the program ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
 
 
 def tuning(cases, seconds: float, table) -> list[list[str]]:
@@ -96,8 +172,8 @@ def tuning(cases, seconds: float, table) -> list[list[str]]:
 
 def failed(report: dict) -> bool:
     """Whether the build, a test, tuning, or a contender of ours failed or was wrong."""
-    parts = [report["build"], *report.get("tune", [])]
-    parts += [report["tests"]] if "tests" in report else []
+    parts = [report[name] for name in ("build", "tests") if name in report]
+    parts += report.get("tune", [])
     wrong = ("failed gate", "failed")
     return any(part["status"] != 0 for part in parts) or any(
         row["ours"] and row["status"] in wrong for row in report["rows"]
@@ -107,47 +183,45 @@ def failed(report: dict) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=9, help="for everything")
-    parser.add_argument("--skip-tests", action="store_true", help="benchmark only")
-    parser.add_argument(
-        "--tune",
-        type=float,
-        default=0,
-        metavar="SECONDS",
-        help="measure tile shapes in so many seconds of them, and leave their table beside the"
-        " results, not in use",
+    add = parser.add_argument
+    add("--minutes", type=float, default=9, help="for everything")
+    add("--skip-tests", action="store_true", help="benchmark only")
+    add(
+        "--tune", type=float, default=0, metavar="SECONDS", help="measure tile shapes so long, last"
     )
+    add("--output", type=Path, default=RESULTS, help="the report, a .json, or a folder for it")
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("gpu-check needs a CUDA device; there is none here")
-    end = time.monotonic() + 60 * options.minutes
-    beside = {"build": run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)}
+    end = time.monotonic() + 60 * options.minutes - options.tune
+    path = options.output.absolute()
+    if path.suffix != ".json":
+        path = path / file_name(torch.cuda.get_device_name())
+    report: dict = {"rows": []}
+
+    def keep(found: dict) -> None:
+        report.update(found)
+        write(path, report)
+
+    keep({"build": run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)})
     if not options.skip_tests:
-        files = [f"tests/test_{name}.py" for name in TEST_FILES]
-        beside["tests"] = run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton or cuda or gpu", *files],
-            (end - time.monotonic()) * TEST_SHARE,
-        )
+        keep({"tests": run(test_command(), (end - time.monotonic()) * TEST_SHARE)})
     # after the build, which these load
     import fastmargin as fm
     from benchmarks import bench, cases, provenance
 
-    device = torch.device("cuda")
-    origin = provenance.provenance("make gpu-check", device)
+    origin = provenance.provenance("make gpu-check", torch.device("cuda"))
+    keep({"provenance": origin, "backends": fm.backends.available()})
     settings = bench.Settings(repeats=10, seconds=5, rounds=1)
     suite = cases.of_suites(["gpu"])
-    found = benchmark(suite, device, settings, end - RESERVE - options.tune)
-    path = RESULTS / file_name(origin["device"])
+    keep(benchmark(suite, "cuda", settings, end, keep))
     if options.tune:
-        torch.cuda.empty_cache()  # for the other process
-        table = path.with_stem(path.stem + "_tuned")
-        commands = tuning(suite, options.tune, table)
+        commands = tuning(suite, options.tune, path.with_stem(path.stem + "_tuned"))
         limit = options.tune / len(commands) + RESERVE
-        beside["tune"] = [run(command, limit) for command in commands]
-    report = {"provenance": origin, **found, **beside, "backends": fm.backends.available()}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        for command in commands:
+            keep({"tune": [*report.get("tune", []), run(command, limit)]})
     print_summary(report, path)
     return int(failed(report))
 
@@ -165,7 +239,10 @@ def print_summary(report: dict, path) -> None:
         if part["status"] != 0 or name == "tune":
             console.print(part["tail"], markup=False)
         console.print(f"{name}: status {part['status']}, {part['seconds']} s")
-    print_report(console, report)
+    if "ceilings" in report:
+        print_report(console, report)
+    else:  # no case came to its end
+        console.print_json(data=report["rows"])
     console.print(f"written: {path}")
 
 

@@ -24,8 +24,11 @@ ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "FASTMARGIN_CPU_CAPABILITY"
 
 
 def git(*arguments: str) -> str:
-    """Output of a git command in the checkout; empty if it fails."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """Output of a git command in the checkout; empty if it fails or there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

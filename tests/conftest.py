@@ -16,6 +16,7 @@ os.environ.setdefault("FASTMARGIN_TUNED", "")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", directory())
 
 import pytest
+from dead_context import pytest_runtest_logfinish  # noqa: F401  a hook
 
 from fastmargin import backends
 from fastmargin.margins import (
