@@ -19,6 +19,12 @@ BACKENDS = [
     pytest.param("cuda", torch.float32, id="cuda-fp32"),
 ]
 
+
+def exact(dtype):
+    """Operands that are not rounded, which "auto" would do on a GPU."""
+    return "auto" if dtype == torch.float64 else "fp32"
+
+
 # Relative error allowed where plain PyTorch happens to be nearly exact: a few roundings of the
 # logit, s * eps, which the loss and p_y inherit.
 FLOOR = {torch.float64: 2e-13, torch.float32: 3e-5}
@@ -51,7 +57,7 @@ def three_ways(backend, dtype, case, margin, reduction="sum"):
             margin,
             reduction=reduction,
             backend=backend,
-            precision="auto" if dtype == torch.float64 else "fp32",
+            precision=exact(dtype),
         )
 
     return run(ours, case.to(dtype, device)), own, truth
@@ -140,9 +146,10 @@ def test_partial_gradients_and_layouts(backend, dtype, name):
     """Only dx, only dW, transposed and strided inputs, labels (B, 1) int32: the same numbers."""
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(dtype, device)
+    options = {"backend": backend, "precision": exact(dtype)}
 
     def loss_of(x, w, y):
-        return fm.margin_loss(x, w, y, MARGINS[name](), backend=backend)
+        return fm.margin_loss(x, w, y, MARGINS[name](), **options)
 
     loss, dx, dw = run(loss_of, case)
     for requires in (("x",), ("weight",)):
@@ -170,21 +177,20 @@ def test_reductions_and_uneven_upstream_gradient(backend, dtype, name):
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(dtype, device)
     margin = MARGINS[name]().eval().to(device)
+    options = {"backend": backend, "precision": exact(dtype)}
     upstream = torch.randn(len(case.labels), dtype=dtype, device=device)
 
     def weighted(loss_rows):
         return lambda x, w, y: (loss_rows(x, w, y) * upstream).sum()
 
-    ours = run(
-        weighted(lambda x, w, y: fm.margin_loss(x, w, y, margin, "none", backend=backend)), case
-    )
+    ours = run(weighted(lambda x, w, y: fm.margin_loss(x, w, y, margin, "none", **options)), case)
     plain = run(weighted(lambda x, w, y: testing.plain_loss(x, w, y, margin, "none")), case)
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {}
     for a, p in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, p, **tolerance)
-    rows = fm.margin_loss(case.x, case.weight, case.labels, margin, "none", backend=backend)
-    total = fm.margin_loss(case.x, case.weight, case.labels, margin, "sum", backend=backend)
-    mean = fm.margin_loss(case.x, case.weight, case.labels, margin, "mean", backend=backend)
+    rows = fm.margin_loss(case.x, case.weight, case.labels, margin, "none", **options)
+    total = fm.margin_loss(case.x, case.weight, case.labels, margin, "sum", **options)
+    mean = fm.margin_loss(case.x, case.weight, case.labels, margin, "mean", **options)
     torch.testing.assert_close(rows.sum(), total)
     torch.testing.assert_close(mean, total / (case.labels >= 0).sum())
     assert (rows[case.labels < 0] == 0).all()
@@ -241,13 +247,14 @@ def test_second_backward_scaled_gradient_and_untouched_inputs(backend, dtype):
     before = [t.clone() for t in (case.x, case.weight, case.labels)]
     x = case.x.requires_grad_()
     weight = case.weight.requires_grad_()
-    loss = fm.margin_loss(x, weight, case.labels, fm.ArcFace(), backend=backend)
+    options = {"backend": backend, "precision": exact(dtype)}
+    loss = fm.margin_loss(x, weight, case.labels, fm.ArcFace(), **options)
     loss.backward(retain_graph=True)
     first = x.grad.clone(), weight.grad.clone()
     x.grad = weight.grad = None
     (loss * 1024).backward()
     torch.testing.assert_close(x.grad, first[0] * 1024)
-    if backend == "triton":  # which carries the upstream gradients of rows as logarithms
+    if backend in ("triton", "cuda"):  # which carry the rows' upstream gradients as logarithms
         assert testing.relative_error(weight.grad, first[1] * 1024) < 2e-6
     else:
         torch.testing.assert_close(weight.grad, first[1] * 1024)
@@ -290,18 +297,17 @@ def test_sixteen_bit_inputs(backend, x_dtype, weight_dtype):
         assert testing.relative_error(a, t) < rounding
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize(
     ("precision", "allowed"), [("tf32", 2e-3), ("bf16", 1e-2), ("fp16", 1.5e-3)]
 )
-def test_low_precision_operands(precision, allowed):
+def test_low_precision_operands(backend, precision, allowed):
     """Errors of the operands' rounding, and not of anything else."""
-    device = device_for("triton")
+    device = device_for(backend)
     case = testing.make_case("random", batch=48, classes=190, dim=64)
     truth = run(lambda x, w, y: testing.plain_loss(x, w, y, fm.ArcFace()), case)
     ours = run(
-        lambda x, w, y: fm.margin_loss(
-            x, w, y, fm.ArcFace(), backend="triton", precision=precision
-        ),
+        lambda x, w, y: fm.margin_loss(x, w, y, fm.ArcFace(), backend=backend, precision=precision),
         case.to(torch.float32, device),
     )
     for a, t in zip(ours, truth, strict=True):

@@ -216,7 +216,9 @@ def test_shared_out_step_on_nccl(name, options, nccl):
     """One process that shares out classes with itself: the same numbers, no synchronisation."""
     heads = [
         fm.MarginHead(64, 507, MARGINS[name](), device="cuda", **options),
-        fm.MarginHead(64, 507, MARGINS[name](), nccl, device="cuda", batch_size=40, **options),
+        fm.MarginHead(
+            64, 507, MARGINS[name](), group=nccl, device="cuda", batch_size=40, **options
+        ),
     ]
     heads[1].load_state_dict(heads[0].state_dict())
     x = torch.randn(32, 64, device="cuda")
@@ -243,9 +245,8 @@ def test_checkpoint_of_a_gpu(shared, nccl, tmp_path):
 
     def made(device="cuda"):
         torch.manual_seed(0)
-        head = fm.MarginHead(
-            64, 507, fm.AdaFace(), nccl if shared and device == "cuda" else None, device=device
-        )
+        group = nccl if shared and device == "cuda" else None
+        head = fm.MarginHead(64, 507, fm.AdaFace(), group=group, device=device)
         return {"head": head, "optimiser": torch.optim.AdamW(head.parameters())}
 
     def step(head, optimiser):

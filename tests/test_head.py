@@ -53,7 +53,7 @@ def test_centres_of_other_types_start_as_those_of_float32():
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
 def test_inference(backend):
     device = device_for(backend)
-    head, x, _ = head_and_batch(backend=backend)
+    head, x, _ = head_and_batch(backend=backend, precision="fp32")
     head, x = head.to(device), x.to(device)
     cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(head.weight).t()
     torch.testing.assert_close(head.logits(x), (64 * cos).detach(), rtol=1e-4, atol=1e-4)

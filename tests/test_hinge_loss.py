@@ -102,7 +102,7 @@ def test_slopes_do_not_have_the_default_dtype(monkeypatch):
         torch.testing.assert_close(ours_, truth, rtol=1e-14, atol=1e-14)
 
 
-def test_more_than_the_kernel_takes():
+def test_more_than_the_triton_kernel_takes():
     cos_y, nearest, labels = rows(5, 20, torch.float32, device_for("triton"))
     with pytest.raises(fm.backends.BackendError, match="16"):
         ops.hinge_loss(cos_y, nearest, labels, CLASSES, fm.NPT(top_k=20).form(), "mean", "triton")

@@ -94,7 +94,7 @@ def test_weight_and_state_round_apart():
     assert torch.equal(plain[0], values.bfloat16()) and plain[1] is values
 
 
-def test_the_kernel_rounds_alike():
+def test_the_triton_kernel_rounds_alike():
     """Bit for bit, of noise and of values of every size."""
     device = device_for("triton")
     from rounding_kernels import round_kernel
@@ -330,7 +330,7 @@ def test_dtensors_are_refused_before_any_change():
     assert found.error is None and found.value is True
 
 
-def test_the_kernel_steps_in_place_with_low_precision_state(monkeypatch):
+def test_the_triton_kernel_steps_in_place_with_low_precision_state(monkeypatch):
     """Not by way of chunks of gradients: of every type of centres, whole and sampled."""
     from fastmargin.backends.composed import Composed
 
