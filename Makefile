@@ -13,7 +13,7 @@ demo: $(VENV)/built
 	$(BIN)/fastmargin demo
 
 test: $(VENV)/built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -33,6 +33,11 @@ from fastmargin.margins.guards import add_angle
 from fastmargin.spec import MarginForm
 
 
+def pytest_collection_modifyitems(items):
+    """Long ones first: at the end one worker would do them alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fills what ``torch.empty`` returns with NaN, so that reading it before writing shows."""

@@ -212,7 +212,7 @@ def passes(of: Pass, every: bool) -> Iterator[Problem]:
 def _rest(every: bool) -> Iterator[Problem]:
     """The kernels of rows, and of several pieces."""
     dtypes = tuple(_KINDS.values()) if every else (torch.float32,)
-    operands = tuple(_KINDS) if every else ("fp16",)
+    operands = tuple(OPERAND_DTYPES) if every else ("fp16",)
     for d in WIDTHS if every else (512,):
         layouts = itertools.product(operands, dtypes, (True, False), (False, True))
         for of in itertools.starmap(partial(Pass, d), layouts):
