@@ -132,6 +132,20 @@ for build in aot.builds(90, of):
 
 
 @pytest.mark.slow
+def test_tf32_operands_are_rounded():
+    """Whatever makes one; the passes make the left one of their second product."""
+    code = """
+from fastmargin.backends.triton import aot
+of = [p for p in aot.problems() if p.name.startswith("D=512 tf32")]
+for build in aot.builds(90, of):
+    if build.name.split()[0] in ("stage", "centre_pass") or "pull" in build.name:
+        print(build.name.split()[0], "cvt.rna.tf32.f32" in build.compiled().asm["ptx"])
+"""
+    words = printed_by(code)
+    assert set(words[::2]) == {"stage", *PASSES[:2]} and set(words[1::2]) == {"True"}
+
+
+@pytest.mark.slow
 def test_heads_launch_what_is_compiled():
     """Bound as on a GPU: types, specialised numbers, alignment, descriptors, grids."""
     result = run("tests/heads_launches.py", "90", cwd=ROOT)
