@@ -168,7 +168,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     ("stats_pull", "tf32", 90): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 32, 256, 256, 8, 3),
-        512: TileConfig(32, 32, 512, 512, 8, 2),
+        512: TileConfig(64, 64, 64, 256, 8, 2),
     },
     ("stats_sum", "tf32", 90): {
         256: TileConfig(128, 128, 64, 128, 8, 3),
@@ -220,7 +220,6 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
     },
     ("stats_pull", "tf32", 90): {
         128: TileConfig(64, 64, 128, 128, 8, 3),
-        512: TileConfig(64, 64, 64, 256, 8, 2),
     },
     ("centre_pass", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
