@@ -404,10 +404,11 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
 
 def _check_row_values(margin: Margin, values: Tensor, labels: Tensor) -> None:
     """Raises ValueError unless a margin's ``forward`` gave one number for each row."""
-    if values.shape != labels.shape:
+    if not isinstance(values, Tensor) or values.shape != labels.shape:
+        shape = tuple(getattr(values, "shape", ()))
         raise ValueError(
-            f"margin: {type(margin).__name__} returned shape {tuple(values.shape)}, expected one "
-            f"number for each row, {tuple(labels.shape)}"
+            f"margin: {type(margin).__name__} returned a {type(values).__name__} of shape {shape}, "
+            f"expected one number for each row, {tuple(labels.shape)}"
         )
 
 

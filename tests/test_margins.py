@@ -181,14 +181,16 @@ def test_a_subclass_with_its_own_forward_is_heard():
 
 
 @pytest.mark.parametrize("base", [CosFace, NPT])
-@pytest.mark.parametrize("shape", [lambda c: c[:, None], lambda c: c.mean()])
+@pytest.mark.parametrize("shape", [lambda c: c[:, None], lambda c: c.mean(), lambda c: 0.2])
 def test_a_margin_of_another_shape_is_refused(base, shape):
     class Mine(base):
         def forward(self, cos_y, *rest):
             return shape(cos_y - 0.1)
 
     case = testing.make_case("random")
-    with pytest.raises(ValueError, match=r"margin: Mine returned shape .* one number for each row"):
+    with pytest.raises(
+        ValueError, match=r"margin: Mine returned a .* of shape .* one number for each row"
+    ):
         fm.margin_loss(case.x, case.weight, case.labels, Mine())
 
 

@@ -26,8 +26,9 @@ def head_of(kind: str, classes: int = C):
     rank, ranks = place()
     if kind == "margin":
         return fm.MarginHead(D, classes, fm.CosFace(), group=None if ranks == 1 else "world")
-    if kind == "insightface":
-        return insightface.PartialFC_V2(insightface.CosFace(), D, classes)
+    if kind in ("insightface", "faithful"):
+        faithful = kind == "faithful"
+        return insightface.PartialFC_V2(insightface.CosFace(), D, classes, faithful=faithful)
     return cvlface.PartialFC_V2(rank, ranks, cvlface.CombinedMarginLoss(64, 1, 0, 0.4), D, classes)
 
 
@@ -116,7 +117,7 @@ def old_head(kind: str):
 
 @pytest.mark.parametrize("kind", ["insightface", "kappaface"])
 def test_what_state_dict_leaves_out_is_not_saved_in_silence(kind, tmp_path):
-    with pytest.raises(ValueError, match=r"objects\.head: .* PartialFC leaves out its centres"):
+    with pytest.raises(ValueError, match=r"objects\.head: .* PartialFC leaves out its momentum"):
         fm.checkpoint.save(tmp_path, {"objects": nn.ModuleDict({"head": old_head(kind)})})
     assert not any(tmp_path.iterdir())
 
@@ -152,7 +153,7 @@ def wrapped(group, kind, path):
     fm.checkpoint.save(path, {"whole": whole})
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "faithful"])
 def test_ddp_around_shared_out_rows(kind, tmp_path):
     run_world(2, wrapped, kind, tmp_path)
 

@@ -132,6 +132,22 @@ for build in aot.builds(90, of):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["stats_forward", "centre_pass"])
+def test_whole_rows_for_the_cosines_and_some_columns_of_the_sum(kernel):
+    """A user's table may have such tiles; none that ships is one."""
+    code = (
+        f"import sys; from fastmargin.backends.triton import aot, {kernel} as module;"
+        "from fastmargin.backends.triton.configs import TileConfig;"
+        "module.choose = lambda *_: TileConfig(64, 64, 256, 128, 8, 2);"
+        "of = [p for p in aot.problems() if p.name.startswith('D=256 fp16')];"
+        f"build = next(b for b in aot.builds(90, of) if b.name.startswith('{kernel}'));"
+        "report = aot.compile_build(build);"
+        "sys.stdout.write(f'{report.stack} {report.products}')"
+    )
+    assert printed_by(code) == ["0", "wgmma.mma_async"]
+
+
+@pytest.mark.slow
 def test_tf32_operands_are_rounded():
     """Whatever makes one; the passes make the left one of their second product."""
     code = """

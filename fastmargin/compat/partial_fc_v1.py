@@ -40,7 +40,7 @@ class PartialFCV1(nn.Module):
     ``sub_weight_mom`` hold the rows of the step: all of them, or those that ``index`` names.
     """
 
-    outside_state = "its centres and their momentum, which save_params() writes"
+    outside_state = "its momentum and, where they are sampled, its centres: see save_params()"
 
     def __init__(
         self,

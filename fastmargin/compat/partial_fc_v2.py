@@ -123,10 +123,10 @@ class PartialFCV2(SettledCopies, nn.Module):
         Raises:
             TypeError, ValueError: an argument is not as above; nothing has changed then.
         """
-        if self.faithful:
-            return self._official(local_embeddings, local_labels)
         place, margin = self._placed(), self._place.margin
         check_outside_ddp(self.weight, place.shard)
+        if self.faithful:
+            return self._official(local_embeddings, local_labels)
         rows = local_embeddings.shape[0] if isinstance(local_embeddings, Tensor) else 0
         if place.shard is not None and 0 < self.last_batch_size < rows:
             raise ValueError(

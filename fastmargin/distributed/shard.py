@@ -198,7 +198,8 @@ class ClassShard:
 def check_outside_ddp(rows: Tensor, shard: ClassShard | None) -> None:
     """Raises ValueError in a forward of DDP that takes shared-out rows for copies of one another.
 
-    It has overwritten them with those of its first process, and would mix their gradients.
+    It has overwritten them with those of its first process, and would mix their gradients. A step
+    that is compiled is not looked at.
     """
     ddp = None
     if shard is not None and not torch.compiler.is_compiling():

@@ -277,5 +277,6 @@ class KappaFace(SoftmaxMargin):
     def extra_repr(self) -> str:
         return (
             f"m={self.m}, s={self.s}, temperature={self.temperature}, gamma={self.gamma}, "
-            f"features={self.features!r}"
+            f"features={self.features!r}, memory_momentum={self.memory_momentum}, "
+            f"guard={self.guard!r}, grad={self.grad!r}"
         )

@@ -109,9 +109,9 @@ class OwedSteps:
         """Brings rows (K,) up to date, all if None; -1 is an empty place.
 
         Raises:
-            RuntimeError: rows are owed steps and a CUDA graph is being captured.
+            RuntimeError: rows are owed steps, or some will be, and a CUDA graph is being captured.
         """
-        if self.owing and capturing():
+        if (self.owing or rows is not None) and capturing():
             raise RuntimeError(
                 "a CUDA graph would always bring rows up to this very step: capture nothing that "
                 "reads rows of a lazy optimiser, or make it with unsampled='dense' or 'frozen'"

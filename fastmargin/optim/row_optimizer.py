@@ -89,9 +89,9 @@ class RowOptimizer(Optimizer):
         if self._counts or group["unsampled"] != "frozen" or self._rounding(parameter) is not None:
             raise RuntimeError(
                 f"a CUDA graph would repeat this very step of {type(self).__name__}, with its "
-                "number, its debts and its noise: capture forward and backward and call step() "
-                "after each replay, or use RowSGD with unsampled='frozen' and without "
-                "stochastic_rounding"
+                "number, its debts and its noise: capture forward and backward (of sampled "
+                "classes with unsampled='dense' or 'frozen') and call step() after each replay, or "
+                "use RowSGD with unsampled='frozen' and without stochastic_rounding"
             )
         if not self.state.get(parameter, {}).keys() >= set(self._needed_states(group)):
             raise RuntimeError(

@@ -176,9 +176,11 @@ def centre_pass_kernel(
             b_half = operand(b_g, d_x.dtype, PRECISION)
             if COLUMNS > 1:  # of the rounded gradients, so that it matches what the product sums up
                 b_radial += tl.sum(b_half.to(tl.float32) * b_cos, 1)
-            if not (WHOLE and COLUMNS == 1):
-                b_x = d_x_grad.load([first, i_d * BLOCK_D])
-            b_grad = matmul(b_half, b_x, b_grad, PRECISION)
+            if WHOLE and COLUMNS == 1:
+                b_grad = matmul(b_half, b_x, b_grad, PRECISION)
+            else:
+                b_part = d_x_grad.load([first, i_d * BLOCK_D])
+                b_grad = matmul(b_half, b_part, b_grad, PRECISION)
 
     m_c = o_c < C
     b_inverse = tl.load(p_inverse + o_c, mask=m_c, other=0.0)

@@ -205,7 +205,10 @@ def first_product(
 
 @triton.jit
 def runs_ahead(within, AHEAD: tl.constexpr):
-    """``within``, which is true, if AHEAD, so that what depends on it stays behind a branch."""
+    """``within``, which is true though no compiler sees it, where AHEAD is a number of stages.
+
+    What depends on it then stays behind a branch.
+    """
     if AHEAD is None:
         return True
     else:
