@@ -152,12 +152,11 @@ def stats_forward_kernel(
             if WANT_PULL:
                 if HAS_HARD:
                     b_e *= b_slope * slope_unit
-                b_left = operand(b_e, d_w.dtype, PRECISION)
                 if WHOLE and COLUMNS == 1:
-                    b_pull = matmul(b_left, b_w, b_pull, PRECISION)
+                    b_pull = matmul(operand(b_e, d_w.dtype, PRECISION), b_w, b_pull, PRECISION)
                 else:
                     b_part = d_w_pull.load([start, i_d * BLOCK_D])
-                    b_pull = matmul(b_left, b_part, b_pull, PRECISION)
+                    b_pull = matmul(operand(b_e, d_w.dtype, PRECISION), b_part, b_pull, PRECISION)
 
     o_row = i_split.to(tl.int64) * B + o_b
     if WANT_PULL:
