@@ -2,7 +2,7 @@
 
 They return the scaled (B, C) logits, as the originals do, but as
 :class:`fastmargin.compat.logits.StreamedLogits`: with ``nn.CrossEntropyLoss`` on them, no (B, C)
-tensor exists. (``ArcFace`` and ``CosFace`` are beside ``AdaFace`` in some versions of ``head.py``.)
+tensor exists. (Some versions of ``head.py`` have ``ArcFace`` and ``CosFace`` next to ``AdaFace``.)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fastmargin.norms import advance, compute_dtype, moments
 from fastmargin.spec import MarginForm, NormEma
 
 LONGEST = 1.01
-"""Length up to which an embedding counts as one of unit length that was rounded."""
+"""Up to this length an embedding counts as unit length with rounding error."""
 
 
 def build_head(head_type, embedding_size, class_num, m, t_alpha, h, s, **options):
     """The head of a name: "adaface", "arcface" or "cosface".
 
-    ``options`` are the keyword arguments of ours: ``backend``, ``precision``, ``faithful``.
+    ``options`` are our extra keyword arguments: ``backend``, ``precision``, ``faithful``.
 
     Raises:
         ValueError: another name.
@@ -44,7 +44,7 @@ class _Head(nn.Module):
     """Class centres as the columns of ``kernel``, and what the three heads share."""
 
     eps: float
-    """The official heads clamp cosines, and angles, this far from their ends."""
+    """The original heads clamp cosines, and angles, this far from the ends of their range."""
 
     def __init__(self, embedding_size, classnum, backend, precision, faithful) -> None:
         super().__init__()
@@ -81,12 +81,12 @@ class _Head(nn.Module):
         )
 
     def _clamped_cosine(self, embbedings: Tensor) -> Tensor:
-        """(B, C) as the originals have it; a column of zeros gives NaN."""
+        """(B, C) as the originals compute it; a column of zeros gives NaN."""
         unit = self.kernel / torch.norm(self.kernel, 2, 0, True)
         return torch.mm(embbedings, unit).clamp(-1 + self.eps, 1 - self.eps)
 
     def _on_label(self, values: Tensor, label: Tensor, like: Tensor) -> Tensor:
-        """(B, C) of zeros, ``values`` (B, 1) in the labels' places; NaN fills a row, as there."""
+        """(B, C) zeros, ``values`` (B, 1) at the labels; as in the original, NaN fills its row."""
         return torch.zeros_like(like).scatter(1, label.reshape(-1, 1).long(), 1.0) * values
 
     def extra_repr(self) -> str:
@@ -103,21 +103,22 @@ class AdaFace(_Head):
 
     Different, unless ``faithful=True``, which computes all (B, C) logits as the original does:
 
-    - a batch of one leaves the standard deviation as it was; there it becomes NaN for good;
-    - ``eval()`` leaves the statistics alone; there they move;
+    - a batch of one leaves the standard deviation as it was; in the original it becomes NaN for
+      good;
+    - ``eval()`` leaves the statistics alone; the original updates them;
     - cosines with other classes are not clamped, so that one above 0.999 still has a gradient;
-    - a column of zeros has the cosine 0; there it is NaN;
-    - rows longer than 1 are normalised; there every cosine is clamped;
+    - a column of zeros has the cosine 0; in the original it is NaN;
+    - rows longer than 1 are normalised; the original clamps every cosine;
     - nothing is printed.
 
     Args:
-        embedding_size, classnum, m, h, s, t_alpha: as there.
+        embedding_size, classnum, m, h, s, t_alpha: as in the original.
         backend, precision: as :func:`fastmargin.margin_loss`.
         faithful: see above.
 
     Attributes:
-        kernel: parameter (D, C), a centre per column.
-        t, batch_mean, batch_std: buffers (1,); ``t`` is unused, as there.
+        kernel: parameter (D, C), one class centre per column.
+        t, batch_mean, batch_std: buffers (1,); ``t`` is unused, as in the original.
     """
 
     eps = 1e-3

@@ -1,8 +1,8 @@
-"""Scores that need more than one centre or one scale per class, a chunk of classes at a time.
+"""Scores that need several centres per class or one scale per row, a chunk of classes at a time.
 
-Plain PyTorch: a chunk's cosines are made, reduced and forgotten, and made again for the gradient,
-so that (B, C) of them never exist. Slower than the passes of :mod:`fastmargin.ops`, for the heads
-those cannot carry.
+Plain PyTorch: a chunk's cosines are computed, reduced and freed, and recomputed for the gradient,
+so that (B, C) of them never exist. Slower than the passes of :mod:`fastmargin.ops`, for heads that
+those do not support.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastmargin.norms import inverse_norm
 from fastmargin.rows import inside
 
 CHUNK = 4096
-"""Centres whose cosines exist at a time."""
+"""Number of centres per chunk."""
 
 
 def over_chunks(function: Callable, x: Tensor, weight: Tensor, *rows: Tensor) -> list[tuple]:
@@ -30,8 +30,8 @@ def over_chunks(function: Callable, x: Tensor, weight: Tensor, *rows: Tensor) ->
 
     x: (B, D) float32 or float64, of unit length. weight: (C, K, D) raw centres, any strides and
     float type; the cosine with a class is the largest of its K. ``cosines`` (B, n) are those with
-    the classes ``first`` to ``first + n - 1``. Differentiable by x, weight and ``rows`` (not by
-    what else the function sees); only these are kept for it.
+    the classes ``first`` to ``first + n - 1``. Differentiable in x, weight and ``rows``
+    (not in what else the function uses); only these are saved for the backward.
     """
     if torch.compiler.is_compiling():
         return [function(_cosines(x, weight), 0, *rows)]
@@ -114,7 +114,7 @@ def is_class(classes: Tensor, first: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ChunkedScores:
-    """``scale_i * cos_ij`` with a margin on each row's own class (see :class:`Scores`).
+    """``scale_i * cos_ij`` with a margin on each row's target class (see :class:`Scores`).
 
     x: (B, D) float32 or float64, rows of unit length. weight: (C, K, D) raw centres, the cosine
     with a class is the largest of its K. scale: (B,) of x's type, not negative. labels: (B,) int64,
@@ -138,7 +138,7 @@ class ChunkedScores:
         labels: Tensor | None = None,
         psi: Callable[[Tensor], Tensor] | None = None,
     ) -> ChunkedScores:
-        """Scores that later changes of the labels do not reach; ``scale`` a number or (B,)."""
+        """Scores that later changes of the labels do not affect; ``scale`` a number or (B,)."""
         if not isinstance(scale, Tensor):
             scale = x.new_full((x.shape[0],), scale)
         if labels is not None:
@@ -183,7 +183,7 @@ class ChunkedScores:
         if self.nearer is not None:
             index, angle = self.nearer
             n = cosines.shape[1]
-            # what belongs to other chunks goes to a column that is cut off again
+            # entries of other chunks go to an extra column that is dropped again
             place = torch.where(inside(index - first, n), index - first, n)
             cosines = F.pad(cosines, (0, 1))
             picked = cosines.gather(1, place)
@@ -213,9 +213,9 @@ class ChunkedScores:
         lse_neg = torch.logsumexp(torch.stack(lse, 1), 1)
         cos_y, plain = torch.stack(cos_y).sum(0), torch.stack(plain).sum(0)
         logit = scale * (cos_y if self.labels is None else self.psi(cos_y))
-        # 1 - p_y keeps its digits where p_y -> 1
+        # 1 - p_y stays accurate as p_y -> 1
         loss = -F.logsigmoid(logit - lse_neg)
-        # if the margin is on another class than the target, both stand in the same sum
+        # if the margin is on another class than the target, both are terms of the same sum
         other = target != labels
         loss = torch.where(other, loss + (logit - plain), loss)
         logit = torch.where(other, plain, logit)

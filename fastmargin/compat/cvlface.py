@@ -38,7 +38,7 @@ def _register_statistics(classifier: nn.Module, margin_loss) -> None:
 
 
 def _lend_statistics(classifier: nn.Module, margin: margins.Margin) -> None:
-    """Lets the margin read and write the classifier's buffers as its own."""
+    """Makes the classifier's buffers those of the margin."""
     if _is_adaface(classifier.margin_softmax):
         for part in margin.modules():
             if isinstance(part, margins.AdaFace):
@@ -46,7 +46,7 @@ def _lend_statistics(classifier: nn.Module, margin: margins.Margin) -> None:
 
 
 def _official_logits(classifier: nn.Module, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Logits with the margin from raw rows and centres; the statistics of norms move."""
+    """Logits with the margin from raw rows and centres; updates the statistics of norms."""
     norms = x.norm(p=2, dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
     logits = plain_pfc.cosines(x / norms, weight).clamp(-1, 1)
     if not _is_adaface(classifier.margin_softmax):
@@ -60,31 +60,32 @@ def _official_logits(classifier: nn.Module, x: Tensor, weight: Tensor, labels: T
 
 
 class PartialFC_V2(PartialFCV2):
-    """``classifiers.partial_fc.partial_fc.PartialFC_V2``: shared-out centres; returns the loss.
+    """``classifiers.partial_fc.partial_fc.PartialFC_V2``: sharded centres; returns the loss.
 
     Identical: constructor and call; ``weight`` (ceil(C / W), D) and, with ``AdaFaceLoss``, the
     buffers ``batch_mean`` and ``batch_std`` (1,), as ``state_dict`` has them; initial values; loss
-    and gradients, with the target's derivative of 1 under an angular margin, and embeddings'
-    gradients times the number of processes; statistics of the norms of all processes' rows, which
-    move before they are used; all of this also in ``eval()`` where the embeddings want a gradient,
-    as a frozen classifier is left there.
+    and gradients, straight-through (target derivative 1) under an angular margin, and embeddings'
+    gradients times the number of processes; statistics of the norms of all processes' rows,
+    updated before they are used; all of this also in ``eval()`` if the embeddings need a gradient,
+    since CVLface keeps a frozen classifier in ``eval()``.
 
     Different, unless ``faithful=True``, which computes all logits as the original does:
 
-    - rows that make the number of classes a multiple of W are there and get no gradient; there
-      they are negatives of every row;
-    - a batch of one row in all leaves ``batch_std`` as it was; there it becomes NaN for good;
+    - padding rows, which make the number of classes a multiple of W, take no part and get no
+      gradient; in the original they are negatives of every row;
+    - a batch of one row over all processes leaves ``batch_std`` as it was; in the original it
+      becomes NaN for good;
     - statistics leave out rows with the label -1;
-    - margins of fastmargin, ArcFace and CosFace are taken, too; there only the losses that are
-      named in the call of the constructor;
-    - what :class:`fastmargin.compat.insightface.PartialFC_V2` says of labels of -1, the limit of
-      the loss, zero embeddings, sampling, ``eval()``, numbers of rows, and process groups.
+    - fastmargin's margins, ArcFace and CosFace are accepted too; the original accepts only the
+      losses listed under ``margin_loss``;
+    - for labels of -1, the cap of the loss, zero embeddings, sampling, ``eval()``, numbers of rows
+      and process groups, as :class:`fastmargin.compat.insightface.PartialFC_V2`.
 
     Args:
-        rank, world_size: this process's number and how many there are.
+        rank, world_size: this process's rank and the number of processes.
         margin_loss: ``CombinedMarginLoss`` or ``AdaFaceLoss``, from here or the original's, or a
             margin of fastmargin.
-        embedding_size, num_classes, sample_rate: as there.
+        embedding_size, num_classes, sample_rate: as in the original.
         backend, precision, faithful, sparse_grad, seed: as insightface's.
 
     Raises:
@@ -139,11 +140,11 @@ class FC(SettledCopies, nn.Module):
 
     Identical: constructor and call, ``weight`` (C, D) and, with ``AdaFaceLoss``, the buffers
     ``batch_mean`` and ``batch_std``; initial values; loss and gradients; statistics of this
-    process's norms, also in ``eval()`` where the embeddings want a gradient.
+    process's norms, also in ``eval()`` if the embeddings need a gradient.
 
-    Different, unless ``faithful=True``: rows with the label -1 are ignored, there an error; a
-    batch of one row leaves ``batch_std`` as it was; a row of zeros has a zero gradient. The filter
-    between classes works here in any case, there it is an error.
+    Different, unless ``faithful=True``: rows with the label -1 are ignored, in the original an
+    error; a batch of one row leaves ``batch_std`` as it was; a row of zeros has a zero gradient.
+    The inter-class filter works in either mode; in the original it is an error.
 
     Args: as :class:`PartialFC_V2`.
     """
@@ -178,7 +179,7 @@ class FC(SettledCopies, nn.Module):
         _register_statistics(self, margin_loss)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
-        """Mean loss of raw embeddings (b, D) with labels (b,) int64 in [0, C); -1: to ignore.
+        """Mean loss of raw embeddings (b, D) with labels (b,) int64 in [0, C); -1: ignored.
 
         Raises:
             TypeError, ValueError: an argument is not as above; nothing has changed then.

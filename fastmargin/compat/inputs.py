@@ -1,4 +1,4 @@
-"""What the heads say to bad input, under the names their originals give the arguments."""
+"""Input validation; errors name the argument and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_rows(name: str, x: Tensor, size: int) -> None:
 def check_labels(name: str, labels: Tensor, rows: int, classes: int) -> None:
     """Raises TypeError or ValueError unless ``labels`` are ``rows`` integers in [0, classes).
 
-    The range is looked at where that waits for nothing: on a CPU.
+    The range is checked on a CPU only, where that causes no synchronisation.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(labels).__name__}")

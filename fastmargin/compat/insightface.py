@@ -1,7 +1,7 @@
 """The classifiers of deepinsight/insightface, ``recognition/arcface_torch``.
 
 ``from fastmargin.compat.insightface import PartialFC_V2, CombinedMarginLoss`` in ``train_v2.py``;
-``PartialFC`` is the one before March 2022, with ``forward_backward``.
+``PartialFC`` is the version before March 2022, with ``forward_backward``.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ __all__ = ["ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC", "PartialFC_V
 
 
 class PartialFC_V2(PartialFCV2):
-    """``partial_fc_v2.PartialFC_V2``: centres shared out among all processes; returns the loss.
+    """``partial_fc_v2.PartialFC_V2``: centres sharded over all processes; returns the loss.
 
     An et al., CVPR 2022; arXiv 2203.15565.
 
     Identical: constructor and call, ``weight`` (C_local, D) as the only entry of ``state_dict``,
     one file per process, with C // W rows and one more on the first C % W; its initial values from
-    torch's generator; loss and gradients, with the target's derivative of 1 under ArcFace, the
-    filter between classes, and embeddings' gradients times the number of processes; how many
-    classes are sampled, ``int(sample_rate * C_local)``, and that all positives are.
+    torch's generator; loss and gradients, straight-through under ArcFace, the inter-class filter,
+    and embeddings' gradients times the number of processes; the number of sampled classes,
+    ``int(sample_rate * C_local)``, which include all positives.
 
     Different, unless ``faithful=True``, which computes all logits as the original does:
 
-    - a row with the label -1 is ignored; there it is pushed away from all classes and costs 69.08;
-    - the loss has no limit; there it is at most 69.08 for a row, while the gradient has none;
-    - an embedding of zeros has a zero gradient; there it is 1e12 times the upstream one;
-    - other classes are drawn than there, from ``seed``, the step and the process; a run that is
-      resumed draws from the start again, so give it another seed;
+    - a row with the label -1 is ignored; in the original it is pushed away from all classes, at a
+      loss of 69.08;
+    - the loss is not capped; in the original a row's is capped at 69.08, but not its gradient;
+    - an embedding of zeros has a zero gradient; in the original it is 1e12 times the upstream one;
+    - other negatives are drawn, from ``seed``, the step and the process; a resumed run draws from
+      the start again, so give it another seed;
     - ``eval()`` without gradient is the softmax over all classes;
-    - on a GPU cosines are products of fp16 numbers, added up in float32, unless ``precision`` is
-      "fp32"; there ``fp16`` decides it;
+    - on a GPU cosines are products of fp16 operands, accumulated in float32, unless ``precision``
+      is "fp32"; in the original ``fp16`` decides;
     - processes may have different numbers of rows, at most that of the largest first batch;
-    - no process group is needed with one process, and nothing is on CUDA unless you put it there;
+    - no process group is needed with one process, and nothing is moved to CUDA automatically;
     - ``local_labels`` keep their shape; backward may run twice.
 
     Args:
         margin_loss: ``CombinedMarginLoss``, ``ArcFace``, ``CosFace``, from here or the original's,
             or a margin of fastmargin. With ``faithful`` any callable on (cosines, labels).
-        embedding_size, num_classes, sample_rate: as there.
-        fp16: with ``faithful``, cosines under autocast; otherwise ``precision`` says it all.
+        embedding_size, num_classes, sample_rate: as in the original.
+        fp16: with ``faithful``, cosines under autocast; otherwise use ``precision``.
         backend, precision: as :func:`fastmargin.margin_loss`.
         faithful: see above.
         sparse_grad: a sparse gradient of the sampled rows, for :mod:`fastmargin.optim`.
@@ -103,22 +104,22 @@ class PartialFC_V2(PartialFCV2):
 class PartialFC(PartialFCV1):
     """``partial_fc.PartialFC`` before March 2022, with ``forward_backward``.
 
-    An et al. 2020; arXiv 2010.05222. Features come normalised; the optimiser of the classifier is
-    SGD over ``parameters()``, whose momentum of the sampled rows is swapped in and out.
+    An et al. 2020; arXiv 2010.05222. Features must be normalised; the classifier's optimiser is
+    SGD over ``parameters()``, and the momentum of the sampled rows is swapped in and out of it.
 
     Identical: constructor, ``forward_backward``, ``update``, ``save_params`` and its files; the
     loss, the centres' gradient and thus each step; ``sub_weight`` as the only parameter.
 
-    Different, unless ``faithful=True``: as :class:`PartialFC_V2` says of labels of -1, of the
-    limit of the loss, and of which classes are drawn; besides, cosines are those of normalised
-    features, and ``x_grad`` leaves out the part along the feature, which the backward of the
-    caller's ``F.normalize`` removes.
+    Different, unless ``faithful=True``: as :class:`PartialFC_V2` for labels of -1, the cap of the
+    loss, and which classes are drawn; besides, features are normalised again, and ``x_grad`` has
+    no component along the feature, which the backward of the caller's ``F.normalize`` would
+    remove anyway.
 
     Args:
-        rank, local_rank, world_size, batch_size, resume: as there.
+        rank, local_rank, world_size, batch_size, resume: as in the original.
         margin_softmax: as ``margin_loss`` of :class:`PartialFC_V2`. The repository's ArcFace of
             that time (attribute ``m``) has an exact gradient and no guard.
-        num_classes, sample_rate, embedding_size, prefix: as there.
+        num_classes, sample_rate, embedding_size, prefix: as in the original.
         backend, precision, faithful, seed: as :class:`PartialFC_V2`.
         device: default: ``cuda:{local_rank}``, or the CPU where there is no CUDA.
     """

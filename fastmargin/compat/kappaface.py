@@ -41,8 +41,8 @@ def get_loss(name: str, cfg):
 class CosFace(nn.Module):
     """``losses.CosFace``: writes into the cosines (B, K) it is called on; label (B,), -1: none.
 
-    It takes the ``weights`` that ``PartialFC`` hands to every margin and leaves them unused; there
-    that is an error.
+    It accepts and ignores the ``weights`` that ``PartialFC`` passes to every margin; in the
+    original that is an error.
     """
 
     def __init__(self, s: float = 64.0, m: float = 0.40) -> None:
@@ -58,7 +58,7 @@ class CosFace(nn.Module):
 class KappaFace(nn.Module):
     """``losses.KappaFace``: ``s * cos(theta + m * weights[label])``, with the exact gradient.
 
-    On dense cosines as there: written into them, without a guard, and a cosine beyond 1 is NaN.
+    On dense cosines as in the original: in place, without a guard, and a cosine beyond 1 is NaN.
     """
 
     def __init__(self, s: float = 64.0, m: float = 0.62) -> None:
@@ -82,7 +82,7 @@ class KappaFace(nn.Module):
 
 
 class _WeightedAngle(SoftmaxMargin):
-    """``cos(theta + m * table[y])`` with a table (C,) that is handed over before each step."""
+    """``cos(theta + m * table[y])`` with a table (C,) that is set before each step."""
 
     def __init__(self, m: float, s: float) -> None:
         super().__init__(s)
@@ -93,22 +93,22 @@ class _WeightedAngle(SoftmaxMargin):
 
 
 class PartialFC(PartialFCV1):
-    """``partial_fc.PartialFC``: centres shared out among processes, a margin for every class.
+    """``partial_fc.PartialFC``: centres sharded over processes, one margin per class.
 
     Identical: constructor, ``forward_backward`` with ``weights``, ``update``, ``save_params`` and
-    its files, ``sub_weight`` as the only parameter; on one process without sampling the numbers.
+    its files, ``sub_weight`` as the only parameter; on one process without sampling, all results.
 
     Different, unless ``faithful=True``, which computes all logits as the original does:
 
-    - ``weights`` are looked up by the label; there by the place that the label has among the
-      classes of the process, or among the sampled ones, so that a margin is that of another class
+    - ``weights`` are indexed by the label; in the original by the label's position among the
+      classes of the process, or among the sampled ones, so that a row gets another class's margin
       on every process but the first, and wherever classes are sampled;
-    - cosines at 1 and -1 have finite gradients; there NaN, also in other rows;
-    - what :class:`fastmargin.compat.insightface.PartialFC` says.
+    - cosines at 1 and -1 have finite gradients; in the original NaN, also in other rows;
+    - as :class:`fastmargin.compat.insightface.PartialFC`.
 
     Args:
         rank, local_rank, world_size, batch_size, resume, num_classes, sample_rate, embedding_size,
-            prefix: as there.
+            prefix: as in the original.
         margin_softmax: ``KappaFace`` or ``CosFace``, from here or the original's.
         backend, precision, faithful, seed, device: as insightface's.
     """
@@ -189,7 +189,7 @@ class _Concentrations(nn.Module):
                 f"batch_samples must have shape ({len(targets)}, {self.feat_dim}) as there are "
                 f"{len(targets)} targets, got {tuple(features.shape)}"
             )
-        # neither is a buffer, there and so here
+        # neither is a buffer, as in the original
         self.class_sums = self.class_sums.to(features.device, self.kappa.dtype)
         self._seen = self._seen.to(features.device)
         self.class_sums.index_put_((targets,), features.to(self.class_sums), accumulate=True)
@@ -249,15 +249,15 @@ class LatentMemory(_Concentrations):
     initial values and its rule, in which ``momentum`` weighs the new feature.
 
     Different, unless ``faithful=True``: concentrations are finite. A class that was seen once, or
-    whose features are all alike, takes the largest of the others and stays out of their mean and
-    deviation; there it may be anything up to +-1e16 and flatten the weights of all others. Sums
-    are divided by the samples seen, there by those of the data set; equal concentrations weigh
-    0.5, there NaN; a class that was not seen keeps its concentration; ``kappa`` keeps its shape
-    (C,), there it becomes (C, 1), which ``load_state_dict`` then refuses.
+    whose features are all equal, takes the largest of the others and is left out of their mean and
+    deviation; in the original it may be anything up to +-1e16 and flatten all other weights. Sums
+    are divided by the samples seen (in the original by those of the data set); equal concentrations
+    give the weight 0.5 (NaN); a class that was not seen keeps its concentration; ``kappa`` keeps
+    its shape (C,) (it becomes (C, 1), which ``load_state_dict`` then refuses).
 
     Args:
         n_data: samples in the data set. feat_dim: D. cls_positive: (C,) samples of each class.
-        momentum, T, gamma: as there.
+        momentum, T, gamma: as in the original.
         device: "cuda" is the CPU where there is no CUDA.
         faithful: see above.
     """

@@ -1,4 +1,4 @@
-"""Logits that are not computed until somebody asks for them, and then not all at once."""
+"""Logits that are computed on demand, and not all at once."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _warned_of_change = False
 
 
 class StreamedLogits(Tensor):
-    """Stands for the (B, C) logits of a head, without holding them.
+    """Behaves like the (B, C) logits of a head, without storing them.
 
-    What training and its logs ask for runs in passes over the class centres that never hold
-    (B, C) numbers: ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with class indices as targets
+    What training and its logs need runs in passes over the class centres that never store
+    (B, C) values: ``F.cross_entropy`` and ``nn.CrossEntropyLoss`` with class indices as targets
     and every option (``weight``, ``ignore_index``, ``reduction``, ``label_smoothing``), ``argmax``,
     ``max`` and ``topk`` (k <= 16) over the classes, ``detach``. Anything else computes all of them
-    first, as :meth:`dense` does, and says so once per process.
+    first, as :meth:`dense` does, and warns once per process.
 
-    They have a place in autograd's graph, as the logits would: DDP finds the parameters behind
-    them, an ``autograd.Function`` passes a gradient on, and under ``no_grad`` they have none.
-    But they follow the centres: what is asked for after ``optimizer.step()`` is of the new ones,
-    which a warning says once per process.
-    C++ code that takes tensors as they are needs ``logits.dense()``. Made by :func:`stream`.
+    They have a node in autograd's graph, as the logits would: DDP finds the parameters behind
+    them, an ``autograd.Function`` passes a gradient on, and under ``no_grad`` there is none.
+    But they are evaluated lazily: a query after ``optimizer.step()`` uses the new centres, and
+    warns once per process.
+    C++ code that needs a plain tensor must be given ``logits.dense()``. Made by :func:`stream`.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class StreamedLogits(Tensor):
 
     @property
     def scores(self) -> Scores:
-        """What is behind them, as differentiable as they are."""
+        """The scores behind them; differentiable if the logits are."""
         if self._versions != _versions(self._scores):
             _warn_of_change()
         with torch._C.DisableTorchFunctionSubclass():
@@ -57,13 +57,13 @@ class StreamedLogits(Tensor):
             return self._scores.detached()
         if isinstance(node, _OURS):
             return self._scores
-        # somebody's function has passed them on, and its backward must run, as DDP's has to
+        # another autograd function has passed them on, and its backward must run, as DDP's must
         return self._scores.with_rows(_Tied.apply(self._scores.x, self))
 
     def dense(self) -> Tensor:
         """The logits as a plain tensor, with gradient; computed once."""
         if self._dense is None:
-            # kept, so also for who asks again where gradients are wanted
+            # cached, so with gradient for a later caller that needs it
             with torch.set_grad_enabled(self.requires_grad):
                 logits = self.scores.dense()
                 self._dense = logits.unsqueeze(1) if self._has_middle() else logits
@@ -74,7 +74,7 @@ class StreamedLogits(Tensor):
             return self.dim() == 3
 
     def _replaced(self) -> bool:
-        """Whether the computed logits count: somebody wrote into them, or watches their grad."""
+        """Whether the computed logits replace these: they were written to, or their grad is read."""
         return self._dense is not None and (self._dense._version > 0 or self._watched)
 
     def __repr__(self) -> str:
@@ -117,16 +117,16 @@ class StreamedLogits(Tensor):
 
 
 def stream(scores: Scores) -> Tensor:
-    """The scores as logits: streamed, but under ``torch.compile``, which follows no subclass."""
+    """The scores as logits: streamed, except under ``torch.compile``, which traces no subclass."""
     if torch.compiler.is_compiling():
         return scores.dense()
     return _Origin.apply(scores, *scores.inputs)
 
 
 class _Origin(torch.autograd.Function):
-    """The place of streamed logits in the graph.
+    """The node of streamed logits in autograd's graph.
 
-    What streams has gradients of its own, and comes here with None.
+    Streamed results have their own gradients, and reach this node with None.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class _Reshaped(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """x as it is; its backward leads to that of ``logits``, too, without a gradient for them."""
+    """x unchanged; its backward also leads to that of ``logits``, with a None gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, logits: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def _warn_of_change() -> None:
 
 
 def _frames_to_caller() -> int:
-    """``stacklevel`` of the first frame outside of torch and this file, for who calls this."""
+    """``stacklevel`` of the first frame outside torch and this file, for the caller."""
     ours = os.path.dirname(torch.__file__), __file__
     frame, count = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
@@ -235,7 +235,7 @@ def _cross_entropy(
     if size_average is not None or reduce is not None:
         return NotImplemented
     if target.is_floating_point() or logits._has_middle() or target.dim() != 1:
-        return NotImplemented  # class probabilities, or a shape that torch has words for
+        return NotImplemented  # class probabilities, or a shape for which torch has an error
     batch, classes = logits.scores.shape
     if target.shape[0] != batch or target.dtype != torch.int64:
         return NotImplemented
@@ -249,7 +249,7 @@ def _cross_entropy(
         if bool(wrong.any()):
             raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
     loss, logit = logits.scores.rows(target, counted)
-    # a target out of range that nobody looked at
+    # a target out of range that was not checked
     loss = torch.where(counted & ((target < 0) | (target >= classes)), torch.nan, loss)
     share = counted.to(loss.dtype)
     if weight is not None:
@@ -308,7 +308,7 @@ def _detach(logits):
 def _reshaped(logits, middle):
     if logits.requires_grad and torch.is_grad_enabled():
         return _Reshaped.apply(logits, logits.scores, middle)
-    # within an autograd.Function: what it returns gets its place in the graph there
+    # inside an autograd.Function: its outputs get their graph nodes there
     return StreamedLogits(logits._scores, middle, logits._versions)
 
 

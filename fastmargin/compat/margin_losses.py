@@ -1,4 +1,4 @@
-"""The margin modules of insightface and CVLface, on dense cosines; and as margins of ours."""
+"""The margin modules of insightface and CVLface, on dense cosines, and as fastmargin margins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastmargin.margins import Filtered, Margin, SoftmaxMargin
 
 
 def _own_entries(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every row's own class; labels (B,) or (B, 1), -1: it is not here."""
+    """Row and column of every row's own class; labels (B,) or (B, 1), -1: not here."""
     labels = labels.reshape(-1)
     (row,) = torch.where(labels != -1)
     return row, labels[row]
@@ -27,7 +27,7 @@ def _filtered(logits: Tensor, own: tuple[Tensor, Tensor], threshold: float) -> T
 
 
 def _add_angle_(logits: Tensor, own: tuple[Tensor, Tensor], m: float) -> Tensor:
-    """Writes ``cos(theta + m)`` into the own entries; its derivative is taken for 1."""
+    """Writes ``cos(theta + m)`` into the target entries; its derivative is taken as 1."""
     with torch.no_grad():
         logits.acos_()
         logits[own] = logits[own] + m
@@ -36,7 +36,7 @@ def _add_angle_(logits: Tensor, own: tuple[Tensor, Tensor], m: float) -> Tensor:
 
 
 def _check_combination(m1: float, m2: float, m3: float, faithful: bool) -> None:
-    """Raises ValueError for what the original does not compute, or ignores without a word."""
+    """Raises ValueError for what the original does not compute, or silently ignores."""
     if (m1 != 1 or m3 != 0) and not m3 > 0:
         raise ValueError(
             f"m1={m1}, m2={m2}, m3={m3}: only m1=1 with m3=0 (ArcFace) and m3>0 (CosFace) are "
@@ -52,22 +52,22 @@ def _check_combination(m1: float, m2: float, m3: float, faithful: bool) -> None:
 class CombinedMarginLoss(nn.Module):
     """``losses.CombinedMarginLoss`` of insightface's ``arcface_torch`` (and of CVLface).
 
-    With ``m1 = 1, m3 = 0`` it is ArcFace(m2), with the target's derivative taken for 1; with
-    ``m3 > 0`` it is CosFace(m3). On dense cosines it computes as there, and writes into them as
-    there; a partial FC of ours does the same without them.
+    With ``m1 = 1, m3 = 0`` it is ArcFace(m2), with the target's derivative taken as 1; with
+    ``m3 > 0`` it is CosFace(m3). On dense cosines it computes as the original does, in place; our
+    partial FC classes do the same without storing them.
 
-    Different: labels may have the shape (B,) under the filter, too, and what is an error or
-    silently ignored there is an error when the module is made.
+    Different: labels may have the shape (B,) under the filter, too, and combinations that the
+    original refuses in the forward pass or silently ignores are an error at construction.
 
     Args:
         s: scale.
         m1, m2, m3: see above.
         interclass_filtering_threshold: other classes whose cosine is above it get the logit 0;
             0: none.
-        faithful: take m1 and m2 beside ``m3 > 0``, and ignore them, as there.
+        faithful: accept m1 and m2 beside ``m3 > 0``, and ignore them, as the original does.
 
     Raises:
-        ValueError: a combination that is not computed there.
+        ValueError: a combination that the original does not compute.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class CombinedMarginLoss(nn.Module):
 
 
 class ArcFace(nn.Module):
-    """``losses.ArcFace`` of insightface (since December 2022): derivative of the target 1.
+    """``losses.ArcFace`` of insightface (since December 2022): target derivative 1.
 
     Called as :class:`CombinedMarginLoss`, and writes into the cosines, too.
     """
@@ -145,8 +145,8 @@ class CosFace(nn.Module):
 class AdaFaceLoss(nn.Module):
     """``losses.adaface.AdaFaceLoss`` of CVLface: AdaFace whose target has the derivative 1.
 
-    ``cos(theta - m z) - (m + m z)`` without a limit to the angle. The classifier keeps the
-    statistics of norms and hands them over. Different: labels may have the shape (B,) under the
+    ``cos(theta - m z) - (m + m z)`` with an unclipped angle. The classifier keeps the
+    statistics of norms and passes them in. Different: labels may have the shape (B,) under the
     filter, too.
     """
 
@@ -176,7 +176,7 @@ class AdaFaceLoss(nn.Module):
         logits = _filtered(logits, own, self.interclass_filtering_threshold)
         with torch.no_grad():
             norms = norms.reshape(-1).clip(1e-3, 100)
-            # of one row the deviation is NaN, which stays
+            # the deviation of one row is NaN, which stays
             batch_mean = self.t_alpha * norms.mean() + (1 - self.t_alpha) * batch_mean
             batch_std = self.t_alpha * norms.std() + (1 - self.t_alpha) * batch_std
             z = ((norms - batch_mean) / (batch_std + self.eps) * self.h).clip(-1, 1)[own[0]]

@@ -27,13 +27,13 @@ class Linear(SettledCopies, nn.Module):
     come as :class:`StreamedLogits`, so that with :class:`NPTLoss` no (B, C) tensor exists.
 
     Different, unless ``faithful=True``, which computes them at once: a row of zeros has a zero
-    gradient; there it is 1e12 times the upstream one.
+    gradient; in the original it is 1e12 times the upstream one.
 
     Args:
         in_features, out_features: D and C.
         fc: (C, D) centres to start from, instead of random ones.
-        device_id, multi_flag: the original splits the centres over these GPUs. Here they stay
-            where they are, and more than one is an error under ``multi_flag``.
+        device_id, multi_flag: the original splits the centres over these GPUs. Here they are not
+            moved, and more than one is an error under ``multi_flag``.
         normalised: False: plain products, computed at once.
         eval_flag: the centres are not learned.
         backend, precision: as :func:`fastmargin.margin_loss`.
@@ -121,10 +121,10 @@ class NPTLoss(nn.Module):
     a 0 that competes for a place among the nearest. Mean over the rows.
 
     On :class:`StreamedLogits` it streams, for ``top_k`` of at most 16. On a tensor it computes as
-    there, but leaves the tensor as it is; there the 0 is written into it.
+    the original does, but without writing the 0 into the tensor.
 
-    Different on those: a row with the target -1 is ignored; there the last class counts
-    for its own.
+    Different on :class:`StreamedLogits`: a row with the target -1 is ignored; the original trains
+    the last class.
     """
 
     def __init__(self, r: float = 1.0, delta: float = 0.5, top_k: float = 2) -> None:
@@ -150,7 +150,7 @@ class NPTLoss(nn.Module):
             return self._streamed(scores, target)
         if isinstance(dot_p, StreamedLogits):
             dot_p = dot_p.dense()
-        own = target[:, None] % dot_p.shape[1]  # -1 is the last class, as there
+        own = target[:, None] % dot_p.shape[1]  # -1 is the last class, as in the original
         nearest = dot_p.scatter(1, own, 0).topk(min(self.top_k, dot_p.shape[1]), dim=1).values
         gap = nearest - dot_p.gather(1, own) + self.delta
         return (2 * self.r * torch.where(gap < 0, 0, gap).sum(1)).mean()

@@ -1,4 +1,4 @@
-"""What the first ``PartialFC`` of insightface and that of KappaFace share."""
+"""The common base of insightface's first ``PartialFC`` and of KappaFace's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class _Drawn:
-    """A sampler whose draw has been made."""
+    """A sampler that returns a given draw."""
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
@@ -34,10 +34,10 @@ class _Drawn:
 
 
 class PartialFCV1(nn.Module):
-    """Centres of this process's classes, their momentum, and those of them that are in a step.
+    """Centres of this process's classes, their momentum, and the rows that are in a step.
 
     ``weight`` and ``weight_mom`` (C_local, D) are plain tensors; ``sub_weight`` and
-    ``sub_weight_mom`` hold the rows of the step: all of them, or those that ``index`` names.
+    ``sub_weight_mom`` hold the rows of the step: all of them, or those in ``index``.
     """
 
     outside_state = "its momentum and, where they are sampled, its centres: see save_params()"
@@ -99,7 +99,7 @@ class PartialFCV1(nn.Module):
         self._sampler = None
         if sample_rate < 1:
             self._sampler = self._new_sampler(seed)
-            # a place in the optimiser for the rows of the first step
+            # stands in the optimiser for the rows of the first step
             self.sub_weight = nn.Parameter(self.weight.new_empty(0, 0))
             self.sub_weight_mom = None
         else:
@@ -124,7 +124,7 @@ class PartialFCV1(nn.Module):
         return [sampler]  # a list, so that it is no submodule
 
     def _resumed(self) -> tuple[Tensor | None, Tensor | None]:
-        """Centres and momentum of the files, or none: they are then drawn anew, as there."""
+        """Centres and momentum from files, or None: they are then initialised, as in the original."""
         size = (self.num_local, self.embedding_size)
         try:
             found = [
@@ -140,13 +140,13 @@ class PartialFCV1(nn.Module):
         return found[0], found[1]
 
     def save_params(self) -> None:
-        """Writes the centres and their momentum, a file of each for every process."""
+        """Writes the centres and their momentum, one file each per process."""
         torch.save(self.weight.data, self.weight_name)
         torch.save(self.weight_mom, self.weight_mom_name)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Writes the rows of the step, which the optimiser has moved, back among the others."""
+        """Writes the rows of the step, which the optimiser has updated, back to ``weight``."""
         if self.index is not None:
             self.weight_mom[self.index] = self.sub_weight_mom
             self.weight[self.index] = self.sub_weight
@@ -185,7 +185,7 @@ class PartialFCV1(nn.Module):
         return sample
 
     def _draw(self, labels: Tensor) -> Sample:
-        """The rows for all labels (R * b,), ascending and without empty places."""
+        """The rows for all labels (R * b,), ascending and without padding slots."""
         if not isinstance(self._sampler, list):
             return self._sampler.draw(labels)
         sample = self._sampler[0].draw(labels, self.backend)

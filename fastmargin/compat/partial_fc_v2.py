@@ -1,4 +1,4 @@
-"""What ``PartialFC_V2`` of insightface and of CVLface share: a shard of centres, and the loss."""
+"""The common base of insightface's and CVLface's ``PartialFC_V2``: a shard and its loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INIT_STD = 0.01
 
 @dataclass
 class _Place:
-    """What belongs to the head and is not in its ``state_dict``, where the original has nothing.
+    """What belongs to the head but not to its ``state_dict``, as the original has no such entry.
 
     shard, sampler: of the device that the centres are on.
     """
@@ -36,7 +36,7 @@ class _Place:
 
 
 def check_sizes(embedding_size: int, num_classes: int, sample_rate: float) -> None:
-    """Raises ValueError for sizes that no classifier has."""
+    """Raises ValueError for invalid sizes."""
     if embedding_size < 1 or num_classes < 1:
         raise ValueError(
             "embedding_size and num_classes must be at least 1, got "
@@ -47,7 +47,7 @@ def check_sizes(embedding_size: int, num_classes: int, sample_rate: float) -> No
 
 
 def check_world(rank: int, world_size: int) -> None:
-    """Raises ValueError where these are not the place in, and the size of, the default group."""
+    """Raises ValueError unless these are the rank in, and the size of, the default group."""
     group = collectives.world()
     found = (0, 1) if group is None else (collectives.rank_in(group), group.size())
     if (rank, world_size) != found:
@@ -58,7 +58,7 @@ def check_world(rank: int, world_size: int) -> None:
 
 
 class PartialFCV2(SettledCopies, nn.Module):
-    """The centres of this process's classes under a margin; see the two that inherit.
+    """The centres of this process's classes under a margin; see the two subclasses.
 
     ``rows``: first and one past the last row of ``weight`` among those of all processes. ``split``
     (see :func:`fastmargin.distributed.shard.bounds`) says which of them are classes; rows beyond
@@ -118,7 +118,7 @@ class PartialFCV2(SettledCopies, nn.Module):
 
         Args:
             local_embeddings: (b, D) raw.
-            local_labels: (b,) or (b, 1) int64 in [0, C); -1 is a row to ignore. Not changed.
+            local_labels: (b,) or (b, 1) int64 in [0, C); -1: ignored. Not modified.
 
         Raises:
             TypeError, ValueError: an argument is not as above; nothing has changed then.
@@ -134,7 +134,7 @@ class PartialFCV2(SettledCopies, nn.Module):
                 f"{self.last_batch_size} on any process, and so much is exchanged since: feed "
                 "batches of one size (drop_last=True), the largest first"
             )
-        # also in eval(): CVLface's training leaves a frozen classifier there
+        # also in eval(): CVLface keeps a frozen classifier in eval()
         wants_grad = torch.is_grad_enabled() and getattr(local_embeddings, "requires_grad", False)
         margin.train(self.training or wants_grad)
         self._lend_state(margin)
@@ -173,7 +173,7 @@ class PartialFCV2(SettledCopies, nn.Module):
         return as_margin(margin_loss)
 
     def _lend_state(self, margin: Margin) -> None:
-        """Shows the margin the state that the classifier keeps for it."""
+        """Gives the margin access to the state that the classifier keeps for it."""
 
     def _placed(self) -> _Place:
         """The place, for the device that the centres are on."""

@@ -1,12 +1,11 @@
-"""Partial FC as dense operations of PyTorch: what ``faithful=True`` runs, and a peer to measure.
+"""Partial FC in dense PyTorch operations: for ``faithful=True``, and as a benchmark baseline.
 
-A head whose classes are shared out among processes, with all (B, C_local) logits: gather the rows,
-multiply, exponentiate, add up over the processes (Deng et al., arXiv 1801.07698; An et al., CVPR
-2022). Written anew from what insightface's ``partial_fc_v2.py`` computes, its quirks included:
+A head with sharded classes and all (B, C_local) logits: gather the rows, multiply, exponentiate,
+sum over the processes (Deng et al., arXiv 1801.07698; An et al., CVPR 2022). Our own implementation
+of what insightface's ``partial_fc_v2.py`` computes, its quirks included:
 
-- a row's loss is at most ``-log(1e-30)`` = 69.08, while its gradient is that of the loss without
-  a limit;
-- the mean is over all rows, and one whose label is no class is pushed away from every class;
+- a row's loss is capped at ``-log(1e-30)`` = 69.08, its gradient is that of the uncapped loss;
+- the mean is over all rows, and a row whose label is no class is pushed away from every class;
 - the gradient of the embeddings is multiplied by the number of processes.
 
 ``group=None`` is one process alone.
@@ -46,16 +45,16 @@ def gather(rows: Tensor, group) -> Tensor:
 
 
 def local_labels(labels: Tensor, start: int, count: int) -> Tensor:
-    """Places (B,) of global labels among ``count`` classes from ``start`` on; -1 elsewhere."""
+    """Positions (B,) of global labels among ``count`` classes from ``start`` on; -1 elsewhere."""
     here = (labels >= start) & (labels < start + count)
     return torch.where(here, labels - start, -1)
 
 
 class PlainSampler:
-    """Draws the classes of a step by a random number for each of them.
+    """Draws the classes of a step by one random number per class.
 
-    All positives of the batch, and at random others up to ``num_sampled``; with more positives
-    than that, only these. The interface is that of :class:`fastmargin.sampling.ClassSampler`.
+    All positives of the batch, and random negatives up to ``num_sampled``; if there are more
+    positives than that, only these. Same interface as :class:`fastmargin.sampling.ClassSampler`.
 
     Args:
         num_classes: of this shard. num_sampled: at most so many. class_start: the first one.
@@ -68,7 +67,7 @@ class PlainSampler:
 
     @torch.no_grad()
     def draw(self, labels: Tensor, backend: str = "auto") -> Sample:
-        """The rows for labels (B,); ``index`` is ascending and has no empty place."""
+        """The rows for labels (B,); ``index`` is ascending and has no padding slots."""
         own = local_labels(labels, self.class_start, self.num_classes)
         index = own[own >= 0].unique()
         count = torch.tensor(len(index))
@@ -89,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, group) -> Tensor:
         top = collectives.max_all(logits.amax(1, keepdim=True), group)
-        # in place, as there: one (B, K) tensor from here to the end of the backward
+        # in place, as in the original: one (B, K) tensor from here to the end of the backward
         share = logits.detach().sub_(top).exp_()
         share /= collectives.sum_all(share.sum(1, keepdim=True), group)
         (row,) = torch.where(labels >= 0)
@@ -112,11 +111,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, group) -> Tensor:
 
     Args:
         logits: (B, K) of the rows of all processes with the classes that are here; overwritten.
-        labels: (B,) places among these; -1 where the class is elsewhere.
-        group: the processes that share out the classes.
+        labels: (B,) positions among these; -1 where the class is elsewhere.
+        group: the processes over which the classes are sharded.
 
     Returns:
-        Scalar, alike on all. Its gradient is ``(p - one_hot) / B`` for every row; backward runs
+        Scalar, the same on all. Its gradient is ``(p - one_hot) / B`` for every row; backward runs
         once, since it overwrites the softmax.
     """
     return _CrossEntropy.apply(logits, labels, group)

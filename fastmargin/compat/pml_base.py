@@ -1,4 +1,4 @@
-"""What the losses of pytorch-metric-learning share: ``W``, regularisers, miners, reducers."""
+"""The common base of pytorch-metric-learning's losses: ``W``, regularisers, miners, reducers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastmargin.compat.scores import Scores
 from fastmargin.norms import compute_dtype, inverse_norm
 
 AS_THEY_ARE = ("MultipleReducers", "DoNothingReducer")
-"""Reducers that take all sub-losses at once; others get one each."""
+"""Reducers that get all sub-losses at once; for others each sub-loss has its own copy."""
 
 
 class _Mean(nn.Module):
@@ -30,7 +30,7 @@ class _Mean(nn.Module):
 
 
 class _Each(nn.Module):
-    """A reducer for each sub-loss, by its name, and the sum of what they make."""
+    """One reducer per sub-loss, by name; returns the sum of their results."""
 
     def __init__(self, reducers: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class _Each(nn.Module):
 
 
 class ClassificationLoss(nn.Module):
-    """What the losses share: ``W``, regularisers, the miner's weights, the reducer.
+    """The base class: ``W``, regularisers, the miner's weights, the reducer.
 
     Args of all of them:
         num_classes, embedding_size: C and D.
         reducer: called with ``{"loss": {"losses", "indices", "reduction_type"}, ...}``, embeddings
-            and labels, as there. Default: the mean.
+            and labels, as in the original. Default: the mean.
         distance: None or a ``CosineSimilarity()`` of pytorch-metric-learning.
-        collect_stats: record ``avg_angle``, which waits for the device.
+        collect_stats: record ``avg_angle``, which synchronises with the device.
         weight_init_func: called with ``W``. Default: N(0, 1).
         weight_regularizer, weight_reg_weight: of ``W.t()`` (C, D).
         embedding_regularizer, embedding_reg_weight: of the embeddings.
@@ -139,18 +139,18 @@ class ClassificationLoss(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss, as the reducer makes it; a scalar by default.
+        """The loss as reduced by the reducer; a scalar by default.
 
         Args:
             embeddings: (B, D) raw.
             labels: (B,) integers in [0, C).
             indices_tuple: of a miner, (anchors, positives, negatives) or (anchors, positives,
-                anchors, negatives): a row weighs how often it occurs in them, over the most often.
-            ref_emb, ref_labels: must be None, as there.
+                anchors, negatives): a row's weight is its count in them over the largest count.
+            ref_emb, ref_labels: must be None, as in the original.
 
         Raises:
             TypeError, ValueError: an argument is not as above; nothing has changed then. On a GPU
-                a label out of range is not looked for, and makes the loss NaN.
+                labels are not checked; one out of range makes the loss NaN.
         """
         check_rows("embeddings", embeddings, self.embedding_size)
         if labels is None:
@@ -202,7 +202,7 @@ class ClassificationLoss(nn.Module):
         return stream(self._scores(embeddings.to(compute_dtype(self.W.dtype)), labels))
 
     def _scores(self, x: Tensor, labels: Tensor | None) -> Scores:
-        """The scores of raw embeddings ``x``, with the margin on the labels if there are any."""
+        """The scores of raw embeddings ``x``, with the margin on the labels if given."""
         raise NotImplementedError
 
     def _official(self, embeddings: Tensor, labels: Tensor | None) -> Tensor:
@@ -224,7 +224,7 @@ class ClassificationLoss(nn.Module):
 
 
 def _miner_weights(indices_tuple: tuple[Tensor, ...], losses: Tensor) -> Tensor:
-    """(B,) how often each row occurs in a miner's indices, over the most often; 1 if in none."""
+    """(B,) each row's count in a miner's indices, over the largest count; 1 without indices."""
     indices = torch.cat([each.to(losses.device) for each in indices_tuple])
     if len(indices) == 0:
         return torch.ones_like(losses)

@@ -1,20 +1,20 @@
 """The classification losses of pytorch-metric-learning, without its (B, C) logits.
 
-``from fastmargin.compat.pytorch_metric_learning import ArcFaceLoss`` in the place of
-``from pytorch_metric_learning.losses import ArcFaceLoss``. Nothing of that package is imported, but
-its reducers, regularisers, distances and miners work.
+``from fastmargin.compat.pytorch_metric_learning import ArcFaceLoss`` in place of
+``from pytorch_metric_learning.losses import ArcFaceLoss``. That package is not imported, but its
+reducers, regularisers, miners and cosine or dot-product distances work.
 
 Identical in all of them: the loss of every row and both gradients, the weights of a miner,
 ``get_logits``, the parameter ``W`` (D, C) and its initial distribution, the ``state_dict``.
 Different, unless ``faithful=True``, which computes all (B, C) logits as the originals do:
 
-- ``W`` keeps its type; there one batch in fp16 makes it fp16 for good. It still follows the
-  embeddings to their device;
-- cosines are computed in float32, float64 where ``W`` is, whatever the embeddings' type;
+- ``W`` keeps its dtype; in the original one batch in fp16 makes it fp16 for good. It still follows
+  the embeddings to their device;
+- cosines are computed in float32 (float64 if ``W`` is), whatever the embeddings' dtype;
 - cosines of +-1 have finite gradients;
-- a zero embedding has a zero gradient, there 1e12 times the upstream one.
+- a zero embedding has a zero gradient; in the original it is 1e12 times the upstream one.
 
-What each class adds stands with it.
+Each class lists its own differences.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class ArcFaceLoss(_MarginLoss):
     """``scale * cos(theta_y + margin)``; past pi ``cos(theta_y) - margin * sin(margin)``.
 
     Args:
-        margin: DEGREES; the attribute ``margin`` is in radians, as there.
-        scale: s. Others as there, see the module.
+        margin: DEGREES; the attribute ``margin`` is in radians, as in the original.
+        scale: s. Others as in :class:`ClassificationLoss`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class CosFaceLoss(_MarginLoss):
     """``scale * (cos(theta_y) - margin)``.
 
     Args:
-        margin: cosine units. scale: s. Others as there, see the module.
+        margin: cosine units. scale: s. Others as in :class:`ClassificationLoss`.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class CosFaceLoss(_MarginLoss):
 class SphereFaceLoss(_MarginLoss):
     """``||x|| * scale * psi(theta_y)``, ``psi = (-1)^k cos(margin theta) - 2k`` (arXiv 1704.08063).
 
-    ``k = floor(margin theta / pi)`` carries no gradient; at ``theta = pi`` it is ``margin - 1``,
-    there ``margin``, which gives the same value and a slope of the wrong sign. All logits are
-    multiplied by the embedding's length, whose gradient is exact. Chunks of classes in plain
-    PyTorch (:mod:`fastmargin.compat.chunked`).
+    ``k = floor(margin theta / pi)`` carries no gradient; at ``theta = pi`` it is ``margin - 1``, in
+    the original ``margin``, which gives the same value and a derivative of the wrong sign. All
+    logits are multiplied by the embedding's length, whose gradient is exact. Runs in chunks of
+    classes in plain PyTorch (:mod:`fastmargin.compat.chunked`).
 
     Args:
         margin: a whole number, at least 1; the angle is multiplied by it.
-        scale: factor of the length. Others as there, see the module.
+        scale: factor of the length. Others as in :class:`ClassificationLoss`.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class SphereFaceLoss(_MarginLoss):
 
 
 def _multiplied(cosine: Tensor, m: int, at_pi: int | None = None) -> Tensor:
-    """``(-1)^k cos(m theta) - 2k`` by the recursion of Chebyshev's polynomials, which needs no arc.
+    """``(-1)^k cos(m theta) - 2k`` by the recursion of Chebyshev polynomials, without arccos.
 
     ``at_pi``: k of the angle pi; default m - 1.
     """
@@ -184,16 +184,16 @@ def _multiplied(cosine: Tensor, m: int, at_pi: int | None = None) -> Tensor:
 class SubCenterArcFaceLoss(ArcFaceLoss):
     """:class:`ArcFaceLoss` on the nearest of a class's ``sub_centers`` (Deng et al. 2020).
 
-    The keyword arguments of all losses (``reducer``, ``weight_init_func``, ...) work; there, and
-    with ``faithful=True``, they are silently dropped. Chunks of classes in plain PyTorch
-    (:mod:`fastmargin.compat.chunked`).
+    The keyword arguments of all losses (``reducer``, ``weight_init_func``, ...) work; in the
+    original, and with ``faithful=True``, they are silently ignored. Runs in chunks of classes in
+    plain PyTorch (:mod:`fastmargin.compat.chunked`).
 
     Args:
         margin: DEGREES, as in :class:`ArcFaceLoss`. scale: s. sub_centers: K.
-            Others as there, see the module.
+            Others as in :class:`ClassificationLoss`.
 
     Attributes:
-        W: parameter (D, C * K), the centres of a class one after the other.
+        W: parameter (D, C * K), the K centres of a class consecutive.
     """
 
     def __init__(
@@ -232,9 +232,9 @@ class SubCenterArcFaceLoss(ArcFaceLoss):
     ) -> tuple[Tensor, Tensor]:
         """Rows farther than ``threshold`` degrees from the centre most rows of their class chose.
 
-        Returns their numbers, ordered by class, and the chosen centres (D, C): always both, as
-        there, whatever ``return_dominant_centers`` says. The column of a class without a row is 0;
-        there it holds what the memory held.
+        Returns their numbers, ordered by class, and the chosen centres (D, C): always both, as in
+        the original, whatever ``return_dominant_centers`` says. The column of a class without a row
+        is 0; in the original it is uninitialised memory.
 
         Raises:
             TypeError, ValueError: as :meth:`forward`.
@@ -264,10 +264,10 @@ class NormalizedSoftmaxLoss(ClassificationLoss):
     """``cos / temperature``, without margin (Zhai and Wu 2019; arXiv 1811.12649).
 
     Args:
-        temperature: what the cosines are divided by.
+        temperature: divisor of the cosines.
         distance: besides ``CosineSimilarity()``, ``DotProductSimilarity(normalize_embeddings=...)``
             with False: logits ``||x|| * cos / temperature``, in chunks of classes.
-            Others as there, see the module.
+            Others as in :class:`ClassificationLoss`.
     """
 
     distances = ("CosineSimilarity", "DotProductSimilarity")

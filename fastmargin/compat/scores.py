@@ -1,4 +1,4 @@
-"""The scores of a batch against all classes, before anybody has asked for one of them."""
+"""Cosine scores of a batch against all classes, computed on demand."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MOST_STREAMED = 16
 
 
 class Scores(Protocol):
-    """What :class:`fastmargin.compat.logits.StreamedLogits` asks for; all of it differentiable.
+    """What :class:`fastmargin.compat.logits.StreamedLogits` needs; all of it differentiable.
 
-    x: (B, D) rows of unit length. inputs: the tensors, x among them, that gradients go to.
+    x: (B, D) rows of unit length. inputs: the tensors, including x, that receive gradients.
     """
 
     x: Tensor
@@ -35,8 +35,8 @@ class Scores(Protocol):
     def rows(self, target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """``-log softmax(logits)[target]`` and ``logits[target]``, (B,) each.
 
-        target: (B,) int64. counted: (B,) bool; a row without it, or with a target outside [0, C),
-        takes part in nothing, and its results are 0.
+        target: (B,) int64. counted: (B,) bool; a row where it is False, or with a target outside
+        [0, C), is ignored, and its results are 0.
         """
 
     def total(self, class_weight: Tensor | None) -> Tensor:
@@ -52,11 +52,11 @@ class Scores(Protocol):
         """The same without gradient."""
 
     def with_rows(self, x: Tensor) -> Scores:
-        """The same of other rows."""
+        """The same with other rows."""
 
 
 def _without_autocast(method):
-    """Products of the logits in their own type, as the passes have them."""
+    """Runs a method without autocast, so products keep the logits' dtype, as in the passes."""
 
     @functools.wraps(method)
     def run(self, *args):
@@ -68,13 +68,13 @@ def _without_autocast(method):
 
 @dataclass(frozen=True)
 class CentreScores:
-    """``s * cos`` with a margin on each row's own class; passes of :mod:`fastmargin.ops`.
+    """``s * cos`` with a margin on each row's target class, by the passes of :mod:`fastmargin.ops`.
 
-    x: (B, D) float32 or float64, rows of unit length (they are multiplied as they are). weight:
-    (C, D) raw centres, any strides. labels: (B,) int64, whose entries have the margin of ``form``;
-    None for cosines without margin, where ``form`` only gives the scale. norm: (B,) what the
-    margin takes for the embedding's norm. sparse_grad: as :func:`fastmargin.ops.row_stats`. given:
-    the tensor that labels were copied from, to recognise it, and its version.
+    x: (B, D) float32 or float64, rows of unit length (not normalised again). weight: (C, D) raw
+    centres, any strides. labels: (B,) int64, whose entries have the margin of ``form``; None for
+    cosines without margin, where ``form`` only gives the scale. norm: (B,) used as the embedding's
+    norm by the margin. sparse_grad: as :func:`fastmargin.ops.row_stats`. given: the tensor that
+    labels were copied from, to recognise it, and its version.
     """
 
     x: Tensor
@@ -98,7 +98,7 @@ class CentreScores:
         precision: str = "auto",
         sparse_grad: bool = False,
     ) -> CentreScores:
-        """Scores that later changes of the labels or of the margin's state do not reach."""
+        """Scores that later changes of the labels or of the margin's state do not affect."""
         given = None
         if labels is not None:
             if not labels.is_inference():
@@ -178,7 +178,7 @@ class CentreScores:
         )
         logit = self.form.scale * self._psi(stats.cos_y, labels)
         if not same:
-            # the margin is on another class than the target: both stand in the same sum
+            # the margin is on another class than the target: both are terms of the same sum
             safe = torch.where(takes_part, target, 0)
             plain = self.form.scale * (x * self._unit(self.weight[safe])).sum(1)
             other = takes_part & (target != labels)
@@ -197,7 +197,7 @@ class CentreScores:
             factor = factor * class_weight.to(self.dtype)
         total = self.x @ (self.weight.to(self.dtype).t() @ factor)
         if self.labels is not None:
-            # a label out of range, which nobody looked at on a GPU, must not end the process
+            # a label out of range, which is not checked on a GPU, must not end the process
             known = inside(self.labels, self.shape[1])
             labels = torch.where(known, self.labels, 0)
             cos_y = (self.x * self._unit(self.weight[labels])).sum(1)
@@ -239,7 +239,7 @@ class CentreScores:
         return self.form.scale * logits
 
     def with_margin(self, labels: Tensor, form: MarginForm) -> CentreScores:
-        """These cosines under a margin, for an original that takes the two steps apart."""
+        """These cosines under a margin, for an original that makes these two separate steps."""
         return CentreScores.of(
             self.x,
             self.weight,

@@ -1,10 +1,10 @@
-"""The speaker classifier of speechbrain: cosines, a margin, a loss, in three classes as there.
+"""The speaker classifier of speechbrain: cosines, a margin, a loss, in the original's classes.
 
 ``Classifier`` of ``speechbrain.lobes.models.ECAPA_TDNN``; ``AngularMargin``,
 ``AdditiveAngularMargin`` and ``LogSoftmaxWrapper`` of ``speechbrain.nnet.losses``. The classifier's
 (B, 1, C) cosines are :class:`StreamedLogits`; the wrapper puts the margin on them and takes the
-cross-entropy, and neither (B, C) logits nor one-hot targets exist. Each of the classes also works
-with speechbrain's own others, on dense tensors and one-hot targets.
+cross-entropy, and neither (B, C) logits nor one-hot targets exist. Each class also works with
+speechbrain's own versions of the others, on dense tensors and one-hot targets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastmargin.norms import compute_dtype, inverse_norm
 from fastmargin.spec import MarginForm
 
 PLAIN = MarginForm(1.0, grad="straight_through")
-"""Cosines as they are."""
+"""Cosines without margin or scale."""
 
 COS_EPS = 1e-7
 """speechbrain clamps cosines this far from +-1 before it adds an angle."""
@@ -55,12 +55,12 @@ class Classifier(nn.Module):
 
     Identical: values and gradients, ``weight`` and its initial distribution, keys of the blocks.
     Different, unless ``faithful=True``, which computes all cosines as the original does: they are
-    computed in float32 (float64 where the weight is) whatever the embeddings' type; a zero
-    embedding has a zero gradient, there 1e12 times the upstream one.
+    computed in float32 (float64 if the weight is) whatever the embeddings' dtype; a zero
+    embedding has a zero gradient, in the original 1e12 times the upstream one.
 
     Args:
-        input_size, lin_blocks, lin_neurons, out_neurons: as there.
-        device: of the weight, as there.
+        input_size, lin_blocks, lin_neurons, out_neurons: as in the original.
+        device: of the weight, as in the original.
         backend, precision: as :func:`fastmargin.margin_loss`.
         faithful: see above.
 
@@ -122,7 +122,7 @@ class Classifier(nn.Module):
 class AngularMargin(nn.Module):
     """``scale * (cos - margin * target)``.
 
-    On streamed cosines the result is streamed, too; else as the original.
+    On streamed cosines the result is streamed, too; otherwise as in the original.
 
     Args:
         margin: cosine units. scale: factor of the logits.
@@ -133,7 +133,7 @@ class AngularMargin(nn.Module):
         self.margin, self.scale = margin, scale
 
     def form(self) -> MarginForm:
-        """The margin as the passes over the centres have it."""
+        """The margin's kernel form."""
         return MarginForm(self.scale, m3=self.margin, grad="straight_through")
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class AdditiveAngularMargin(AngularMargin):
     """``scale * cos(theta + margin)`` where the target is 1.
 
     Past pi it is ``scale * (cos(theta) - margin * sin(margin))``; with ``easy_margin`` the margin
-    counts only where ``cos(theta) > 0``. Cosines are clamped to +-(1 - 1e-7). On streamed cosines
-    two things differ: only the target's is clamped, and float64 is not made float32.
+    applies only where ``cos(theta) > 0``. Cosines are clamped to +-(1 - 1e-7). On streamed cosines
+    two things differ: only the target's is clamped, and float64 is not converted to float32.
 
     Args:
         margin: radians. scale: factor of the logits. easy_margin: see above.
@@ -186,13 +186,13 @@ class AdditiveAngularMargin(AngularMargin):
 
 
 class LogSoftmaxWrapper(nn.Module):
-    """Mean cross-entropy of the logits that ``loss_fn`` makes of the classifier's outputs.
+    """Mean cross-entropy of the logits that ``loss_fn`` makes from the classifier's outputs.
 
-    Equal to the divergence from one-hot targets that speechbrain takes.
+    Equal to the KL divergence from one-hot targets that speechbrain computes.
 
     Args:
         loss_fn: a margin of this module; or any callable of (outputs, one-hot targets), or of
-            outputs alone, as there.
+            outputs alone, as in the original.
     """
 
     def __init__(self, loss_fn) -> None:
@@ -206,8 +206,8 @@ class LogSoftmaxWrapper(nn.Module):
             outputs: (B, 1, C). targets: (B, 1) class numbers of any type. length: not used.
 
         Raises:
-            TypeError, ValueError: an argument is not as above. On a GPU a target out of range is
-                not looked for, and makes the loss NaN.
+            TypeError, ValueError: an argument is not as above. On a GPU targets are not
+                checked; one out of range makes the loss NaN.
         """
         outputs, labels = outputs.squeeze(1), targets.reshape(-1).long()
         check_labels("targets", labels, *outputs.shape)
@@ -242,6 +242,6 @@ def _labels_of(outputs: Tensor, targets: Tensor) -> Tensor | None:
     if not _cosines(outputs) or targets.shape != outputs.shape:
         return None
     hot = targets == 1
-    # soft targets need all logits; to tell them apart waits for a GPU
+    # soft targets need all logits; telling them apart synchronises with a GPU
     one_hot = (hot | (targets == 0)).all() & (hot.sum(1) == 1).all()
     return hot.long().argmax(1) if bool(one_hot) else None

@@ -24,10 +24,10 @@ from fastmargin.spec import MarginForm
 
 
 def get_projection(conf: dict, **options) -> nn.Module:
-    """The head that a configuration's ``project_type`` names, with the margin 0 as there.
+    """The head named by a configuration's ``project_type``, with margin 0 as in the original.
 
     "add_margin", "arc_margin", "arc_margin_intertopk_subcenter", "sphereface2"; other names give
-    :class:`Linear`, as there. ``options`` are the keyword arguments of ours: ``backend``,
+    :class:`Linear`, as in the original. ``options`` are our extra keyword arguments: ``backend``,
     ``precision``, ``faithful``.
 
     Raises:
@@ -89,7 +89,7 @@ class _Projection(nn.Module):
         self.margin = margin
 
     def _checked(self, input: Tensor, label: Tensor) -> Tensor:
-        """Unit embeddings (B, D) in the type that is computed in."""
+        """Unit embeddings (B, D) in the dtype of the arithmetic."""
         check_rows("input", input, self.in_features)
         check_labels("label", label, input.shape[0], self.out_features)
         x = input.to(compute_dtype(self.weight.dtype))
@@ -108,7 +108,7 @@ class _Projection(nn.Module):
         )
 
     def _cosine(self, input: Tensor) -> Tensor:
-        """(B, C * K) as the originals have it."""
+        """(B, C * K) as the originals compute it."""
         return F.linear(F.normalize(input), F.normalize(self.weight))
 
     def extra_repr(self) -> str:
@@ -116,7 +116,7 @@ class _Projection(nn.Module):
 
 
 def _on_label(label: Tensor, own: Tensor, others: Tensor) -> Tensor:
-    """(B, C): ``own`` in the labels' places, ``others`` elsewhere, blended as the originals do."""
+    """(B, C): ``own`` at the labels, ``others`` elsewhere, blended as the originals do."""
     one_hot = torch.zeros_like(others).scatter(1, label.reshape(-1, 1).long(), 1)
     return one_hot * own + (1 - one_hot) * others
 
@@ -126,11 +126,11 @@ class AddMarginProduct(_Projection):
 
     Identical: logits, gradients, ``weight`` and its initial distribution. Different, unless
     ``faithful=True``, which computes all (B, C) logits as the original does: the cosines are
-    computed in float32 (float64 where the weight is) whatever the embeddings' type; a zero
-    embedding has a zero gradient, there 1e12 times the upstream one.
+    computed in float32 (float64 if the weight is) whatever the embeddings' dtype; a zero
+    embedding has a zero gradient, in the original 1e12 times the upstream one.
 
     Args:
-        in_features, out_features, scale, margin: as there.
+        in_features, out_features, scale, margin: as in the original.
         backend, precision: as :func:`fastmargin.margin_loss`.
         faithful: see above.
 
@@ -159,8 +159,8 @@ class AddMarginProduct(_Projection):
             label: (B,) int64 in [0, C).
 
         Raises:
-            TypeError, ValueError: an argument is not as above. On a GPU a label out of range is not
-                looked for, and makes the loss NaN.
+            TypeError, ValueError: an argument is not as above. On a GPU labels are not checked; one
+                out of range makes the loss NaN.
         """
         x = self._checked(input, label)
         if self.faithful:
@@ -173,9 +173,9 @@ class AddMarginProduct(_Projection):
 class ArcMarginProduct(_Projection):
     """``scale * cos(theta_y + margin)``; past pi ``cos(theta_y) - 1 + cos(margin)``.
 
-    With ``easy_margin`` the margin counts only where ``cos(theta_y) > 0``. Identical and different
-    as :class:`AddMarginProduct`; besides, cosines of +-1 have finite gradients (there NaN, also
-    with a wrong class).
+    With ``easy_margin`` the margin applies only where ``cos(theta_y) > 0``. Identical and different
+    as :class:`AddMarginProduct`; besides, cosines of +-1 have finite gradients (in the original
+    NaN, also if it is the cosine with a wrong class).
 
     Args:
         margin: radians. Others as :class:`AddMarginProduct`.
@@ -210,7 +210,7 @@ class ArcMarginProduct(_Projection):
 
 
 def _phi(cosine: Tensor, margin: float, easy: bool) -> Tensor:
-    """The margin on every cosine, as the originals have it."""
+    """The margin on every cosine, as the originals compute it."""
     sine = torch.sqrt(1 - cosine.square())
     moved = cosine * math.cos(margin) - sine * math.sin(margin)
     if easy:
@@ -220,22 +220,22 @@ def _phi(cosine: Tensor, margin: float, easy: bool) -> Tensor:
 
 
 class ArcMarginProduct_intertopk_subcenter(_Projection):
-    """ArcMarginProduct with K centres a class, and a penalty on the nearest wrong classes.
+    """ArcMarginProduct with K centres per class, and a penalty on the nearest wrong classes.
 
     The cosine with a class is the largest of its K (sub-centre ArcFace, Deng et al. 2020). The
-    ``k_top`` nearest wrong classes count as nearer by an angle that :meth:`update` derives from
+    ``k_top`` nearest wrong classes are moved nearer by an angle that :meth:`update` derives from
     ``mp`` (inter-top-k penalty, Zhao et al. 2021; arXiv 2110.05042): ``mp * margin / 0.2`` radians,
     0 before the first update and for margins up to 0.001. ``do_lm`` switches the penalty off.
 
-    Chunks of classes in plain PyTorch (:mod:`fastmargin.compat.chunked`). Identical and different
-    as :class:`ArcMarginProduct`; besides, with ``out_features <= k_top`` the label is not among its
-    own penalised classes.
+    Runs in chunks of classes in plain PyTorch (:mod:`fastmargin.compat.chunked`). Identical and
+    different as :class:`ArcMarginProduct`; besides, with ``out_features <= k_top`` the label is not
+    among its own penalised classes.
 
     Args:
-        K, mp, k_top, do_lm: as there. Others as :class:`ArcMarginProduct`.
+        K, mp, k_top, do_lm: as in the original. Others as :class:`ArcMarginProduct`.
 
     Attributes:
-        weight: parameter (C * K, D), the centres of a class one after the other.
+        weight: parameter (C * K, D), the K centres of a class consecutive.
     """
 
     shown = (*_Projection.shown, "easy_margin", "K", "mp", "k_top", "do_lm")
@@ -307,7 +307,7 @@ class SphereFace2(_Projection):
     and different as :class:`ArcMarginProduct`; besides, ``log(1 + exp(z))`` does not overflow.
 
     Args:
-        lanbuda, t, margin_type: as there. Others as :class:`AddMarginProduct`.
+        lanbuda, t, margin_type: as in the original. Others as :class:`AddMarginProduct`.
 
     Attributes:
         weight: parameter (C, D). bias: parameter (1, 1), initially 0.
@@ -334,7 +334,7 @@ class SphereFace2(_Projection):
         self.t, self.lanbuda, self.margin_type = t, lanbuda, margin_type
 
     def forward(self, input: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) for the accuracy, ``scale * cos`` with the margin off the label's; loss ().
+        """Logits (B, C) for the accuracy, ``scale * cos``, the label's less the margin; loss ().
 
         Arguments and errors as :meth:`AddMarginProduct.forward`.
         """
@@ -358,7 +358,7 @@ class SphereFace2(_Projection):
         return logits, (self.lanbuda * own + (1 - self.lanbuda) * sum(others)).mean()
 
     def _pulls(self):
-        """Two functions of cosines: the pull of the own centre and of another, without bias."""
+        """Two functions of cosines: the logit of the target class and of another, without bias."""
         scale, margin, t = self.scale, self.margin, self.t
 
         def g(z: Tensor) -> Tensor:
@@ -398,14 +398,14 @@ class SphereFace2(_Projection):
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """``log(1 + exp(z))`` with all digits: ``F.softplus`` is z from 20 on."""
+    """``log(1 + exp(z))`` to full accuracy: ``F.softplus`` returns z above 20."""
     return -F.logsigmoid(-z)
 
 
 class Linear(nn.Module):
-    """Batch norm, ReLU and a linear layer, as there: the softmax without margin.
+    """Batch norm, ReLU and a linear layer, as in the original: the softmax without margin.
 
-    Returns plain logits: they are no cosines, and nothing is streamed.
+    Returns plain logits; they are not cosines, and nothing is streamed.
     """
 
     def __init__(self, emb_dim: int = 512, class_num: int = 1000) -> None:
