@@ -74,7 +74,7 @@ class StreamedLogits(Tensor):
             return self.dim() == 3
 
     def _replaced(self) -> bool:
-        """Whether the computed logits replace these: they were written to, or their grad is read."""
+        """Whether the computed logits replace these: written to, or their grad is read."""
         return self._dense is not None and (self._dense._version > 0 or self._watched)
 
     def __repr__(self) -> str:

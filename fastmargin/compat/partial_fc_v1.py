@@ -124,7 +124,7 @@ class PartialFCV1(nn.Module):
         return [sampler]  # a list, so that it is no submodule
 
     def _resumed(self) -> tuple[Tensor | None, Tensor | None]:
-        """Centres and momentum from files, or None: they are then initialised, as in the original."""
+        """Centres and momentum from files, or None: then they start anew, as in the original."""
         size = (self.num_local, self.embedding_size)
         try:
             found = [
