@@ -1,15 +1,15 @@
-"""What an optimiser still owes the rows of a parameter, and how to ask for it.
+"""Pending updates of a parameter's rows, and how to apply them.
 
-A lazy optimiser (:mod:`fastmargin.optim`) leaves rows without a gradient as they are and notes the
-steps they missed. Whoever reads rows of such a parameter calls :func:`settle` first. It costs a
-look-up in a dictionary where nothing is owed.
+A lazy optimiser (:mod:`fastmargin.optim`) leaves rows without a gradient as they are and records
+the steps they missed. Call :func:`settle` before reading rows of such a parameter; it applies the
+updates a dense optimiser would have made. Without pending updates it costs one dictionary look-up.
 
-Debts belong to a parameter by identity. They end with the parameter, not with the optimiser: one
-that is dropped while it owes leaves its debts (and the state they need) to the next settling. A
-copy of a parameter is another parameter, which owes nothing and holds the rows as they stood. So
-settle all rows before a copy, before saving or overwriting a parameter, and before handing it to
-code that knows nothing of debts: :class:`SettledCopies` does so for the parameters of a module. An
-optimiser copied or pickled together with its parameters takes the debts along.
+Pending updates belong to a parameter by identity. They end with the parameter, not with the
+optimiser: one that is deleted leaves them (and the state they need) to the next :func:`settle`. A
+copied parameter keeps the old values and has no pending updates. So settle all rows before a copy,
+before saving or overwriting a parameter, and before passing it to code that does not settle:
+:class:`SettledCopies` does so for the parameters of a module. An optimiser copied or pickled
+together with its parameters takes the pending updates along.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["Debt", "SettledCopies", "debt_of", "owe", "settle"]
 
 
 class Debt(Protocol):
-    """The steps that rows of one parameter have missed.
+    """The pending updates of one parameter's rows.
 
-    It must hold neither the parameter nor the optimiser, or they would never be freed.
+    It must reference neither the parameter nor the optimiser, or they would never be freed.
     """
 
     def settle(self, parameter: Tensor, rows: Tensor | None) -> None:
-        """Brings rows (K,) int64 up to date, all where None; -1 is an empty place."""
+        """Brings rows (K,) int64 up to date, all if None; -1 is a padding slot."""
 
 
 _debts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def debt_of(parameter: Tensor) -> Debt | None:
-    """What this parameter's rows may be owed, or None."""
+    """The pending updates of this parameter, if there may be any, or None."""
     return _debts.get(parameter)
 
 
 def owe(parameter: Tensor, debt: Debt) -> None:
-    """Records a debt, after settling what anybody else owes this parameter."""
+    """Registers pending updates, after applying those of any other optimiser."""
     known = _debts.get(parameter)
     if known is not debt:
         if known is not None:
@@ -53,18 +53,18 @@ def owe(parameter: Tensor, debt: Debt) -> None:
 def settle(parameter: Tensor, rows: Tensor | None = None) -> None:
     """Brings rows of a parameter up to date before they are used.
 
-    Waits for nothing on the host. Rows that are up to date keep their bits, so those that a
-    pending backward has already used do not change, and its saved tensors stay valid.
+    The host does not wait. Rows that are up to date keep their bits, so those used by a forward
+    pass whose backward is still to come do not change, and its saved tensors stay valid.
 
     Args:
-        parameter: (C, ...), any tensor; one that is owed nothing returns at once.
-        rows: (K,) int64 row numbers on its device, duplicates allowed, -1 for an empty place. All
+        parameter: (C, ...), any tensor; returns at once if nothing is pending.
+        rows: (K,) int64 row numbers on its device, duplicates allowed, -1 for a padding slot. All
             rows if None.
 
     Raises:
         ValueError: ``rows`` is not a vector of int64.
     """
-    # compiled callers break their graph here, since debts come and go from one call to the next
+    # compiled callers break their graph here, since pending updates vary from call to call
     if _debts or torch.compiler.is_compiling():
         _settle(parameter, rows)
 
