@@ -1,4 +1,4 @@
-"""Optimisers that touch only the rows with a gradient: SGD and AdamW for class centres."""
+"""Row-sparse optimisers for class centres, SGD and AdamW: only rows with a gradient are touched."""
 
 from fastmargin.optim.row_adamw import RowAdamW
 from fastmargin.optim.row_sgd import RowSGD

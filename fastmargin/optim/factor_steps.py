@@ -1,4 +1,4 @@
-"""Steps from the factors of gradients (:mod:`fastmargin.factors`), and when there are none."""
+"""Preparing steps from the factors of gradients (:mod:`fastmargin.factors`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastmargin.factors import GradientFactors
 
 
 def merged(found: Sequence[GradientFactors]) -> GradientFactors | None:
-    """One pass for several over all centres that differ in their rows only; None if they do not."""
+    """Several passes over all centres as one, if they differ only in their rows; else None."""
     first, *others = found
     if not others:
         return first
@@ -28,12 +28,12 @@ def merged(found: Sequence[GradientFactors]) -> GradientFactors | None:
 
 
 def _kind(one: GradientFactors) -> tuple:
-    """What passes have alike that are one."""
+    """What passes must have in common to be merged."""
     return one.class_start, one.scale, one.precision, one.backend, one.x_hat.dtype
 
 
 def formed(parameter: Tensor, found: Sequence[GradientFactors], grad: Tensor | None) -> Tensor:
-    """The gradient, of factors and what else there is, as backward passes would have added it."""
+    """The gradient from factors and ``grad``, added up as backward passes would have."""
     for one in found:
         part = ops.centre_gradient(parameter.detach(), one)
         if grad is None:
@@ -45,15 +45,15 @@ def formed(parameter: Tensor, found: Sequence[GradientFactors], grad: Tensor | N
 
 
 def unscale(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
-    """Makes gradients and factors ready for a step; whether one is to be taken.
+    """Unscales gradients and factors before a step; returns whether to take the step.
 
     A GradScaler leaves its scale in ``optimizer.grad_scale``, None after ``unscale_``, and in
-    ``optimizer.found_inf`` how often it saw what is not finite. As the scaler itself does, this
-    waits for that number. Without a scaler there is neither. If no step is to be taken, the factors
-    are dropped.
+    ``optimizer.found_inf`` the number of non-finite values. Like the scaler itself, this waits for
+    that number. Without a scaler there is neither. If no step is to be taken, the factors are
+    dropped.
 
     Raises:
-        RuntimeError: a parameter was written to since its factors were left, they were left for
+        RuntimeError: a parameter was written to since its factors were stored, they were stored for
             another optimiser, or they cannot be divided by the scale.
     """
     found_inf, scale = (getattr(optimizer, name, None) for name in ("found_inf", "grad_scale"))
@@ -75,7 +75,7 @@ def unscale(optimizer: Optimizer, parameters: Sequence[Tensor]) -> bool:
             "step: leave unscale_ out, scaler.step() does without, or use fused=False"
         )
     if problem is not None:
-        # which the scaler removes after a step only, and would multiply the next one's by
+        # the scaler removes these only after a step, and they would affect the next one
         for name in ("found_inf", "grad_scale"):
             optimizer.__dict__.pop(name, None)
         raise RuntimeError(problem)

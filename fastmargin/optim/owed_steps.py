@@ -1,8 +1,8 @@
 """The steps that rows without a gradient have missed, and how they catch up.
 
-Without a gradient a step does the same to every row, so the way from any earlier step to now is
-the same for all rows that stopped there. A table holds these ways; a row needs one number, the
-step up to which it is current.
+With a zero gradient a step does the same to every row, so the map from any earlier step to now
+("way") is the same for all rows that stopped there. A table holds these maps; a row stores one
+number, the step up to which it is current.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from fastmargin.optim.row_chunks import (
 from fastmargin.rounding import Rounding
 
 HORIZON = 1024
-"""Steps a table holds. When it is full, all rows catch up and it starts anew."""
+"""Number of steps in a table. When it is full, all rows catch up and it is reset."""
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which the host's numbers stay as they are."""
+    """Whether a CUDA graph is being captured, which would replay Python numbers unchanged."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Step(Protocol):
-    """One step of an optimiser with its numbers, which are the host's."""
+    """One step of an optimiser with its hyperparameters, which are Python numbers."""
 
     STILL: tuple[float, ...]
-    """Column of the table for a row that misses nothing."""
+    """Column of the table for a row that is up to date: the identity."""
 
     def update(self, *rows_and_grad: Tensor) -> None:
-        """Takes the step: edits weight and states (K, ...), last argument the gradient."""
+        """Updates weight and states (K, ...) in place; the last argument is the gradient."""
 
     def moves_still_rows(self) -> bool:
-        """Whether this step does anything to rows without a gradient."""
+        """Whether this step changes rows with a zero gradient."""
 
     def append_to(self, table: Tensor) -> None:
-        """Lengthens every way in the table (len(STILL), n) float64 by this step, in place."""
+        """Composes this step onto every map in the table (len(STILL), n) float64, in place."""
 
     @staticmethod
     def catch_up(ways: Tensor, *rows: Tensor) -> None:
-        """Takes missed steps: ways (len(STILL), K) float64, edits weight and states (K, ...)."""
+        """Applies missed steps, maps (len(STILL), K) float64, to weight and states (K, ...)."""
 
 
 class OwedSteps:
-    """Debt of an optimiser to the rows of one parameter; see :class:`fastmargin.deferred.Debt`.
+    """The pending updates of one parameter's rows; see :class:`fastmargin.deferred.Debt`.
 
     Args:
         step_type: the optimiser's :class:`Step`.
@@ -62,7 +62,7 @@ class OwedSteps:
         rounding: of 16-bit rows that are brought up to date; None: to nearest.
     """
 
-    rounding: Rounding | None = None  # of those that were pickled before there was any
+    rounding: Rounding | None = None  # for objects pickled before this attribute existed
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class OwedSteps:
         self.base = self.now = now
         self.owing = False
         still = torch.tensor(step_type.STILL, dtype=torch.float64)
-        # column i: the way from step base + i to now; those of the future stand still
+        # column i: the map from step base + i to now; the identity for future steps
         self.table = still[:, None].repeat(1, HORIZON + 1).to(state["last_step"].device)
 
     @property
@@ -92,36 +92,36 @@ class OwedSteps:
         self.owing |= step.moves_still_rows()
 
     def all_taken(self) -> None:
-        """One more step that every row has taken, after all rows were up to date."""
+        """One more step that every row has taken, all rows having been up to date."""
         self.now += 1
         self._start_anew()
 
     def catch_up(self, last_step: Tensor, rows: list[Tensor]) -> None:
-        """Edits weight and states (K, ...) of rows that are current up to ``last_step`` (K,)."""
+        """Updates weight and states (K, ...) of rows that are current up to ``last_step`` (K,)."""
         self.step_type.catch_up(self.table.index_select(1, last_step - self.base), *rows)
 
     def rows_of(self, parameter: Tensor) -> list[Tensor]:
-        """The weight and the states a step moves, each (C, ...)."""
+        """The weight and the states that a step changes, each (C, ...)."""
         states = [self.state[name] for name in self.names if name in self.state]
         return [as_rows(tensor) for tensor in (parameter, *states)]
 
     def settle(self, parameter: Tensor, rows: Tensor | None = None) -> None:
-        """Brings rows (K,) up to date, all if None; -1 is an empty place.
+        """Brings rows (K,) up to date, all if None; -1 is a padding slot.
 
         Raises:
-            RuntimeError: rows are owed steps, or some will be, and a CUDA graph is being captured.
+            RuntimeError: updates are or may become pending while a CUDA graph is being captured.
         """
         if (self.owing or rows is not None) and capturing():
             raise RuntimeError(
                 "a CUDA graph would always bring rows up to this very step: capture nothing that "
                 "reads rows of a lazy optimiser, or make it with unsampled='dense' or 'frozen'"
             )
-        # .data has a version counter of its own. A backward that waits for rows used before finds
-        # the weight unchanged, and rightly: those rows were settled then, and the way from now to
-        # now multiplies by 1 and adds 0.
+        # .data has its own version counter, so a backward that is still to come finds the weight
+        # unchanged. That is right: the rows it used were settled, and the map from now to now
+        # multiplies by 1 and adds 0.
         tensors = self.rows_of(parameter.data)
         dtype, last_step = compute_dtype(parameter.dtype), self.state["last_step"]
-        # a row stops at a step once, so the same noise never meets it twice
+        # a row is settled at a given step only once, so it never gets the same noise twice
         key = None if self.rounding is None else self.rounding.key(self.now)
         if rows is None:
             if self.owing:
@@ -130,7 +130,7 @@ class OwedSteps:
                     last_step[start:stop].fill_(self.now)
             self._start_anew()
         elif self.owing and tensors[0].shape[0]:
-            rows = rows.clamp_min(0)  # an empty place settles row 0: a mask would be read back
+            rows = rows.clamp_min(0)  # a padding slot settles row 0: a mask would synchronise
             size = chunk_rows(tensors[0], dtype)
             for start in range(0, rows.shape[0], size):
                 ids = rows[start : start + size]

@@ -17,14 +17,14 @@ __all__ = ["RowAdamW"]
 
 
 LEAST_MOVEMENT = 1e-290
-"""Sums of learning rates up to here move nothing, in any float type."""
+"""Sums of learning rates up to here change nothing, in any float type."""
 
 
 @dataclass(frozen=True)
 class AdamWStep:
     """One step, the ``count``-th of its parameter, from 1.
 
-    Without a gradient the k-th step multiplies m by beta1, v by beta2 and the weight by
+    With a zero gradient the k-th step multiplies m by beta1, v by beta2 and the weight by
     ``1 - lr * weight_decay``, and then moves it by ``-a_k m / (sqrt(v) + e_k)``, in terms of m and
     v before the first missed step: ``a_k = lr sqrt(1 - beta2^k) / (1 - beta1^k) * A / sqrt(B)``
     and ``e_k = eps sqrt(1 - beta2^k) / sqrt(B)``, A and B being the products of the betas so far.
@@ -69,7 +69,7 @@ class AdamWStep:
     @staticmethod
     def catch_up(ways: Tensor, weight: Tensor, mean: Tensor, square: Tensor) -> None:
         *_, moved, moved_eps = ways
-        # any number will do beside moved = 0; of what float64 hardly holds the quotient may be 0
+        # where moved = 0 any eps will do; near float64's smallest numbers the quotient may be 0
         some = moved > LEAST_MOVEMENT
         moved = torch.where(some, moved, 0)
         eps = torch.where(some, moved_eps / torch.where(some, moved, 1), 1)
@@ -108,19 +108,19 @@ class RowAdamW(RowOptimizer):
     Args:
         params: tensors or groups, as for any optimiser. A sparse gradient has one sparse
             dimension, the rows.
-        lr: learning rate, a number of the host.
+        lr: learning rate, a Python number, not a tensor.
         betas, eps, weight_decay: as ``torch.optim.AdamW``, with ``betas[1] > 0``. "lazy" needs
             ``betas[0] <= betas[1]`` and ``lr * weight_decay < 1``.
         unsampled: "dense", "lazy" or "frozen".
-        stochastic_rounding: of 16-bit weights, see :mod:`fastmargin.rounding`. To nearest, a step
-            below half the distance to the next 16-bit number is lost.
+        stochastic_rounding: of 16-bit weights, see :mod:`fastmargin.rounding`. With rounding
+            to nearest, an update below half the distance to the next 16-bit number is lost.
         seed: of that rounding, an integer; the same on processes that hold the same rows.
 
     Raises:
         ValueError: a number out of its range, in a group or, changed since, at the step.
         TypeError: a number that is a tensor, or a seed that is no integer; at the step, a DTensor
             to round stochastically.
-        RuntimeError: at the step, in the capture of a CUDA graph.
+        RuntimeError: at the step, during CUDA graph capture.
     """
 
     _step_type = AdamWStep

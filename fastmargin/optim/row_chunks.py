@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmargin.rounding import narrowed, write_back
 
 CHUNK_BYTES = 32 << 20
-"""Most bytes of one temporary; about six are alive at a time."""
+"""Maximum bytes of one temporary; about six are alive at a time."""
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -19,13 +19,13 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def chunk_rows(rows: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of a tensor (C, ...) make a chunk in this type."""
+    """Rows of a tensor (C, ...) per chunk, in this dtype."""
     row_bytes = (rows.numel() // max(1, rows.shape[0])) * dtype.itemsize
     return max(1, CHUNK_BYTES // max(1, row_bytes))
 
 
 def beside(columns: Tensor, rows: Tensor) -> Tensor:
-    """Columns (n, K) in the type of rows (K, ...), shaped (n, K, 1, ...) to multiply them."""
+    """Columns (n, K) in the dtype of rows (K, ...), shaped (n, K, 1, ...) to broadcast."""
     return columns.to(rows.dtype).reshape(*columns.shape, *[1] * (rows.dim() - 1))
 
 
@@ -46,7 +46,7 @@ def scatter(tensors: list[Tensor], ids: Tensor, rows: list[Tensor], key: int | N
 def slices(
     tensors: list[Tensor], dtype: torch.dtype, key: int | None
 ) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """All rows in chunks: ``start``, ``stop``, and rows to edit, written back where copied.
+    """All rows in chunks: ``start``, ``stop``, and rows to modify, written back if copied.
 
     key: of :func:`fastmargin.rounding.narrowed`.
     """
@@ -63,8 +63,8 @@ def slices(
 def merged_rows(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows of a sparse gradient in chunks, duplicates added in order of occurrence.
 
-    Shapes are those of the gradient's tensors whatever the indices are, so nothing waits for them:
-    a row that occurs n times in a chunk is there n times, each time with the whole sum.
+    Shapes do not depend on the values of the indices, so nothing waits for them: a row that occurs
+    n times in a chunk is returned n times, each time with the whole sum.
 
     Args:
         grad: sparse (C, ...) with one sparse dimension.
@@ -73,8 +73,8 @@ def merged_rows(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tens
     Yields:
         ids: (K,) row numbers, ascending.
         values: (K, ...) the gradient of each; do not write to it.
-        unfinished: None, or a bool scalar: the last row goes on in the next chunk, and its sum
-            here is only a part of it.
+        unfinished: None, or a bool scalar: the last row continues in the next chunk, and its sum
+            here is only partial.
     """
     ids, values = grad._indices()[0], grad._values()
     count, size = ids.shape[0], chunk_rows(values, dtype)
@@ -92,7 +92,7 @@ def merged_rows(grad: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tens
         torch.cumsum(here[1:] != here[:-1], 0, out=group[1:])
         total = torch.zeros((stop - start, *values.shape[1:]), dtype=dtype, device=values.device)
         if carry is not None:
-            # first, so that the order of the sum does not depend on the size of the chunks
+            # first, so that the order of the sum does not depend on the chunk size
             total[0] = torch.where(ids[start] == ids[start - 1], carry, 0)
         part = values.index_select(0, order[start:stop]).to(dtype)
         if part.is_cuda:

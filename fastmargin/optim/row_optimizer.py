@@ -1,4 +1,4 @@
-"""What the optimisers over rows share: groups, steps, modes, and state that can be saved."""
+"""The common base of the row-sparse optimisers: groups, steps, modes, and saving of state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastmargin.rows import stand_ins
 
 UNSAMPLED = ("lazy", "dense", "frozen")
 REFUSED = ("amsgrad", "dampening", "maximize")
-"""Options of torch's optimisers that a loaded state may bring and that are not here."""
+"""Options of torch's optimisers that a loaded state may contain and that are not supported."""
 
 
 class _Opaque:
@@ -38,20 +38,20 @@ class _Opaque:
 
 
 class RowOptimizer(Optimizer):
-    """Base of :class:`RowSGD` and :class:`RowAdamW`, which say what a step is."""
+    """Base of :class:`RowSGD` and :class:`RowAdamW`, which define a step."""
 
     _step_type: ClassVar[type[Step]]
     _row_states: ClassVar[tuple[str, ...]]
     """Names of the states shaped as the parameter, in the order ``Step.update`` takes them."""
     _numbers: ClassVar[tuple[str, ...]]
-    """Options that must be numbers from 0 on."""
+    """Options that must be numbers, at least 0."""
     _counts: ClassVar[bool]
     """Whether a step depends on its number."""
     fused: bool = False
     """Whether backward passes leave the factors of gradients (:mod:`fastmargin.factors`)."""
 
     rounding: Rounding | None = None
-    """Of what has 16 bits; None: to nearest."""
+    """Rounding of 16-bit tensors; None: to nearest."""
 
     def __init__(self, params, defaults: dict[str, Any]) -> None:
         self._owed: dict[Tensor, OwedSteps] = {}
@@ -71,11 +71,11 @@ class RowOptimizer(Optimizer):
                 raise ValueError(f"{name} is not supported by {type(self).__name__}; leave it out")
 
     def _needed_states(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Which of ``_row_states`` a step of this group needs."""
+        """The ``_row_states`` that a step of this group needs."""
         raise NotImplementedError
 
     def _check_rows(self, parameter: Tensor) -> None:
-        """Raises where rows have no numbers of their own for the rounding."""
+        """Raises where rows have no local row numbers for the rounding."""
         if hasattr(parameter, "placements") and self._rounding(parameter) is not None:
             raise TypeError(
                 "stochastic_rounding takes no DTensor: give the optimiser the local rows, as the "
@@ -83,7 +83,7 @@ class RowOptimizer(Optimizer):
             )
 
     def _check_capture(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Raises where a CUDA graph of this step would not be further steps when replayed."""
+        """Raises where replaying a CUDA graph of this step would not take further steps."""
         if parameter.grad is None and not factors.pending(parameter):
             return
         if self._counts or group["unsampled"] != "frozen" or self._rounding(parameter) is not None:
@@ -100,7 +100,7 @@ class RowOptimizer(Optimizer):
             )
 
     def _state_dtype(self, parameter: Tensor) -> torch.dtype:
-        """Of ``_row_states``."""
+        """Dtype of ``_row_states``."""
         return compute_dtype(parameter.dtype)
 
     def _rounding(self, parameter: Tensor) -> Rounding | None:
@@ -113,7 +113,7 @@ class RowOptimizer(Optimizer):
         return replace(self.rounding, place=place)
 
     def _make_step(self, group: dict[str, Any], count: int) -> Step:
-        """The ``count``-th step of a parameter of this group, from 1."""
+        """The ``count``-th step of a parameter of this group, counted from 1."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ class RowOptimizer(Optimizer):
         self._keep()
 
     def _keep(self) -> None:
-        """Asks for factors, as long as this optimiser lives."""
+        """Requests factors instead of gradients, as long as this optimiser exists."""
         if self.fused:
             for parameter in self._parameters():
                 factors.keep(parameter, self)
@@ -137,7 +137,7 @@ class RowOptimizer(Optimizer):
         for parameter in self._parameters():
             deferred.settle(parameter)
             if parameter in self._owed:
-                self._owed[parameter].settle(parameter)  # last_step too, if nothing was owed
+                self._owed[parameter].settle(parameter)  # last_step too, if nothing was pending
 
     # ---- the step -------------------------------------------------------------------------------
 
@@ -149,8 +149,8 @@ class RowOptimizer(Optimizer):
             closure: computes the loss and the gradients anew; its value is returned.
 
         Raises:
-            ValueError, TypeError, RuntimeError: an option or a gradient that does not fit, or a
-                CUDA graph that would not take further steps, before any change.
+            ValueError, TypeError, RuntimeError: an invalid option or gradient, or a CUDA graph
+                that would not take further steps; raised before any change.
         """
         loss = None
         if closure is not None:
@@ -177,11 +177,11 @@ class RowOptimizer(Optimizer):
         return self.fused
 
     def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One step along the gradient of a parameter, if it has one or the factors of one."""
+        """One step of a parameter, if it has a gradient or the factors of one."""
         grad, found = parameter.grad, factors.take(parameter)
         if found:
             whole = merged(found) if grad is None else None
-            # sampled classes with a dense gradient are not frozen: all rows take their step
+            # sampled classes with a dense gradient are not frozen: all rows are updated
             if whole is not None and (
                 whole.index is None or whole.sparse_grad or group["unsampled"] != "frozen"
             ):
@@ -222,7 +222,7 @@ class RowOptimizer(Optimizer):
                 step.update(*rows, grad[start:stop].to(dtype))
         else:
             _update_sparse(tensors, grad, step, dtype, owed, key)
-        # a backward through weights from before this step must find out, late movers included
+        # a backward through weights from before this step must raise, also for rows moved later
         torch.autograd.graph.increment_version(parameter)
         if owed is None:
             return
@@ -232,14 +232,14 @@ class RowOptimizer(Optimizer):
         owed.append(step)
         if owed.owing:
             deferred.owe(parameter, owed)
-            # who gets a dense gradient need not know of debts
+            # users of a dense gradient need not know of pending updates
             if group["unsampled"] == "dense" or (by_factors and not grad.sparse_grad):
                 deferred.settle(parameter)
 
     def _step_by_factors(
         self, tensors: list[Tensor], found: GradientFactors, step: Step, key: int | None
     ) -> None:
-        """Steps weight and states (C, ...), the rows that the factors are about.
+        """Steps weight and states (C, ...), for the rows that the factors cover.
 
         key: of :func:`fastmargin.rounding.narrowed`.
         """
@@ -247,18 +247,18 @@ class RowOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``Optimizer.zero_grad``; factors that wait for a step are dropped, too."""
+        """As ``Optimizer.zero_grad``; also drops stored factors."""
         if self.fused:
             for parameter in self._parameters():
                 factors.clear(parameter)
         super().zero_grad(set_to_none)
 
     def _ready(self, parameter: Tensor, state: dict[str, Any], unsampled: str) -> OwedSteps | None:
-        """What keeps this parameter's missed steps, with room for one more; None if frozen."""
+        """The table of this parameter's missed steps, with room for one more; None if frozen."""
         owed = self._owed.get(parameter)
         if deferred.debt_of(parameter) is not owed or unsampled == "frozen":
-            # somebody else's debt, such as that of an optimiser that is gone, or one from before
-            # the mode changed
+            # pending updates of another optimiser, such as a deleted one, or from before the mode
+            # changed
             deferred.settle(parameter)
         if unsampled == "frozen":
             self._owed.pop(parameter, None)
@@ -280,20 +280,20 @@ class RowOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As ``Optimizer.state_dict``, with all rows brought up to date first.
 
-        The parameters' values change by that, so save them afterwards or settle them themselves.
+        This changes the parameters' values, so save them afterwards, or settle them before.
         """
         self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``Optimizer.load_state_dict``; takes what torch's SGD or AdamW saved, too.
+        """As ``Optimizer.load_state_dict``; also accepts what torch's SGD or AdamW saved.
 
-        ``unsampled`` stays as it is here. Rows that are owed steps take them first.
+        ``unsampled`` is not loaded. Pending updates are applied first.
 
         Raises:
-            ValueError: options that do not fit, or a state of another shape than its parameter.
+            ValueError: invalid options, or a state of another shape than its parameter.
         """
-        # registered last, so that it sees what the hooks of the user make of the state
+        # registered last, so that it sees the state after the user's hooks
         hook = self.register_load_state_dict_pre_hook(RowOptimizer._before_load)
         try:
             super().load_state_dict(state_dict)
@@ -301,7 +301,7 @@ class RowOptimizer(Optimizer):
             hook.remove()
 
     def _before_load(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Checks a state, and makes it one that the base class leaves alone."""
+        """Checks a state, and converts it to one that the base class does not alter."""
         saved_groups = state_dict["param_groups"]
         if [len(group["params"]) for group in saved_groups] != [
             len(group["params"]) for group in self.param_groups
@@ -340,7 +340,7 @@ class RowOptimizer(Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also what ``load_state_dict`` ends with; a loaded state owes nothing."""
+        """Also the end of ``load_state_dict``; a loaded state has no pending updates."""
         self._owed = {}
         super().__setstate__(state)
         for group in self.param_groups:
@@ -370,7 +370,7 @@ def _update_sparse(
     owed: OwedSteps | None,
     key: int | None,
 ) -> None:
-    """Steps the rows of a sparse gradient: weight and states (C, ...), after what they are owed."""
+    """Steps the rows of a sparse gradient, pending updates first: weight and states (C, ...)."""
     last_step = [] if owed is None else [owed.state["last_step"]]
     for ids, values, unfinished in merged_rows(grad, dtype):
         end = ids[-1:]
@@ -383,13 +383,13 @@ def _update_sparse(
         if owed is not None:
             owed.state["last_step"].index_fill_(0, ids, owed.now + 1)
         for tensor, old in zip(tensors + last_step, before, strict=False):
-            # a row whose sum goes on in the next chunk is put back and waits for all of it
+            # a row whose sum continues in the next chunk is restored, and stepped there
             new = tensor.index_select(0, end)
             tensor.index_copy_(0, end, torch.where(unfinished, old, new))
 
 
 def _note_step(owed: OwedSteps, index: Tensor) -> None:
-    """The rows ``index`` (K,), settled before, have taken the next step; -1 is an empty place."""
+    """The rows ``index`` (K,), settled before, have taken the next step; -1: padding slot."""
     last_step = owed.state["last_step"]
     if index.shape[0] and last_step.shape[0]:
         place, some = stand_ins(index, last_step.shape[0])

@@ -21,7 +21,7 @@ __all__ = ["RowSGD"]
 
 @dataclass(frozen=True)
 class SGDStep(SgdUpdate):
-    """One step; without a gradient it is a 2 x 2 linear map of (weight, momentum buffer)."""
+    """One step; with a zero gradient it is a 2 x 2 linear map of (weight, momentum buffer)."""
 
     # the map, row by row: weight from (weight, buffer), buffer from (weight, buffer)
     STILL = (1.0, 0.0, 0.0, 1.0)
@@ -54,44 +54,44 @@ class SGDStep(SgdUpdate):
 class RowSGD(RowOptimizer):
     """``torch.optim.SGD`` for row-sparse gradients of class centres; dense ones are taken too.
 
-    What happens in a step to the rows of a parameter that have no gradient in it is ``unsampled``:
+    ``unsampled`` says what a step does to the rows of a parameter without a gradient:
 
     - ``"dense"``: momentum and weight decay move them as if their gradient were zero. All rows are
-      touched in every step.
+      touched at every step.
     - ``"lazy"``: the same, but later: when a row is next used, at a cost per step that does not
       grow with the number of rows. The missed steps are a product of 2 x 2 matrices, kept in
       float64, so this is "dense" up to rounding whatever lr, momentum and weight decay do
-      meanwhile. Whoever reads the rows must call :func:`fastmargin.deferred.settle` first.
-    - ``"frozen"``: they stay, and their momentum too.
+      meanwhile. Call :func:`fastmargin.deferred.settle` before reading the rows.
+    - ``"frozen"``: they do not change, nor does their momentum.
 
     A parameter whose ``grad`` is None takes no step in any mode.
 
     State per parameter: ``step``; ``momentum_buffer`` as the parameter (float32 for a 16-bit one,
     or ``momentum_dtype``) once there is momentum; ``last_step`` (C,) int32, but not with "frozen".
 
-    With ``fused=True`` the gradient of class centres is never formed. ``backward()`` leaves what it
-    follows from, of about the size of the batch, and ``grad`` None; ``step()`` runs the centre pass
+    With ``fused=True`` the gradient of class centres is never formed. ``backward()`` stores its
+    factors, about the size of the batch, and leaves ``grad`` None; ``step()`` runs the centre pass
     with the update in it. Several backward passes before a step add up, GradScaler works, and a
-    gradient of other losses is added. Whatever looks at ``grad`` in between sees none: clipping,
+    gradient of other losses is added. Code that reads ``grad`` in between finds None: clipping,
     ``scaler.unscale_``, hooks, DDP (refused, as is :func:`fastmargin.total_norm`), and a module's
-    ``zero_grad``, so call that of the optimiser. A gradient is formed as ever under
-    ``torch.compile``, for ``torch.autograd.grad``, DTensors and losses on the nearest negatives.
+    ``zero_grad``, so call the optimiser's. A gradient is formed as usual under ``torch.compile``,
+    for ``torch.autograd.grad``, DTensors and losses on the nearest negatives.
 
     Args:
         params: tensors or groups, as for any optimiser. A sparse gradient has one sparse
             dimension, the rows.
-        lr: learning rate, a number of the host.
+        lr: learning rate, a Python number, not a tensor.
         momentum, weight_decay, nesterov: as ``torch.optim.SGD``.
         unsampled, fused: see above.
-        momentum_dtype: of the momentum, instead; ``torch.bfloat16`` halves it.
-        stochastic_rounding: of 16-bit weights and momentum, see :mod:`fastmargin.rounding`. To
-            nearest, a step below half the distance to the next 16-bit number is lost.
+        momentum_dtype: dtype of the momentum; ``torch.bfloat16`` halves its memory.
+        stochastic_rounding: of 16-bit weights and momentum, see :mod:`fastmargin.rounding`. With
+            rounding to nearest, updates below half the distance to the next number are lost.
         seed: of that rounding, an integer; the same on processes that hold the same rows.
 
     Raises:
         RuntimeError: at the step, with ``fused``: a parameter was written to since the backward
-            pass, or a GradScaler's ``unscale_`` has passed over the gradient. Nothing has changed.
-            In the capture of a CUDA graph, unless ``unsampled="frozen"``, nothing is rounded
+            pass, or a GradScaler's ``unscale_`` was called. Nothing has changed.
+            During CUDA graph capture, unless ``unsampled="frozen"``, nothing is rounded
             stochastically, and one step has been taken before.
         ValueError: a number out of its range, in a group or, changed since, at the step.
         TypeError: a number that is a tensor, a ``momentum_dtype`` that is no float type, a seed
