@@ -1,4 +1,4 @@
-"""What processes agree upon beside the training step: with words, all of them or none."""
+"""Agreement between processes outside the training step: all succeed, or all raise."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _channels: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def channel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """A gloo group of the processes of ``group`` (None: all) for other things than training.
+    """A gloo group of the processes of ``group`` (None: all) for use outside the training step.
 
     Another thread may use it while the training step uses ``group``, whatever its backend. It is
-    made in the first call, in which all processes of the group take part, with the group's timeout.
-    None without other processes.
+    created in the first call, a collective one, with the group's timeout. None without other
+    processes.
 
     Raises:
         TypeError, ValueError: it is no process group, or one without this process.
@@ -45,9 +45,9 @@ def channel(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 
 def _check_same_groups(group: dist.ProcessGroup) -> None:
-    """Raises where torch would name a new group differently on its processes, which then wait.
+    """Raises where torch would name a new group differently on its processes, a deadlock.
 
-    A group that only its members make gets its name from how many groups each is in.
+    A group made by its members alone is named by how many groups each is in.
     """
     counts = gather_objects("counting groups", len(dist.distributed_c10d._world.pg_names), group)
     if len(set(counts)) > 1:
@@ -59,7 +59,7 @@ def _check_same_groups(group: dist.ProcessGroup) -> None:
 
 
 def _timeout(group: dist.ProcessGroup):
-    """How long the group waits for a process; None, the default of torch, where it does not say."""
+    """The group's timeout; None, torch's default, where it is unknown."""
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)
         if hasattr(options, "_timeout"):
@@ -68,7 +68,7 @@ def _timeout(group: dist.ProcessGroup):
 
 
 def gather_objects(what: str, value: Any, group: dist.ProcessGroup | None) -> list:
-    """What all processes pass as ``value``, anything that pickles, in their order."""
+    """The ``value`` of every process, anything that pickles, in rank order."""
     if group is None:
         return [value]
     values = [None] * group.size()
@@ -78,7 +78,7 @@ def gather_objects(what: str, value: Any, group: dist.ProcessGroup | None) -> li
 
 
 def all_or_none(what: str, function: Callable[[], Any], group: dist.ProcessGroup | None) -> list:
-    """What ``function()`` returns on every process; where it fails on one, it fails on all.
+    """The results of ``function()`` on all processes; if it fails on one, it raises on all.
 
     Raises:
         Exception: what ``function`` raised here.

@@ -1,4 +1,4 @@
-"""The rows of all processes that share out the classes, and what each takes back of them."""
+"""Gathering the rows of all shards, and returning each process its own."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastmargin.distributed.shard import ClassShard
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EMBEDDINGS, WEIGHT = 1, 2
-"""What a process wants a gradient of, as bits."""
+"""Which gradients a process needs, as bits."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How the gathered (R * b, ...) is made up: b rows of each process, padded with labels of -1.
+    """Layout of the gathered (R * b, ...): b rows of each process, padded with labels of -1.
 
-    rows: b. own: where this process's n <= b rows are. dtype: of its embeddings. wants_grad:
-    whether gradients of embeddings are wanted, by any process.
+    rows: b. own: slice of this process's n <= b rows. dtype: of its embeddings. wants_grad:
+    whether any process needs gradients of embeddings.
     """
 
     rows: int
@@ -37,9 +37,9 @@ class Batch:
 
 @contextlib.contextmanager
 def announced(shard: ClassShard | None, device: torch.device, batch_size: int | None):
-    """Tells the other processes if the checks inside refuse this one's input: they would wait.
+    """If a check inside raises, tells the other processes, which would otherwise wait for this one.
 
-    Without effect where ``batch_size`` spares that exchange.
+    Has no effect if ``batch_size`` is set, which avoids that exchange.
     """
     try:
         yield
@@ -50,13 +50,13 @@ def announced(shard: ClassShard | None, device: torch.device, batch_size: int | 
 
 
 def _facts(own: list[int], shard: ClassShard, device: torch.device) -> list[list[int]]:
-    """A few numbers of every process; this waits for the device, as the host needs them."""
+    """A few integers of every process; synchronises with the device, as the host needs them."""
     facts = collectives.gather_stacked(torch.tensor(own, device=device), shard.group)
     return collectives.gather_stacked(facts, shard.replicas).flatten(0, 1).tolist()
 
 
 def _agreed(embeddings: Tensor, wants: int, shard: ClassShard) -> tuple[int, int]:
-    """The most rows of a process, and what is wanted, once all know that they fit together."""
+    """The largest row count, and which gradients are needed, once all inputs are consistent."""
     own = [*embeddings.shape, 1 + FLOATS.index(embeddings.dtype), wants]
     facts = _facts(own, shard, embeddings.device)
     refused = [process for process, (_, _, kind, _) in enumerate(facts) if kind == 0]
@@ -70,7 +70,7 @@ def _agreed(embeddings: Tensor, wants: int, shard: ClassShard) -> tuple[int, int
     rows = max(count for count, *_ in facts)
     if rows == 0:
         raise ValueError("embeddings are an empty batch on every process: skip the step")
-    # one without rows may have come without a graph
+    # an empty batch may have no autograd graph
     wanted = {wants & EMBEDDINGS for count, *_, wants in facts if count > 0}
     of_weight = {wants & WEIGHT for *_, wants in facts} if shard.replicas is not None else ()
     for name, values in (("embeddings", wanted), ("weight", of_weight)):
@@ -92,7 +92,7 @@ def gather(
     """Embeddings (R * b, D) and labels (R * b,) of all shards, in one exchange; no gradient.
 
     Processes may have different numbers of rows, also none; ``batch_size``, the most that any has
-    in any step, spares a small exchange before, for which the host waits.
+    in any step, avoids a small exchange before, for which the host waits.
 
     Raises:
         ValueError: more rows than ``batch_size``; embedding size, dtype or what wants a gradient
@@ -128,7 +128,7 @@ def gather_padded(labels: Tensor, *tensors: Tensor, rows: int, shard: ClassShard
 
 
 def most_rows(rows: Tensor, shard: ClassShard) -> int:
-    """The most rows (n, D) that a process has."""
+    """The largest number of rows (n, D) of any process."""
     return _agreed(rows, 0, shard)[0]
 
 
@@ -145,9 +145,9 @@ class _OwnRows(torch.autograd.Function):
 
 
 def own_rows(values: Tensor, batch: Batch, shard: ClassShard) -> Tensor:
-    """This process's rows of ``values`` (R * b,), which are alike on all.
+    """This process's rows of ``values`` (R * b,), which are the same on all.
 
-    In the backward the upstream gradients of all are gathered.
+    The backward gathers the upstream gradients of all processes.
     """
     return _OwnRows.apply(values, batch, shard)
 
@@ -163,14 +163,14 @@ class _SumOfReplicas(torch.autograd.Function):
 
 
 def sum_of_replicas(value: Tensor, shard: ClassShard) -> Tensor:
-    """The sum over the replicas' batches; each then holds the whole, and its gradient."""
+    """The sum over the replicas' batches, on each of them; the gradient passes through."""
     return _SumOfReplicas.apply(value, shard)
 
 
 def nearest_of_shards(cosine: Tensor, label: Tensor, shard: ClassShard) -> tuple[Tensor, Tensor]:
-    """The k nearest centres of all shards, best first, from the (B, k) of this one.
+    """The k nearest centres over all shards, best first, from the (B, k) of this one.
 
-    ``label`` counts this shard's classes on the way in and all classes on the way out; -1: none.
+    ``label``: local class ids as input, global ones as output; -1: none.
     """
     k = cosine.shape[1]
     label = torch.where(label >= 0, label + shard.start, -1)

@@ -20,12 +20,12 @@ _reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 class ProcessError(RuntimeError):
-    """A collective failed: another process has died, hangs, or runs something else."""
+    """A collective failed: another process has died, hangs, or called something else."""
 
 
 @contextlib.contextmanager
 def named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
-    """Says which exchange failed and where to look; the backends only name a socket."""
+    """Adds to an error which exchange failed and where to look; backends only name a socket."""
     try:
         yield
     except RuntimeError as error:
@@ -37,19 +37,19 @@ def named(what: str, group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def world() -> dist.ProcessGroup | None:
-    """The default group; None without one, or alone in it."""
+    """The default group; None if there is none or it has one process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     return dist.group.WORLD
 
 
 def ranks_of(group: dist.ProcessGroup) -> list[int]:
-    """Numbers in the default group of a group's processes."""
+    """Ranks in the default group of a group's processes."""
     return dist.get_process_group_ranks(group)
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This process's place in a group."""
+    """This process's rank in a group."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -97,7 +97,7 @@ def gather_packed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) ->
 
 
 def scatter_sum(rows: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    """Starts to add up all processes' ``rows`` (R * b, D); the result waits for its (b, D)."""
+    """Starts a reduce-scatter of ``rows`` (R * b, D); call the result to wait for the (b, D)."""
     if group is None:
         return lambda: rows
     own = rows.new_empty((rows.shape[0] // group.size(), *rows.shape[1:]))
@@ -116,9 +116,9 @@ def scatter_sum(rows: Tensor, group: dist.ProcessGroup | None) -> Callable[[], T
 def exchange_rows(
     rows: Tensor, sent: Sequence[Tensor], received: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Sends ``rows[sent[r]]`` to process r; returns what comes from all of them, in their order.
+    """Sends ``rows[sent[r]]`` to process r; returns the rows received from all, in rank order.
 
-    ``received``: how many rows come from each.
+    ``received``: number of rows from each.
     """
     out = rows.new_empty((sum(received), *rows.shape[1:]))
     counts = [index.numel() for index in sent]
@@ -129,7 +129,7 @@ def exchange_rows(
 
 
 def send_to_first(tensor: Tensor, rank: int, group: dist.ProcessGroup) -> None:
-    """Copies a tensor of process ``rank`` into that of the first one; others do nothing."""
+    """Copies a tensor of process ``rank`` into that of process 0; others do nothing."""
     here = dist.get_rank(group)
     with named("the sending of rows", group):
         if here == rank:

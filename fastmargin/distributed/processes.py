@@ -1,4 +1,4 @@
-"""The processes that train a classifier, as its margin asks for them."""
+"""The processes that train a classifier, as seen by its margin."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fastmargin.distributed.shard import ClassShard
 
 
 class GroupProcesses:
-    """What :class:`fastmargin.margins.Processes` says, with other processes.
+    """Implements :class:`fastmargin.margins.Processes` for several processes.
 
-    shard: None where every process holds all classes, and the default group has other rows.
+    shard: None where every process holds all classes, and the default group the other rows.
     batch_size: as :class:`fastmargin.MarginHead`.
     """
 

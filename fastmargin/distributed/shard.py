@@ -17,15 +17,15 @@ if TYPE_CHECKING:  # takes most of a second to import
 
 
 SPLITS = ("chunk", "even")
-"""How classes are shared out, see :func:`bounds`."""
+"""How classes are split into shards, see :func:`bounds`."""
 
 
 def bounds(num_classes: int, ranks: int, rank: int, split: str = "chunk") -> tuple[int, int]:
     """First and one past the last class of a rank.
 
-    "chunk": as ``torch.chunk`` and a DTensor's ``Shard(0)`` have it; every shard but the last ones
-    has ``ceil(num_classes / ranks)`` classes, the last ones may be empty. "even": as insightface
-    has it; the first ``num_classes % ranks`` shards have one class more than the others.
+    "chunk": as ``torch.chunk`` and a DTensor's ``Shard(0)``; every shard but the last ones has
+    ``ceil(num_classes / ranks)`` classes, the last ones may be empty. "even": as insightface; the
+    first ``num_classes % ranks`` shards have one class more than the others.
     """
     if split == "even":
         size, more = divmod(num_classes, ranks)
@@ -38,9 +38,9 @@ def bounds(num_classes: int, ranks: int, rank: int, split: str = "chunk") -> tup
 class ClassShard:
     """The classes ``[start, stop)`` of ``num_classes``, on this process.
 
-    group: the processes that share out the classes. replicas: those that hold the same classes as
-    this one and see other rows; None without any. mesh: both as one DeviceMesh, classes along its
-    last dimension. split: one of :data:`SPLITS`.
+    group: the processes over which the classes are sharded. replicas: those that hold the same
+    classes as this one and see other rows; None without any. mesh: both as one DeviceMesh, classes
+    along its last dimension. split: one of :data:`SPLITS`.
     """
 
     num_classes: int
@@ -63,7 +63,7 @@ class ClassShard:
         Args:
             num_classes: C.
             group: "world", a process group, or a DeviceMesh of one dimension; of two dimensions,
-                the last one shares out the classes and the first one repeats them.
+                the last one shards the classes and the first one replicates them.
             device_type: of the class centres, "cpu" or "cuda".
             split: one of :data:`SPLITS`.
 
@@ -120,7 +120,7 @@ class ClassShard:
 
     @property
     def rank(self) -> int:
-        """Place among the shards."""
+        """Index of the shard."""
         return dist.get_rank(self.group)
 
     @property
@@ -135,11 +135,11 @@ class ClassShard:
 
     @property
     def replica(self) -> int:
-        """Place among the processes with the same classes."""
+        """Index among the processes with the same classes."""
         return collectives.rank_in(self.replicas)
 
     def processes(self) -> list[int]:
-        """Numbers in the default group of all that share the classes out, and of their replicas."""
+        """Ranks in the default group of all shards and their replicas."""
         return self.mesh.mesh.flatten().tolist()
 
     def resized(self, num_classes: int) -> ClassShard:
@@ -151,10 +151,10 @@ class ClassShard:
         return bounds(self.num_classes, self.ranks, rank, self.split)
 
     def to_dtensor(self, rows: Tensor) -> DTensor:
-        """The whole (C, ...) of which this process holds ``rows``, as a DTensor view of them.
+        """The full (C, ...) tensor as a DTensor, a view of the local ``rows``.
 
         Raises:
-            ValueError: a DTensor has no such split, or is for other devices.
+            ValueError: a DTensor has no such split, or the device type differs.
         """
         from torch.distributed.tensor import DTensor
 
@@ -196,10 +196,10 @@ class ClassShard:
 
 
 def check_outside_ddp(rows: Tensor, shard: ClassShard | None) -> None:
-    """Raises ValueError in a forward of DDP that takes shared-out rows for copies of one another.
+    """Raises ValueError in a forward of DDP around sharded rows, which DDP treats as copies.
 
-    It has overwritten them with those of its first process, and would mix their gradients. A step
-    that is compiled is not looked at.
+    It has overwritten them with those of its first process, and would mix their gradients.
+    Compiled steps are not checked.
     """
     ddp = None
     if shard is not None and not torch.compiler.is_compiling():
@@ -212,7 +212,7 @@ def check_outside_ddp(rows: Tensor, shard: ClassShard | None) -> None:
 
 
 def overwrites(ddp: nn.parallel.DistributedDataParallel, rows: Tensor, shard: ClassShard) -> bool:
-    """Whether DDP keeps a parameter alike on processes that share out its rows."""
+    """Whether DDP synchronises a parameter whose rows are sharded over its processes."""
     copies = dist.get_process_group_ranks(ddp.process_group)
     if len(set(copies).intersection(dist.get_process_group_ranks(shard.group))) < 2:
         return False
@@ -221,9 +221,9 @@ def overwrites(ddp: nn.parallel.DistributedDataParallel, rows: Tensor, shard: Cl
 
 
 def shards_in(module: nn.Module) -> dict[str, ClassShard]:
-    """Of the parameters in a module whose rows processes share out, by name, as the parts say.
+    """The shards of a module's sharded parameters, by name.
 
-    A part says so with a method ``shared_rows`` that gives them by its own names.
+    Submodules declare them by a method ``shared_rows``, which returns them by local names.
     """
     return {
         f"{prefix}.{name}" if prefix else name: shard
