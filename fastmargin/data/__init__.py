@@ -1,6 +1,6 @@
-"""Face data as it is handed around: RecordIO files without mxnet, and folders of images.
+"""Face data sets in their usual formats: RecordIO files, without mxnet, and image folders.
 
-Independent of the heads; nothing here is imported by them. Decoding images needs Pillow.
+Independent of the heads, which import nothing from here. Decoding images needs Pillow.
 """
 
 from fastmargin.data.block_shuffle import BlockShuffleSampler

@@ -1,4 +1,4 @@
-"""Shuffling that a disk can follow."""
+"""Shuffling with few disk seeks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch.utils.data import Sampler
 
 
 class BlockShuffleSampler(Sampler[int]):
-    """Random order in which samples of one stretch of the file come at about the same time.
+    """Random order in which samples from the same part of the file are used at about the same time.
 
-    The samples are cut into blocks of neighbours, the blocks are put in random order, and the
-    sequence that results is shuffled within windows of several blocks. A window ahead of its use,
+    The samples are cut into blocks of consecutive ones, the blocks are put in random order, and the
+    resulting sequence is shuffled within windows of several blocks. One window ahead of its use,
     ``data.prefetch(start, stop)`` is called block by block, if there is such a method:
-    :class:`RecordFaces` lets the system read them. So a disk reads long stretches instead of
-    jumping for every image, and a batch still mixes ``window / block`` places of the file.
+    :class:`RecordFaces` has the system read them. So a disk reads long runs instead of seeking for
+    every image, and a batch still mixes ``window / block`` positions of the file.
 
     With several processes each takes its own part of the sequence, all of the same length: the
-    first samples of the sequence come twice, or the last ones are left out.
+    first samples of the sequence are repeated, or the last ones left out.
 
-    The order follows from (seed, epoch); call :meth:`set_epoch` before every epoch.
+    The order depends on (seed, epoch); call :meth:`set_epoch` before every epoch.
 
     Args:
-        data: a data set whose neighbours are neighbours on disk.
-        block: samples in a block: more, and a disk jumps less; fewer, and a batch is better mixed
-            (files are mostly in the order of identities). At 8 KB an image, 64 are 0.5 MB.
+        data: a data set whose consecutive samples are consecutive on disk.
+        block: samples per block: the larger, the fewer seeks; the smaller, the better mixed a batch
+            (files are mostly ordered by identity). 64 images of 8 KB are 0.5 MB.
         window: samples that are shuffled together. The images of two windows should fit in free
-            memory, where the system keeps what it has read.
+            memory, as the system's page cache.
         seed: the same in all processes.
-        num_replicas, rank: processes that share the data, and which this is.
+        num_replicas, rank: number of processes that share the data, and this one's rank.
         drop_last: leave samples out instead of repeating some.
 
     Raises:
@@ -59,7 +59,7 @@ class BlockShuffleSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch."""
+        """Sets the epoch, which changes the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class BlockShuffleSampler(Sampler[int]):
 
 
 class _Sequence:
-    """The samples in order of their blocks; after the last one it starts anew."""
+    """The samples in the order of their blocks, cyclic."""
 
     def __init__(self, num_samples: int, block: int, generator: torch.Generator) -> None:
         self.num_samples = num_samples
@@ -108,7 +108,7 @@ class _Sequence:
         return self.first[block] + place - self.start[block]
 
     def stretches(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Runs of neighbours (first sample, last + 1) among these places."""
+        """Runs of consecutive samples (first, last + 1) between these positions."""
         samples = self[start:stop]
         cuts = (samples.diff() != 1).nonzero()[:, 0] + 1
         runs = samples.tensor_split(cuts)

@@ -1,4 +1,4 @@
-"""What data sets of faces have in common."""
+"""The base class of face data sets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastmargin.data.images import decode, to_tensor
 
 
 class Faces(Dataset):
-    """Images with the number of the person on them.
+    """Images with the label of their identity.
 
     ``data[i]`` is ``(transform(PIL image in RGB), label)``; a ``DataLoader`` gets whole batches in
     one call (``__getitems__``).
 
     num_classes: number of identities; labels are 0 .. num_classes - 1.
-    labels: (N,) int64, without decoding an image.
+    labels: (N,) int64, obtained without decoding images.
     """
 
     num_classes: int
@@ -29,7 +29,7 @@ class Faces(Dataset):
         self.transform = to_tensor if transform is None else transform
 
     def class_counts(self) -> Tensor:
-        """(num_classes,) int64, images per identity: what ``KappaFace(class_counts=...)`` takes."""
+        """(num_classes,) int64, images per identity, for ``KappaFace(class_counts=...)``."""
         return torch.bincount(self.labels, minlength=self.num_classes)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

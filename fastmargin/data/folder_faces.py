@@ -1,4 +1,4 @@
-"""Faces as image files in a folder per identity."""
+"""Faces as image files, in one folder per identity."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FolderFaces(Faces):
 
     Args:
         root: the folder.
-        transform: PIL image (RGB) -> what a sample is; default :func:`to_tensor`.
+        transform: PIL image (RGB) -> sample; default :func:`to_tensor`.
         extensions: of image files, in lower case; other files, and those whose name starts with a
-            dot, are passed over.
+            dot, are skipped.
 
     Attributes:
         classes: names of the identities; ``classes[label]``.
@@ -65,7 +65,7 @@ class FolderFaces(Faces):
             )
         self.num_classes = len(self.classes)
         self.labels = torch.arange(self.num_classes).repeat_interleave(torch.tensor(counts))
-        # one object instead of one per image: forked workers would copy them by counting references
+        # one object, not one per image: reference counting would make forked workers copy them
         self._names = b"".join(names)
         self._ends = torch.tensor([len(name) for name in names]).cumsum(0)
 

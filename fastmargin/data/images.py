@@ -17,7 +17,7 @@ def decode(image: bytes) -> Image:
 
     Raises:
         ImportError: Pillow is missing.
-        ValueError: these bytes are no image, or only a part of one.
+        ValueError: these bytes are not an image, or a truncated one.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -35,7 +35,7 @@ def decode(image: bytes) -> Image:
 def to_tensor(image: Image) -> Tensor:
     """PIL image, RGB -> (3, H, W) float32 in [-1, 1], channels in the order R, G, B.
 
-    The numbers of torchvision's ``ToTensor`` and ``Normalize(0.5, 0.5)``.
+    The same values as torchvision's ``ToTensor`` and ``Normalize(0.5, 0.5)``.
     """
     width, height = image.size
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

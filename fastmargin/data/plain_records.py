@@ -1,9 +1,8 @@
-"""Reading records in Python, where ``fastmargin._host`` is not compiled.
+"""Reading records in Python, for where ``fastmargin._host`` is not compiled.
 
-The same functions, bytes and messages as ``csrc/records.cpp``. ``descriptor`` is of a file of
-``size`` bytes. Reads are at given places, so threads and forked processes may share it. What is
-wrong is raised as ``ValueError(place, problem)``; place is the offset of a record or the number of
-a line.
+The same functions, bytes and messages as ``csrc/records.cpp``. ``descriptor`` is that of a file of
+``size`` bytes. Reads are positional, so threads and forked processes may share it. Errors are
+raised as ``ValueError(place, problem)``; place is the offset of a record or a line number.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from fastmargin.data.record_format import (
 )
 
 CHUNK = 1 << 20
-"""Most bytes that are read ahead."""
+"""Maximum bytes read ahead."""
 _INDEX_LINE = re.compile(rb"(-?[0-9]+)[ \t\r]+(-?[0-9]+)")
 
 
 class _Window:
-    """A stretch of the file in memory."""
+    """A part of the file in memory."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.descriptor, self.size = descriptor, size
         self.start, self.bytes = 0, b""
-        self.record = 0  # what errors are about
+        self.record = 0  # the record that errors refer to
 
     def at(self, offset: int, count: int, ahead: int) -> bytes:
-        """``count`` bytes, all inside the file. If they are not here yet, ``ahead`` are read."""
+        """``count`` bytes, all inside the file. If they are not loaded yet, ``ahead`` are read."""
         if offset < self.start or offset + count > self.start + len(self.bytes):
             self._fill(offset, min(max(count, ahead), self.size - offset))
         begin = offset - self.start
@@ -105,7 +104,7 @@ def _take(window: _Window, start: int, ahead: int, count: int | None = None) -> 
 
 
 def scan(descriptor: int, size: int) -> bytearray:
-    """Offsets, int64, of all records, which fill the file without a gap."""
+    """Offsets, int64, of all records, which must fill the file without gaps."""
     window, offsets, at = _Window(descriptor, size), array("q"), 0
     while at < size:
         offsets.append(at)
@@ -117,13 +116,12 @@ def scan(descriptor: int, size: int) -> bytearray:
 def read(descriptor: int, size: int, offsets: Sequence[int], ends: Sequence[int]) -> list[bytes]:
     """Payloads of the records at these offsets.
 
-    Record i is expected to stop at ``ends[i]``, which need not be right: reads that touch are made
-    as one.
+    Record i is expected to end at ``ends[i]``, which need not be right: adjacent reads are merged.
     """
     window, payloads = _Window(descriptor, size), []
     i = 0
     while i < len(offsets):
-        stop, start = ends[i], i  # a run of neighbours
+        stop, start = ends[i], i  # a run of consecutive records
         for i in range(start + 1, len(offsets) + 1):
             if i == len(offsets) or offsets[i] != stop or ends[i] - offsets[start] > CHUNK:
                 break

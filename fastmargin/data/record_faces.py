@@ -1,4 +1,4 @@
-"""Faces in a RecordIO file, as insightface, AdaFace and CVLface have them."""
+"""Faces in a RecordIO file, as used by insightface, AdaFace and CVLface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmargin.data.record_format import ImageRecord, unpack
 
 
 class RecordFaces(Faces):
-    """The images of ``train.rec``, in the order of their keys' lines (map-style, no mxnet).
+    """The images of ``train.rec``, in the order of the index (map-style, no mxnet).
 
     ::
 
@@ -32,12 +32,12 @@ class RecordFaces(Faces):
 
     Args:
         root: folder with ``train.rec`` and perhaps ``train.idx`` and ``property``; or the path of
-            a .rec file that has them beside it.
-        transform: PIL image (RGB) -> what a sample is; default :func:`to_tensor`. It alone decides
-            about flips, normalisation and the order of channels.
+            a .rec file with these next to it.
+        transform: PIL image (RGB) -> sample; default :func:`to_tensor`. It alone determines flips,
+            normalisation and channel order.
 
     Attributes:
-        num_classes: from ``property``; without it, the largest label and one.
+        num_classes: from ``property``; without it, the largest label plus one.
         image_size: (height, width) from ``property``, or None.
         labels: (N,) int64. The first use reads the header of every record and keeps the result;
             on a slow disk that is as slow as reading the file.
@@ -45,9 +45,9 @@ class RecordFaces(Faces):
 
     Raises:
         FileNotFoundError: no such file.
-        RecordError: the file is cut off; a record is not there or no image record; a label is not
-            a whole number in 0 .. num_classes - 1.
-        ValueError: no samples, or ``property`` or the index cannot be understood; of a sample: its
+        RecordError: the file is truncated; a record is missing or not an image record; a label is
+            not a whole number in 0 .. num_classes - 1.
+        ValueError: no samples, or ``property`` or the index cannot be parsed; of a sample: its
             image cannot be decoded.
     """
 
@@ -71,7 +71,7 @@ class RecordFaces(Faces):
         return [self._decoded(*pair) for pair in zip(keys.tolist(), payloads, strict=True)]
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Lets the system read samples start .. stop - 1 in the background."""
+        """Has the system read samples start .. stop - 1 in the background."""
         self.records.prefetch(self.keys[start:stop])
 
     @property

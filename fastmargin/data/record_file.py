@@ -15,16 +15,16 @@ from torch import Tensor
 from fastmargin.data.written_whole import written_whole
 
 BATCH = 1 << 16
-"""Most records that one call reads headers of."""
+"""Maximum number of records whose headers one call reads."""
 STRETCH = 256
-"""Records that reading in file order takes at once."""
+"""Records read at once in file order."""
 
 
 class RecordError(ValueError):
     """A record cannot be read.
 
     path: the file. key: of the record, None where records are counted. offset: where it starts. All
-    are None in an error that a ``DataLoader`` passes on from a worker: its text has them.
+    are None in an error that a ``DataLoader`` re-raises from a worker; its message has them.
     """
 
     path: Path | None = None
@@ -33,7 +33,7 @@ class RecordError(ValueError):
 
     @classmethod
     def at(cls, path: Path, key: int | None, offset: int | None, problem: str) -> RecordError:
-        """The error, with a text of all this."""
+        """The error, with these in its message."""
         where = [] if key is None else [f"record {key}"]
         where += [] if offset is None else [f"offset {offset}"]
         error = cls(": ".join([str(path), *where, problem]))
@@ -43,7 +43,7 @@ class RecordError(ValueError):
 
 @functools.cache
 def reader() -> ModuleType:
-    """The compiled reader, or the one in Python with the same results."""
+    """The compiled reader, or the Python one with the same results."""
     try:
         from fastmargin._host import records
     except ImportError:
@@ -61,18 +61,18 @@ class RecordFile:
             payloads = records.read([3, 17, 4])  # one sorted pass over the file
             for key, payload in records.items():  # in file order
 
-    Reads are at given places, so threads and forked processes may share one; a pickled one opens
-    the file anew and takes the index along.
+    Reads are positional, so threads and forked processes may share one; an unpickled one reopens
+    the file and keeps the index.
 
     Args:
         path: the .rec file.
-        index: the .idx file; default: beside it with the suffix ``.idx``, and if there is none, the
-            file is scanned and records are numbered from 0 (:func:`write_index` spares that).
+        index: the .idx file; default: next to it with the suffix ``.idx``; if there is none, the
+            file is scanned and records are numbered from 0 (:func:`write_index` avoids that).
 
     Raises:
         FileNotFoundError: no such file.
-        RecordError: the file is cut off, or does not have the records that the index names.
-        ValueError: the index is no index.
+        RecordError: the file is truncated, or lacks records that the index names.
+        ValueError: the index cannot be parsed.
     """
 
     def __init__(self, path: str | os.PathLike, index: str | os.PathLike | None = None) -> None:
@@ -92,9 +92,9 @@ class RecordFile:
             raise
 
     keys: Tensor
-    """(N,) int64, in the order of the index. Not to be changed."""
+    """(N,) int64, in the order of the index. Do not modify."""
     offsets: Tensor
-    """(N,) int64, where the records start. Not to be changed."""
+    """(N,) int64, where the records start. Do not modify."""
 
     # ---- reading ----
 
@@ -110,7 +110,7 @@ class RecordFile:
         return bool(self.has(torch.tensor([key])))
 
     def has(self, keys: Tensor) -> Tensor:
-        """Which of these keys there are, bool."""
+        """Which of these keys exist, bool."""
         return self._find(keys) >= 0
 
     def __getitem__(self, key: int) -> bytes:
@@ -118,12 +118,12 @@ class RecordFile:
 
         Raises:
             KeyError: no such key.
-            RecordError: there is no whole record where the index says.
+            RecordError: there is no complete record at the offset in the index.
         """
         return self.read([key])[0]
 
     def read(self, keys: Sequence[int] | Tensor) -> list[bytes]:
-        """The payloads of several records, read in the order of the file, returned as asked.
+        """The payloads of several records, read in file order, returned in the given order.
 
         Raises: as ``__getitem__``; nothing is returned if one fails.
         """
@@ -136,7 +136,7 @@ class RecordFile:
         return payloads
 
     def items(self) -> Iterator[tuple[int, bytes]]:
-        """(key, payload) of all records, in the order of the file and at its speed."""
+        """(key, payload) of all records, in file order, read sequentially."""
         for at in range(0, len(self), STRETCH):
             positions = self._in_file_order(at, at + STRETCH)
             keys = self.keys[positions]
@@ -156,9 +156,9 @@ class RecordFile:
         return labels
 
     def prefetch(self, keys: Sequence[int] | Tensor) -> None:
-        """Lets the system read these records into its cache, in the background.
+        """Has the system read these records into its cache, in the background.
 
-        Nothing happens where the system cannot, or for records that are far apart in the file.
+        Does nothing where the system does not support it, or for records far apart in the file.
 
         Raises:
             KeyError: no such key.
@@ -179,7 +179,7 @@ class RecordFile:
     # ---- the file ----
 
     def close(self) -> None:
-        """Reading afterwards is an error."""
+        """Closes the file; reading afterwards is an error."""
         self._file.close()
 
     def __enter__(self) -> RecordFile:
@@ -210,7 +210,7 @@ class RecordFile:
         self._size = os.fstat(self._file.fileno()).st_size
 
     def _call(self, function: str, positions: Tensor, *arguments):
-        """A function of the reader; what is wrong is told with the record's key."""
+        """Calls a function of the reader; errors get the record's key."""
         try:
             return getattr(reader(), function)(self._file.fileno(), self._size, *arguments)
         except ValueError as error:
@@ -224,7 +224,7 @@ class RecordFile:
     # ---- the index ----
 
     def _set_orders(self) -> None:
-        """Sorted copies of keys and offsets, and how to sort; none of what is sorted already."""
+        """Sorted copies of keys and offsets, with their orders; none if sorted already."""
         self._sorted_keys, self._key_order = _sorted(self.keys)
         self._sorted_offsets, self._offset_order = _sorted(self.offsets)
 
@@ -234,7 +234,7 @@ class RecordFile:
             key = int(self._sorted_keys[twice[0]])
             raise ValueError(f"{index}: key {key} is there twice: scan anew with write_index")
         wrong = (self.offsets < 0) | (self.offsets >= self._size) | (self.offsets % 4 != 0)
-        # the last record in the file shows whether it is cut off
+        # the last record in the file shows whether it is truncated
         last = self._in_file_order(max(len(self) - 1, 0), len(self))
         suspects = wrong.nonzero()[:1, 0] if wrong.any() else last
         offsets = self.offsets[suspects].tolist()
@@ -246,7 +246,7 @@ class RecordFile:
         return torch.arange(start, min(stop, len(self)))
 
     def _find(self, keys: Tensor) -> Tensor:
-        """Positions of keys, -1: not there."""
+        """Positions of keys, -1: missing."""
         if not len(self):
             return torch.full_like(keys, -1)
         found = torch.searchsorted(self._sorted_keys, keys).clamp_(max=len(self) - 1)
@@ -302,11 +302,11 @@ def _read_index(path: Path) -> tuple[Tensor, Tensor]:
 def write_index(path: str | os.PathLike, index: str | os.PathLike | None = None) -> int:
     """Scans a .rec file and writes its .idx file, with records numbered from 0 in file order.
 
-    An index that is there is replaced, whole or not at all.
+    An existing index is replaced atomically.
 
     Args:
         path: the .rec file.
-        index: what to write; default: beside it with the suffix ``.idx``.
+        index: what to write; default: next to it with the suffix ``.idx``.
 
     Returns:
         The number of records.

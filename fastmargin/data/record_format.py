@@ -1,21 +1,21 @@
 """The bytes of MXNet's RecordIO files (dmlc-core ``recordio.h``, mxnet ``recordio.py``).
 
-A file is a sequence of records; a record is one part or several; a part is, little-endian::
+A file is a sequence of records; a record has one or more parts; a part is, little-endian::
 
     uint32 magic   0xced7230a
     uint32 kind << 29 | length   kind 0: whole record, 1: first part, 2: middle, 3: last
     length bytes, and zeros up to a multiple of 4
 
-So a part starts at a multiple of 4, and a reader that is lost can look for the magic number there.
-Where a payload itself has that number at a multiple of 4, the writer cuts it out and starts a new
-part; a reader puts it back between parts.
+So a part starts at a multiple of 4, and a reader can resynchronise by searching the magic number.
+Where a payload itself contains that number at a multiple of 4, the writer removes it and starts a
+new part; a reader restores it between parts.
 
 The payload of an image record is a header and the bytes of an image file::
 
     uint32 flag, float32 label, uint64 id, uint64 id2
-    flag float32 labels   (with flag > 0 the label above means nothing)
+    flag float32 labels   (with flag > 0 the label above is unused)
 
-``train.idx`` has a line ``key <tab> offset`` for every record.
+``train.idx`` has a line ``key <tab> offset`` per record.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 PART_HEADER = struct.Struct("<II")
 LENGTH_BITS = 29
 MAX_LENGTH = (1 << LENGTH_BITS) - 1
-"""Most bytes in a record, as MXNet has it."""
+"""Maximum bytes of a record, as in MXNet."""
 IMAGE_HEADER = struct.Struct("<IfQQ")
 MAX_LABEL = 1 << 24
 """Whole numbers up to here are exact in float32."""
 
 
 def padding(length: int) -> int:
-    """Zeros after ``length`` bytes of payload."""
+    """Number of zeros after ``length`` bytes of payload."""
     return -length % 4
 
 
 def encode(payload: bytes) -> Iterator[bytes]:
-    """The pieces of a record, in order, split at magic numbers as dmlc's writer splits.
+    """The parts of a record, in order, split at magic numbers as by dmlc's writer.
 
     Raises:
         ValueError: more than ``MAX_LENGTH`` bytes.
@@ -69,9 +69,9 @@ def encode(payload: bytes) -> Iterator[bytes]:
 
 
 class ImageRecord(NamedTuple):
-    """An image record, taken apart.
+    """An unpacked image record.
 
-    label: a number, or as many as the header's flag says.
+    label: a number, or as many as the header's flag.
     image: bytes of a JPEG or PNG file; empty in records that only describe others.
     """
 
@@ -96,7 +96,7 @@ def pack(record: ImageRecord) -> bytes:
 
 
 def unpack(payload: bytes) -> ImageRecord:
-    """Takes the payload of an image record apart, as ``mxnet.recordio.unpack`` does.
+    """Unpacks the payload of an image record, as ``mxnet.recordio.unpack`` does.
 
     Raises:
         ValueError: the payload is shorter than its header.

@@ -1,4 +1,4 @@
-"""Writing RecordIO files that MXNet, and everything made for it, reads."""
+"""Writing RecordIO files that MXNet and compatible code can read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class RecordWriter:
             for image, label in faces:  # bytes of a JPEG or PNG file, number of the identity
                 writer.add(image, label)
 
-    The files have temporary names until they are closed without an error. The layout is the one of
+    The files have temporary names until they are closed without an error. The layout is that of
     insightface's ``RecBuilder``: every record is a sample, its key and id are its number.
 
     Args:
-        path: the .rec file; its folder is made. The others are beside it.
+        path: the .rec file; its folder is created. The others are next to it.
         image_size: height and width for ``property``, in pixels.
 
     Raises:
-        FileExistsError: one of the files is there.
+        FileExistsError: one of the files exists.
     """
 
     def __init__(self, path: str | os.PathLike, image_size: tuple[int, int] = (112, 112)) -> None:
@@ -63,7 +63,7 @@ class RecordWriter:
         """Appends an image with its identity, and returns its key.
 
         Args:
-            image: bytes of an image file, as they are.
+            image: bytes of an image file, stored unchanged.
             label: 0 .. 2**24, since labels are float32; of several the first is the identity.
 
         Raises:
@@ -79,7 +79,7 @@ class RecordWriter:
         return key
 
     def close(self) -> None:
-        """Gives the files their names. A second call does nothing."""
+        """Gives the files their final names. A second call does nothing."""
         if self._records.file.closed:
             return
         try:

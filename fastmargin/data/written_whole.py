@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are complete, or never."""
+"""Files that get their name when they are complete, or never."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 class WholeFile:
-    """A file under a temporary name beside its own, until :meth:`keep`."""
+    """A file under a temporary name next to its own, until :meth:`keep`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -18,24 +18,24 @@ class WholeFile:
         self.file = open(self.temporary, "xb")
 
     def sync(self) -> None:
-        """Everything written so far is on the disk, and the file closed."""
+        """Flushes everything to the disk and closes the file."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
 
     def keep(self) -> None:
-        """Under its own name from here on."""
+        """Gives the file its own name."""
         os.replace(self.temporary, self.path)
 
     def drop(self) -> None:
-        """As if it had never been."""
+        """Removes the file."""
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; an error leaves what was there before."""
+    """A file to write; after an error, the previous file is unchanged."""
     whole = WholeFile(path)
     try:
         yield whole.file
