@@ -1,4 +1,4 @@
-"""Checkpoints of a training, which load into any number of processes.
+"""Training checkpoints that load into any number of processes.
 
 ::
 
@@ -8,20 +8,21 @@
 
 All processes of the group call these functions, with objects of the same names. An object is
 
-- a module. DDP is looked through; DTensors, such as a head's rows or what ``fully_shard`` makes,
-  are stored in parts, and everything else as the first process has it;
-- an optimiser. What it keeps for a head's centres is shared out as those are, if the head is in
-  the objects, by itself or inside a module;
+- a module. DDP wrappers are unwrapped; DTensors, such as a head's rows or those of ``fully_shard``,
+  are stored in parts, and everything else as on the first process;
+- an optimiser. Its state of a head's centres is sharded as these are, if the head is among the
+  objects, by itself or inside a module;
 - anything else with ``state_dict`` and ``load_state_dict``: schedulers, gradient scalers;
 - a plain value that pickles, which :func:`load` returns.
 
-``path`` is a folder on storage that all processes see. A version is written beside the one before
-and replaces it in one step once every process has written its part, so whatever is interrupted,
-there is a whole checkpoint. Tensors are in the format of ``torch.distributed.checkpoint``.
+``path`` is a folder on storage that all processes see. A new version is written next to the
+previous one and replaces it atomically once every process has written its part, so after any
+interruption there is a complete checkpoint. Tensors are in ``torch.distributed.checkpoint``'s
+format.
 
-A checkpoint is trusted as code is: loading unpickles ``.metadata`` and ``structure.pt``, which may
-run anything. Tensors are read with ``weights_only``. Do not load a checkpoint from people you
-would not run a program from; centres alone travel safely in the file of
+Trust a checkpoint as you would code: loading unpickles ``.metadata`` and ``structure.pt``, which
+may run anything. Tensors are read with ``weights_only``. Load checkpoints only from sources whose
+code you would run; to exchange centres alone safely, use
 :meth:`fastmargin.MarginHead.export_centers`.
 """
 
@@ -48,16 +49,16 @@ class Saving:
         self._future, self._asked = future, False
 
     def done(self) -> bool:
-        """Whether writing has ended, well or badly."""
+        """Whether writing has ended, successfully or not."""
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> None:
-        """Waits until the checkpoint is the current one, ``timeout`` seconds at most.
+        """Waits until the checkpoint is the current one, at most ``timeout`` seconds.
 
         Raises:
-            ProcessError: another process failed or died; the checkpoint before is the current one.
+            ProcessError: another process failed or died; the previous checkpoint stays current.
             OSError: this process could not write.
-            TimeoutError: it takes longer.
+            TimeoutError: it takes longer than that.
         """
         try:
             self._future.result(timeout)
@@ -65,7 +66,7 @@ class Saving:
             self._asked = self._asked or self.done()
 
     def _end(self) -> None:
-        """Waits, and raises what nobody was told."""
+        """Waits, and raises an error that was not raised yet."""
         if not self._asked:
             self.result()
 
@@ -75,7 +76,7 @@ _last: Saving | None = None
 
 
 def _end_last() -> None:
-    """Lets an asynchronous save end before anything else happens to checkpoints."""
+    """Waits for an asynchronous save before any other checkpoint operation."""
     global _last
     last, _last = _last, None
     if last is not None:
@@ -85,21 +86,21 @@ def _end_last() -> None:
 def save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> None:
     """Writes a checkpoint and returns when it is the current one of ``path``.
 
-    Lazy optimisers first bring all rows up to date, which they would do sooner or later. Of what
-    differs between processes without being shared out, the first one's is kept: statistics of
-    ``AdaFace(stats="local")``, memories of ``KappaFace`` in replicas, plain values. KappaFace's
-    sums over an epoch are added up.
+    Lazy optimisers first bring all rows up to date. Of state that differs between processes
+    without being sharded, the first process's is kept: statistics of ``AdaFace(stats="local")``,
+    memories of ``KappaFace`` in replicas, plain values. KappaFace's sums over an epoch are added
+    up.
 
     Args:
-        path: folder; made where it is missing.
+        path: folder; created if missing.
         objects: what to save, by name.
-        process_group: those who save; default: all processes, and just this one without
+        process_group: the processes that save; default: all, or only this one without
             ``init_process_group``.
 
     Raises:
         ValueError, TypeError: something cannot be saved.
         ProcessError: another process failed or died, or took longer than the group's timeout.
-        OSError: a file cannot be written. In all cases the checkpoint before stays the current one.
+        OSError: a file cannot be written. In all cases the previous checkpoint stays current.
     """
     _end_last()
     group = agreement.channel(process_group)
@@ -109,8 +110,8 @@ def save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None
 def async_save(path: str | os.PathLike, objects: dict[str, Any], *, process_group=None) -> Saving:
     """:func:`save` that copies the state to the host's memory and writes while training goes on.
 
-    One is written at a time: the next call of a function of this module waits for it, and raises
-    its error if nobody has seen it. Call ``result()`` before ``destroy_process_group``.
+    One is written at a time: the next call of any function of this module waits for it, and raises
+    its error unless ``result()`` has. Call ``result()`` before ``destroy_process_group``.
     """
     global _writer, _last
     _end_last()
@@ -134,7 +135,7 @@ def _copied_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _taken(path: str | os.PathLike, objects: dict[str, Any], group) -> Taken:
-    """What to store; the processes agree that they can and that they mean the same."""
+    """What to store, after the processes have checked that their objects are consistent."""
     taken = of = None
 
     def take_here() -> dict[str, tuple]:
@@ -154,7 +155,7 @@ def _taken(path: str | os.PathLike, objects: dict[str, Any], group) -> Taken:
 
 
 def _check_alike(facts: list[dict[str, tuple]]) -> None:
-    """What processes have under one name is alike; only parts may be missing on some."""
+    """Checks that entries of one name match; only parts of tensors may be missing on some."""
     for name in dict.fromkeys(name for own in facts for name in own):
         found = [own.get(name) for own in facts]
         known = {fact for fact in found if fact is not None}
@@ -204,25 +205,25 @@ def _write(path: Path, taken: Taken, group, staged: bool) -> None:
 def load(
     path: str | os.PathLike, objects: dict[str, Any], *, process_group=None, strict: bool = True
 ) -> dict[str, Any]:
-    """Brings objects to the state in a checkpoint, whatever number of processes saved it.
+    """Restores objects from a checkpoint, saved by any number of processes.
 
-    Everything is read into the host's memory, compared and agreed upon before anything changes.
-    An optimiser needs no state of its own; it gets the saved one.
+    Everything is read into host memory and checked on all processes before anything changes. An
+    optimiser needs no state before; it gets the saved one.
 
     Args:
         path: folder.
         objects: as for :func:`save`, under the same names; plain values may be left out.
-        process_group: those who load; default as in :func:`save`.
-        strict: False to load some of what was saved, such as ``{"backbone": net}`` for another
-            task; ``{}`` gives the plain values alone.
+        process_group: the processes that load; default as in :func:`save`.
+        strict: False to load only some of the objects, such as ``{"backbone": net}`` for another
+            task; ``{}`` returns the plain values alone.
 
     Returns:
         The plain values, by name.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint and the objects do not fit: other numbers of classes, other
-            sizes, dtypes, margins, optimisers, or names.
+        ValueError: the checkpoint does not match the objects: other numbers of classes, sizes,
+            dtypes, margins, optimisers, or names.
         ProcessError: another process failed or died.
     """
     from fastmargin.checkpoint import storage

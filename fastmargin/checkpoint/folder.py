@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: versions, and a small file that names the one that counts.
+"""The folder of a checkpoint: versions, and a small file that names the current one.
 
 ::
 
@@ -6,8 +6,8 @@
     path/version-0000000007/  .metadata, *.distcp: what torch.distributed.checkpoint writes
                               structure.pt: everything that is not a tensor
 
-A version is written whole before ``current`` names it, so at any moment ``current`` names a whole
-one. Others are what is left of unfinished saves and of versions that were replaced.
+A version is complete before ``current`` names it, so ``current`` always names a complete one.
+Others are left from unfinished saves and replaced versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERSION = re.compile(r"version-(\d{10})")
 
 
 def current_version(path: Path) -> Path | None:
-    """The folder of the version that counts; None without any."""
+    """The folder of the current version; None without any."""
     try:
         name = (path / CURRENT).read_text().strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -34,9 +34,9 @@ def current_version(path: Path) -> Path | None:
 
 
 def new_version(path: Path) -> Path:
-    """Makes the folder of a version to write, and removes those that do not count."""
+    """Creates the folder of a new version, and removes all but the current one."""
     path.mkdir(parents=True, exist_ok=True)
-    # not the name of a version that is left over: somebody may still write there
+    # not the name of a leftover version: another process may still write there
     number = max((int(_VERSION.fullmatch(old.name)[1]) for old in _versions(path)), default=0)
     version = path / f"version-{number + 1:010d}"
     version.mkdir()
@@ -45,7 +45,7 @@ def new_version(path: Path) -> Path:
 
 
 def make_current(version: Path) -> None:
-    """From here on this version, which is whole, is the one that counts."""
+    """Makes this version, which is complete, the current one."""
     path = version.parent
     _sync_folder(version)
     temporary = path / f"{CURRENT}.new"
@@ -66,12 +66,12 @@ def _versions(path: Path) -> list[Path]:
 def _remove_others(path: Path, kept: list[Path | None]) -> None:
     for version in _versions(path):
         if version not in kept:
-            # what cannot be removed now does no harm, and is tried again in the next save
+            # what cannot be removed now does no harm; the next save tries again
             shutil.rmtree(version, ignore_errors=True)
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder last through a loss of power."""
+    """Makes the file names in a folder durable against power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

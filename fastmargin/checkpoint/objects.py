@@ -1,4 +1,4 @@
-"""What is saved of objects, and how it comes back into them."""
+"""What is saved of objects, and how it is restored."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastmargin.head import MarginHead
 
 MODULE, OPTIMIZER, STATE, VALUE = "module", "optimizer", "state", "value"
 FORMAT = 1
-"""Of what is stored beside the tensors."""
+"""Version of the format of what is stored besides the tensors."""
 SHOWN = 10
-"""Entries that an error names."""
+"""Maximum number of entries that an error lists."""
 
 
 def kind_of(thing: Any) -> str:
@@ -44,7 +44,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _check_state_is_whole(name: str, module: nn.Module) -> None:
-    """Raises ValueError where a part says that its ``state_dict`` leaves something out."""
+    """Raises ValueError if a submodule declares that its ``state_dict`` is incomplete."""
     for inner, part in module.named_modules():
         left_out = getattr(part, "outside_state", None)
         if left_out is not None:
@@ -57,12 +57,12 @@ def _check_state_is_whole(name: str, module: nn.Module) -> None:
 class Objects:
     """The objects of one call, by name, and the processes that make it.
 
-    group: of all processes that save or load; None for this one alone.
+    group: the processes that save or load; None for this one alone.
 
     Raises:
-        ValueError: a head's classes are on processes that take no part, or were overwritten by
-            DDP; a module has more than its ``state_dict``; or an optimiser has parameters of no
-            module, of which nobody can tell how the processes share them out.
+        ValueError: a head's classes are on processes outside the group, or were overwritten by
+            DDP; a module has state outside its ``state_dict``; or an optimiser has parameters of
+            no given module, so that their sharding is unknown.
     """
 
     def __init__(self, objects: dict[str, Any], group) -> None:
@@ -78,7 +78,7 @@ class Objects:
         self.objects, self.group = unwrapped, group
         self.kinds = {name: kind_of(thing) for name, thing in unwrapped.items()}
         self.rows: dict[str, ClassShard] = {}
-        """Of entries whose rows are shared out."""
+        """Shards of the entries with sharded rows."""
         self.shards: dict[int, ClassShard] = {}
         """The same, by the identity of the parameter."""
         for name, module in self.of_kind(MODULE).items():
@@ -124,7 +124,7 @@ class Objects:
                     )
 
     def settle(self) -> None:
-        """Rows take the steps that lazy optimisers owe them."""
+        """Applies the pending updates of lazy optimisers."""
         for module in self.of_kind(MODULE).values():
             for parameter in module.parameters():
                 deferred.settle(parameter)
@@ -153,7 +153,7 @@ class Objects:
         ]
 
     def summed(self) -> Iterator[tuple[str, Any, bool]]:
-        """Entries whose sum over processes counts: name, the processes, whether this is the first.
+        """Entries to sum over processes: name, the processes, whether this is the first of them.
 
         The processes are None for those of the call.
         """
@@ -171,7 +171,7 @@ class Objects:
 
 @dataclass
 class Taken:
-    """What is stored: tensors by name, and the rest pickled, which only the first process has."""
+    """What is stored: tensors by name, and the rest pickled, on the first process only."""
 
     pieces: dict[str, Piece] = field(default_factory=dict)
     structure: bytes = b""
@@ -217,7 +217,7 @@ def _take_optimizer(
 
 
 def _rows_of(parameter: Tensor, shard: ClassShard) -> Callable[[str, Tensor], Piece]:
-    """How the state of a parameter whose rows are shared out is stored."""
+    """How the state of a parameter with sharded rows is stored."""
 
     def piece(name: str, tensor: Tensor) -> Piece:
         if tensor.dim() == 0:
@@ -234,7 +234,7 @@ def _rows_of(parameter: Tensor, shard: ClassShard) -> Callable[[str, Tensor], Pi
 
 
 def sum_up(objects: Objects, pieces: dict[str, Piece]) -> None:
-    """Buffers that add up over processes become their sum; all processes call this."""
+    """Replaces buffers to be summed over processes by their sum; all processes call this."""
     for name, peers, _ in objects.summed():
         piece = pieces[name]
         tensor = piece.tensor.cpu() if peers is None else piece.tensor
@@ -246,15 +246,15 @@ def sum_up(objects: Objects, pieces: dict[str, Piece]) -> None:
 
 
 class Loading:
-    """A checkpoint that is to come into objects; nothing changes before :meth:`put_others`.
+    """A checkpoint to be restored into objects; nothing changes before :meth:`put_others`.
 
     Args:
-        structure: what was stored beside the tensors.
-        stored: of every tensor that is stored, shape and dtype.
-        strict: all objects that were saved are here; otherwise those that are not stay behind.
+        structure: what was stored besides the tensors.
+        stored: shape and dtype of every stored tensor.
+        strict: all saved objects must be given; otherwise those that are not are skipped.
 
     Raises:
-        ValueError: it does not fit the objects.
+        ValueError: it does not match the objects.
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class Loading:
     def _check_objects(self) -> None:
         saved, here = self.structure, self.objects.kinds
         absent = here.keys() - saved.keys()
-        # values need no object to come back into
+        # values need no object to restore into
         extra = {name for name in saved.keys() - here.keys() if saved[name]["kind"] != VALUE}
         if absent or extra:
             raise ValueError(
@@ -367,7 +367,7 @@ class Loading:
         self._add_wholes(entry["state"], name)
 
     def _plan_state_of(self, entry: str, parameter: Tensor) -> None:
-        """A state of a parameter is shared out as the parameter is, where its shape says so."""
+        """A parameter's state is sharded as the parameter, if its shape matches."""
         size, _ = self.stored[entry]
         shard = self.objects.shards.get(id(parameter))
         if shard is not None and size:
@@ -392,13 +392,13 @@ class Loading:
         return {name: self._state(name) for name, e in self.structure.items() if e["kind"] == VALUE}
 
     def keep_sums_once(self) -> None:
-        """Of what was summed up over processes, the first one has all and the others nothing."""
+        """Keeps buffers that were summed over processes on the first one, zero on the others."""
         for name, _, first in self.objects.summed():
             if not first and name in self.pieces:
                 self.pieces[name].tensor.zero_()
 
     def put_others(self) -> Callable[[], None]:
-        """Into everything but modules; returns what takes it back. Itself all or nothing."""
+        """Restores everything but modules; returns an undo function. All or nothing."""
         undo: list[tuple[Any, Any]] = []
 
         def take_back() -> None:
@@ -431,13 +431,13 @@ class Loading:
                 )
 
     def put_modules(self) -> None:
-        """Into modules, which were checked."""
+        """Restores modules, which were checked."""
         for name, module in self.objects.of_kind(MODULE).items():
             module.load_state_dict(self._state(name))
 
 
 def _places(state: Any, name: str) -> list[str]:
-    """Names of the tensors that were taken out of a state."""
+    """Names of the tensors that were replaced in a state."""
     found: list[str] = []
     replace(Place, state, name, lambda _, place: found.append(place.name))
     return found

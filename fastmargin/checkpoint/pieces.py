@@ -1,4 +1,4 @@
-"""Tensors of which a process has a part, and what lies in between them in a state."""
+"""Local parts of tensors, and the rest of a state around them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a tensor that is on this process.
+    """This process's part of a tensor.
 
-    tensor: the part. offset: where it begins in the whole, whose shape is ``size``. split: the
-    processes have different parts; otherwise all have the whole, and that of the first counts.
+    tensor: the part. offset: where it begins in the full tensor, whose shape is ``size``. split:
+    processes have different parts; otherwise all have the full one, and the first one's is saved.
     """
 
     tensor: Tensor
@@ -26,7 +26,7 @@ class Piece:
 
     @staticmethod
     def of(name: str, value: Tensor) -> Piece:
-        """Of a DTensor the part that is here; any other tensor is a whole.
+        """The local part of a DTensor; any other tensor is complete.
 
         Raises:
             TypeError: it is not strided, or another kind of distributed tensor.
@@ -44,12 +44,12 @@ class Piece:
 
     @staticmethod
     def of_rows(rows: Tensor, start: int, num_rows: int) -> Piece:
-        """Of a tensor of ``num_rows`` rows, those from ``start`` on."""
+        """The rows from ``start`` on of a tensor with ``num_rows`` rows."""
         offset = (start, *(0,) * (rows.dim() - 1))
         return Piece(rows.detach(), offset, (num_rows, *rows.shape[1:]), True)
 
     def part(self, offset: Iterable[int], sizes: Iterable[int]) -> Tensor:
-        """What lies at an offset in the whole, a view."""
+        """A view of the region at an offset in the full tensor."""
         part = self.tensor
         for dim, (start, here, length) in enumerate(zip(offset, self.offset, sizes, strict=True)):
             part = part.narrow(dim, start - here, length)
@@ -59,11 +59,11 @@ class Piece:
         return Piece(tensor, self.offset, self.size, self.split)
 
     def empty(self, dtype: torch.dtype) -> Piece:
-        """The same part, to read into, on the host."""
+        """An empty tensor for the same part, to read into, on the host."""
         return self.with_tensor(torch.empty(self.tensor.shape, dtype=dtype, device="cpu"))
 
     def back(self, value: Tensor) -> Tensor:
-        """This part as the kind of tensor that ``value``, of which it is the layout, was."""
+        """This part as the same kind of tensor as ``value``, whose layout it has."""
         if not hasattr(value, "placements"):
             return self.tensor
         return type(value).from_local(
@@ -78,7 +78,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Stands in a state for a tensor that is stored under this name."""
+    """Placeholder in a state for a tensor that is stored under this name."""
 
     name: str
 
@@ -86,12 +86,12 @@ class Place:
 def replace(kind: type, value: Any, name: str, by: Callable[[str, Any], Any]) -> Any:
     """``value`` with ``by(name, part)`` for every part of a kind in its dicts, lists and tuples.
 
-    Names are ``name`` and the keys, with dots. The containers are copies.
+    Names are ``name`` and the keys, joined by dots. The containers are copied.
     """
     if isinstance(value, kind):
         return by(name, value)
     if isinstance(value, dict):
-        copied = copy.copy(value)  # of its own kind, with its attributes
+        copied = copy.copy(value)  # same type, with its attributes
         for key, part in value.items():
             copied[key] = replace(kind, part, f"{name}.{key}", by)
         return copied
@@ -104,7 +104,7 @@ def take_out(state: Any, name: str, pieces: dict[str, Piece], piece_of=Piece.of)
     """The state with :class:`Place` instead of tensors, which go to ``pieces``.
 
     Raises:
-        ValueError: two tensors would have one name.
+        ValueError: two tensors would have the same name.
     """
 
     def put(name: str, tensor: Tensor) -> Place:
@@ -117,5 +117,5 @@ def take_out(state: Any, name: str, pieces: dict[str, Piece], piece_of=Piece.of)
 
 
 def put_back(state: Any, tensor_of: Callable[[str], Tensor]) -> Any:
-    """The state with the tensors that :func:`take_out` took."""
+    """Reverses :func:`take_out`."""
     return replace(Place, state, "", lambda _, place: tensor_of(place.name))

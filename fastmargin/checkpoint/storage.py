@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from fastmargin.checkpoint.pieces import Piece
 
 CHUNK_BYTES = 64 << 20
-"""A reader takes whole chunks; so any number of processes reads little more than it needs."""
+"""Readers load whole chunks; this size keeps what is read in excess small."""
 
 
 def _narrowed(tensor: Tensor, offset: Iterable[int], size: Iterable[int]) -> Tensor:
@@ -47,7 +47,7 @@ def _narrowed(tensor: Tensor, offset: Iterable[int], size: Iterable[int]) -> Ten
 
 
 def to_write(pieces: dict[str, Piece], first: bool) -> list[WriteItem]:
-    """What this process could write: its parts, and the first one what all have, in chunks."""
+    """What this process can write, in chunks: its parts; on the first, replicated data too."""
     return [
         item
         for name, piece in pieces.items()
@@ -81,10 +81,10 @@ def _chunks(name: str, piece: Piece) -> list[WriteItem]:
 
 
 def plan(offers: list[list[WriteItem]]) -> tuple[list[SavePlan], Metadata]:
-    """Who writes what: of several processes that have a chunk, the first one.
+    """Assigns chunks to processes: of several that have a chunk, the first one writes it.
 
     Raises:
-        ValueError: nobody has some part of a tensor.
+        ValueError: no process has some part of a tensor.
     """
     taken, plans = set(), []
     for items in offers:
@@ -117,7 +117,7 @@ class _Source(DefaultSavePlanner):
 
 
 def writer(folder: Path, staged: bool, first: bool) -> FileSystemWriter:
-    """Of the files in a folder. ``staged``: the tensors are on the host already."""
+    """A writer of the files in a folder. ``staged``: the tensors are on the host already."""
     options = {"per_thread_copy_ahead": 0} if staged else {}
     made = FileSystemWriter(folder, overwrite=False, **options)
     made.set_up_storage_writer(first)
@@ -125,7 +125,7 @@ def writer(folder: Path, staged: bool, first: bool) -> FileSystemWriter:
 
 
 def write(writer: FileSystemWriter, plan: SavePlan, pieces: dict[str, Piece]) -> list:
-    """Writes this process's chunks; returns what ``writer.finish`` needs of every process."""
+    """Writes this process's chunks; returns what ``writer.finish`` needs from every process."""
     return writer.write_data(plan, _Source(pieces)).value()
 
 
@@ -148,7 +148,7 @@ def metadata_of(folder: Path) -> Metadata:
 
 
 def stored_in(metadata: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of all tensors that are stored."""
+    """Shape and dtype of all stored tensors."""
     return {
         name: (tuple(stored.size), stored.properties.dtype)
         for name, stored in metadata.state_dict_metadata.items()
