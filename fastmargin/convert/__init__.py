@@ -1,12 +1,12 @@
-"""Class centres from and to the files of other code bases.
+"""Converting class centres from and to the files of other code bases.
 
 ::
 
     centres = fastmargin.convert.read("insightface/run1")  # looks at the files, reads no rows
     fastmargin.convert.write(centres, "checkpoint", "fastmargin")
 
-Rows are streamed: in memory are a few blocks of them, and in formats of ``torch.save`` one file
-that is being written. No file is trusted: see :mod:`fastmargin.convert.files`.
+Rows are streamed: memory holds a few blocks of them, and for ``torch.save`` formats the one file
+being written. No file is trusted: see :mod:`fastmargin.convert.files`.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ def read(
     sub_centers: int = 1,
     head: str | None = None,
 ) -> Centres:
-    """Looks at the files of a classifier and checks them; rows are read when they are wanted.
+    """Opens and checks the files of a classifier; rows are read on demand.
 
     Args:
-        path: folder, or one file; of several in a folder, any.
-        format: a name in :data:`FORMATS`; None: told from the files.
-        num_classes: C. Needed where CVLface's files may have pad rows, and compared otherwise:
+        path: folder, or a file, also one of several in a folder.
+        format: a name in :data:`FORMATS`; None: detected from the files.
+        num_classes: C. Needed where CVLface's files may have padding rows, and checked otherwise:
             nothing else shows that the last shards are missing.
-        sub_centers: rows of each class, one after the other; pml and wespeaker only.
+        sub_centers: consecutive rows per class; pml and wespeaker only.
         head: in a checkpoint of fastmargin, the head (or another matrix of rows) to take.
 
     Raises:
-        ConvertError: the files are not what their format says, or some are missing.
+        ConvertError: the files do not match their format, or some are missing.
         OSError: a file cannot be read.
     """
     path = Path(path)
@@ -91,24 +91,23 @@ def write(
     backbone: str | os.PathLike | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Writes a classifier; after an error everything is as it was.
+    """Writes a classifier; after an error nothing has changed.
 
     Args:
-        path: folder or file, as the format has it.
+        path: folder or file, depending on the format.
         format: a name in :data:`FORMATS`.
-        world_size: number of processes that will share out the classes. A checkpoint of
-            fastmargin loads into any number, whatever it was written for.
-        margin: of the head that will load a checkpoint of fastmargin, such as "kappaface"; its
-            state is taken from the source where that has it, and is else as at the start.
+        world_size: number of shards. A fastmargin checkpoint loads into any number.
+        margin: of the head that will load a fastmargin checkpoint, such as "kappaface"; its state
+            comes from the source if that has it, and is the initial state otherwise.
         sampler_seed: ``seed`` of that head if it samples classes; None: it does not.
         backbone: file for the state_dict of the source's backbone.
-        overwrite: replace what is there. A folder with other files in it is never replaced.
+        overwrite: replace an existing target. A folder with other files in it is never replaced.
 
     Returns:
-        What of the source is not in what was written, in words.
+        Descriptions of what the source has and the result lacks.
 
     Raises:
-        ConvertError: the format has no place for these centres, or ``path`` is taken.
+        ConvertError: the format cannot hold these centres, or ``path`` exists.
         OSError: a file cannot be written.
     """
     path, form = Path(path), format_of(format)
@@ -130,7 +129,7 @@ def check_target(
     backbone: str | os.PathLike | None,
     overwrite: bool,
 ) -> None:
-    """Raises ConvertError if :func:`write` could not do it; changes nothing."""
+    """Raises ConvertError if :func:`write` would fail; changes nothing."""
     _check_count("world_size", writing.world_size)
     if writing.world_size > 1 and not form.sharded:
         raise ConvertError(

@@ -1,4 +1,4 @@
-"""What a conversion carries: class centres, read piece by piece, and what goes with them."""
+"""The data of a conversion: class centres, read in blocks, and what belongs to them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 32 << 20
-"""Of rows that are in memory at a time."""
+"""Bytes of rows that are in memory at a time."""
 STATISTICS = ("batch_mean", "batch_std")
 """Buffers of AdaFace, shape (1,)."""
 
 
 class ConvertError(ValueError):
-    """The source or the destination does not do; the message names the file and the remedy."""
+    """Invalid source or destination; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """Consecutive rows (num_rows, dim) that lie in one file.
 
-    read: ``read(start, stop)`` gives rows (stop - start, dim), contiguous and in memory of their
-    own. The file is opened anew each time, so that no page of it stays mapped.
+    read: ``read(start, stop)`` returns rows (stop - start, dim), a contiguous copy. The file is
+    reopened each time, so that no page of it stays mapped.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Shard:
 
     @property
     def block(self) -> int:
-        """Rows that make up :data:`BLOCK_BYTES`, one at least."""
+        """Number of rows in :data:`BLOCK_BYTES`, at least one."""
         return max(1, BLOCK_BYTES // (self.dim * self.dtype.itemsize))
 
 
@@ -45,9 +45,9 @@ def _nobody(rows: int) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """The first ``num_rows`` rows of shards that follow one another; the rest are pad rows.
+    """The first ``num_rows`` rows of consecutive shards; the rest are padding rows.
 
-    tick: told the number of rows after each reading.
+    tick: called with the number of rows after each read.
     """
 
     shards: tuple[Shard, ...]
@@ -67,7 +67,7 @@ class Rows:
         return self.num_rows * self.dim * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows (stop - start, dim), in memory of their own."""
+        """Rows (stop - start, dim), a copy."""
         parts, first = [], 0
         for shard in self.shards:
             low, high = max(start, first), min(stop, first + shard.num_rows)
@@ -81,7 +81,7 @@ class Rows:
         return rows
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The rows from ``start`` to ``stop`` in blocks, each with the place of its first row."""
+        """The rows from ``start`` to ``stop`` in blocks, each with the index of its first row."""
         stop, step = self.num_rows if stop is None else stop, self.shards[0].block
         for low in range(start, stop, step):
             yield low, self.read(low, min(low + step, stop))
@@ -93,15 +93,15 @@ class Rows:
         return target
 
     def tensor(self, start: int, stop: int) -> Tensor:
-        """The same as :meth:`read`, however many; memory for these rows and a block."""
+        """As :meth:`read`, for any number; needs memory for these rows and one block."""
         return self.into(torch.empty((stop - start, self.dim), dtype=self.dtype), start)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The network that a source has beside the centres.
+    """The network that a source has besides the centres.
 
-    load: gives its state_dict.
+    load: returns its state_dict.
     """
 
     num_tensors: int
@@ -110,11 +110,11 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Centres:
-    """A classifier as it lies in files; nothing of its size is in memory.
+    """A classifier in files; none of its large tensors is in memory.
 
-    format: name of the code base. weight: (C * sub_centers, D), the sub-centres of a class one
-    after the other. momentum: SGD's buffer of the same rows. statistics: AdaFace's running
-    ``batch_mean`` and ``batch_std``, (1,). left_out: what else the source has, in words.
+    format: name of the code base. weight: (C * sub_centers, D), the sub-centres of a class
+    consecutive. momentum: SGD's buffer of the same rows. statistics: AdaFace's running
+    ``batch_mean`` and ``batch_std``, (1,). left_out: descriptions of what else the source has.
     """
 
     format: str
@@ -132,10 +132,10 @@ class Centres:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the files of some formats do not tell.
+    """What the files of some formats do not record.
 
-    num_classes: without pad rows; compared where a file tells it, too. sub_centers: rows of each
-    class. head: name of the object in a checkpoint of fastmargin.
+    num_classes: without padding rows; checked where a file records it too. sub_centers: rows per
+    class. head: name of the object in a fastmargin checkpoint.
     """
 
     num_classes: int | None = None
@@ -147,10 +147,9 @@ class Reading:
 class Writing:
     """How to write.
 
-    world_size: number of processes that will share out the classes. margin: whose state goes into
-    a checkpoint of fastmargin, as in ``fastmargin.AdaFace``; by default AdaFace where there are
-    its statistics. sampler_seed: of a head that samples classes, whose sampler is part of such a
-    checkpoint; None: one that does not.
+    world_size: number of shards. margin: the margin whose state goes into a fastmargin checkpoint,
+    as in ``fastmargin.AdaFace``; by default AdaFace if the source has its statistics. sampler_seed:
+    of a head that samples classes, whose sampler is part of such a checkpoint; None: it does not.
     """
 
     world_size: int = 1
@@ -160,16 +159,16 @@ class Writing:
 
 @dataclass(frozen=True)
 class Format:
-    """How a code base keeps a classifier.
+    """How a code base stores a classifier.
 
     Args:
         name: as in ``--from`` and ``--to``.
-        files: the files, in words.
-        read: ``read(path, Reading)`` looks at a folder or a file and describes it.
-        write: ``write(centres, path, Writing)`` makes a folder or a file.
-        owns: of a format in a folder, whether a name in it is its own; None: it is one file.
-        recognises: of a format in one file, whether this content of ``torch.load`` is its own.
-        momentum, statistics, sub_centers: whether it has a place for them.
+        files: description of the files.
+        read: ``read(path, Reading)`` opens a folder or a file and describes it.
+        write: ``write(centres, path, Writing)`` writes a folder or a file.
+        owns: for a folder format, whether a file name belongs to it; None: it is one file.
+        recognises: for a one-file format, whether the result of ``torch.load`` belongs to it.
+        momentum, statistics, sub_centers: whether it can hold them.
     """
 
     name: str
@@ -185,7 +184,7 @@ class Format:
 
 
 def left_out(centres: Centres, target: Format, writing: Writing, backbone: bool) -> list[str]:
-    """What the source has and the destination will not, in words."""
+    """Descriptions of what the source has and the destination will lack."""
     lost = list(centres.left_out)
     if centres.backbone is not None and not backbone:
         lost.append(f"backbone ({centres.backbone.num_tensors} tensors): --backbone writes it")

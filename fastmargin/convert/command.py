@@ -1,4 +1,4 @@
-"""What ``fastmargin convert`` does and shows."""
+"""The command ``fastmargin convert``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Figures = dict[str, Any]
 class Settings:
     """The options of the command, as in :func:`fastmargin.convert.read` and ``write``.
 
-    source_format: None: told from the files. momentum: take it along where there is any.
+    source_format: None: detected from the files. momentum: convert it if there is one.
     """
 
     source: Path
@@ -42,12 +42,12 @@ class Settings:
 
 
 def run(settings: Settings, progress) -> Figures:
-    """Converts, or only looks; returns what ``--json`` prints.
+    """Converts, or only inspects; returns what ``--json`` prints.
 
     progress: ``begin(what, steps)`` and ``advance(steps)``.
 
     Raises:
-        ConvertError, OSError: it cannot be done; nothing has changed.
+        ConvertError, OSError: it fails; nothing has changed.
     """
     began, form = time.monotonic(), format_of(settings.dest_format)
     if settings.dest is None and not settings.dry_run:
@@ -105,7 +105,7 @@ def run(settings: Settings, progress) -> Figures:
 
 
 def _notes(found: Centres, settings: Settings) -> list[str]:
-    """What the files cannot show."""
+    """Remarks on what the files do not record."""
     if len(found.weight.shards) > 1 and settings.num_classes is None:
         return ["if the last shards were missing, nothing would show it: --num-classes would"]
     return []
@@ -125,7 +125,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 
 def describe(path: Path, centres: Centres) -> Figures:
-    """What was found, in plain values."""
+    """The findings, as plain values."""
     rows = centres.weight
     return {
         "source": str(path),

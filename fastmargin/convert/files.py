@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, opened without trusting them, and written so that none is half there."""
+"""``torch.save`` files, read without trusting them, and written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmargin.convert.centres import ConvertError, Shard
 
 
 class StandIn:
-    """Takes the place of an object that nobody asks for; it runs nothing."""
+    """Placeholder for an object that is not needed; it runs nothing."""
 
     def __init__(self, *_, **__) -> None:
         pass
@@ -39,12 +39,12 @@ AGAIN = "copy it again from where it came"
 
 
 def load(path: Path, allowed: tuple[type, ...] = ()) -> Any:
-    """What ``torch.save`` wrote; tensors are maps of the file, on the host.
+    """What ``torch.save`` wrote; tensors are memory-mapped, on the host.
 
-    Only tensors and plain values are read, and ``allowed`` classes.
+    Only tensors, plain values and ``allowed`` classes are read.
 
     Raises:
-        ConvertError: it is cut short, from before torch 1.6, no such file, or holds more.
+        ConvertError: it is truncated, from before torch 1.6, not such a file, or holds more.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -73,7 +73,7 @@ def _needs(path: Path) -> str:
     try:
         with torch.serialization.safe_globals(STAND_INS):
             names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # it only serves to say more
+    except Exception:  # only for the error message
         names = []
     return ", ".join(names[:5]) or "its pickle uses what weights_only does not allow"
 
@@ -89,7 +89,7 @@ def entry(path: Path, content: Any, *keys) -> Any:
 
 
 OPENINGS = 16
-"""For a block of columns: the kernel maps more than is read, up to the whole file at once."""
+"""For a block of columns: the system maps more than is read, up to the whole file at once."""
 
 
 def shard(
@@ -97,10 +97,10 @@ def shard(
 ) -> Shard:
     """Rows in a file of ``torch.save``.
 
-    content: of the file. tensor_of: gives the tensor of it, (rows, D), or (D, rows) if transposed.
+    content: of the file. tensor_of: returns its tensor, (rows, D), or (D, rows) if transposed.
 
     Raises:
-        ConvertError: it is no matrix of floating-point numbers.
+        ConvertError: it is not a floating-point matrix.
     """
     tensor = tensor_of(content)
     is_matrix = isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.layout == torch.strided
@@ -128,7 +128,7 @@ def shard(
 
 
 def save(path: Path, content: Any) -> None:
-    """``torch.save`` that is on the disk when it returns."""
+    """``torch.save``, synchronised to the disk when it returns."""
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -144,9 +144,9 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary paths, that take the names of ``paths`` at the end, all or none of them.
+    """Temporary paths that replace ``paths`` at the end, all or none of them.
 
-    What had these names is gone then. After an error everything is as it was.
+    After an error nothing has changed.
     """
     new = [path.with_name(f".{path.name}.{os.getpid()}.new") for path in paths]
     old = [path.with_name(f".{path.name}.{os.getpid()}.old") for path in paths]

@@ -24,16 +24,16 @@ def even(num_classes: int, world_size: int) -> list[int]:
 
 
 def padded(num_classes: int, world_size: int) -> list[int]:
-    """ceil(C / W) for all, with pad rows after the last class: CVLface."""
+    """ceil(C / W) for all, with padding rows after the last class: CVLface."""
     return [-(-num_classes // world_size)] * world_size
 
 
 ORDER = "fastmargin_shards.json"
-"""Beside shards that were written here: which rows each of them has. Their own code ignores it."""
+"""Written next to our shards: which rows each of them has. The other code ignores it."""
 
 
 def mark(rows: Tensor) -> str:
-    """What a shard (n, D) is recognised by: its size and both ends; "" without rows."""
+    """Digest of a shard (n, D), of its size and both ends; "" without rows."""
     if not len(rows):
         return ""
     return _digest(len(rows), rows[:1], rows[-1:])
@@ -47,24 +47,23 @@ def _digest(count: int, first: Tensor, last: Tensor) -> str:
 
 
 def write_order(folder: Path, marks: dict[str, str]) -> None:
-    """Notes the :func:`mark` of every file, by its name: sizes alone do not show a swap."""
+    """Records the :func:`mark` of every file by name: sizes alone do not reveal a swap."""
     (folder / ORDER).write_text(json.dumps(marks, indent=1) + "\n")
 
 
 def check_order(shards: Sequence[Shard]) -> None:
-    """Compares shards with the note beside them, if there is one.
+    """Compares shards with the record written next to them, if there is one.
 
-    Files that were written over since, as by training that went on there, are none of its business.
+    Files overwritten since, as by continued training, are not checked.
 
     Raises:
-        ConvertError: a file has the rows that another one had, or one that the others belong to is
-            missing.
+        ConvertError: a file has the rows of another one, or one of the set is missing.
     """
     folder = shards[0].path.parent
     file = folder / ORDER
     if not file.exists():
         return
-    noted: dict[str, list[str]] = {}  # shards of pad rows are alike
+    noted: dict[str, list[str]] = {}  # shards of padding rows are equal
     try:
         for name, found in json.loads(file.read_text()).items():
             noted.setdefault(found, []).append(name)
@@ -91,7 +90,7 @@ def numbered(folder: Path, name: str) -> list[Path]:
     """The files of ranks 0, 1, ... in a folder, by their name with ``{}`` for the rank.
 
     Raises:
-        ConvertError: a rank is missing, or there twice, or there is none.
+        ConvertError: a rank is missing or duplicated, or there is none.
     """
     before, after = map(re.escape, name.split("{}"))
     files: dict[int, Path] = {}
@@ -118,12 +117,12 @@ def numbered(folder: Path, name: str) -> list[Path]:
 def joined(
     shards: Sequence[Shard], split: Split, num_classes: int | None, pads: bool = False
 ) -> Rows:
-    """Shards in the order of their ranks, after every check that is possible.
+    """Shards in rank order, after all possible checks.
 
-    num_classes: the number that there must be; None: as many as the rows.
+    num_classes: the expected number; None: the number of rows.
 
     Raises:
-        ConvertError: other widths, dtypes or numbers of rows than the rule says, or a copy.
+        ConvertError: inconsistent widths, dtypes or numbers of rows, or a copy.
     """
     _check_alike(shards)
     rows = sum(shard.num_rows for shard in shards)
@@ -175,7 +174,7 @@ def _check_alike(shards: Sequence[Shard]) -> None:
 
 
 def check_no_copies(shards: Sequence[Shard]) -> None:
-    """Raises ConvertError if two shards have the same rows; zeros, as in pad rows, may repeat."""
+    """Raises ConvertError if two shards have the same rows; zero (padding) rows may repeat."""
     seen: dict[tuple, Shard] = {}
     for shard in shards:
         if not shard.num_rows:
@@ -201,7 +200,7 @@ def _same(a: Shard, b: Shard) -> bool:
 
 
 def same_rows(name: str, rows: Rows, weight: Rows) -> Rows:
-    """A momentum buffer, shard by shard of the shapes of the centres."""
+    """A momentum buffer, whose shards must have the shapes of the centres'."""
     for part, own in zip(rows.shards, weight.shards, strict=True):
         if (part.num_rows, part.dim) != (own.num_rows, own.dim):
             raise ConvertError(

@@ -1,4 +1,4 @@
-"""The formats of code bases, one file for each. A new one is a file here and a name in the list."""
+"""The formats of code bases, one module each. A new one is a module here and a list entry."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(name: str) -> Format:
-    """By its name; raises ConvertError for another one."""
+    """The format of a name; raises ConvertError for an unknown one."""
     if name not in FORMATS:
         raise ConvertError(f"format {name!r} is none of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 def place(path: Path, form: Format) -> Path:
-    """The folder, where a file of several in it was named; otherwise the path itself."""
+    """The folder, if the path is one of its several files; otherwise the path itself."""
     if form.owns is not None and path.is_file() and form.owns(path.name):
         return path.parent
     return path
@@ -45,8 +45,8 @@ def detect(path: Path) -> Format:
     """The format of a folder or a file.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ConvertError: it is of no format, or of several.
+        FileNotFoundError: it does not exist.
+        ConvertError: it matches no format, or several.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")

@@ -1,6 +1,6 @@
 """AdaFace: a Lightning checkpoint, ``head.kernel`` (D, C) and the head's statistics.
 
-Its ArcFace and CosFace have the kernel only. In the optimiser, the kernel is the last parameter of
+Its ArcFace and CosFace have only the kernel. In the optimiser, the kernel is the last parameter of
 the first group.
 """
 

@@ -1,8 +1,8 @@
 """CVLface: ``classifier_rank{rank}.pt`` in a folder of ``checkpoints``.
 
 PartialFC rounds the number of classes up to a multiple of the number of processes, so the last
-rows may belong to no class; the files do not tell how many. New pad rows are zeros, as CVLface
-makes them for another number of processes. The classifier "fc" has one file, of rank 0.
+rows may be padding; the files do not record how many. New padding rows are zeros, as when CVLface
+changes the number of processes. The classifier "fc" has one file, of rank 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints of :mod:`fastmargin.checkpoint`.
 
-What is written loads into ``{"head": MarginHead}`` in any number of processes, and with momentum
+What is written loads into ``{"head": MarginHead}`` on any number of processes, and with momentum
 into ``{"head": MarginHead, "optimizer": RowSGD}``. Reading trusts a checkpoint no more than other
-files: its index is unpickled with a list of what may be in it, the rest with ``weights_only``.
+files: its index is unpickled with a list of allowed types, the rest with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MARGINS = {
 
 @dataclass(frozen=True)
 class StreamedPiece(Piece):
-    """Rows that are read when they are written; ``tensor`` has their shape only."""
+    """Rows that are read only when written; ``tensor`` has just their shape."""
 
     rows: Rows | None = None
 
@@ -64,7 +64,7 @@ class StreamedPiece(Piece):
 
 
 def _margin_state(centres: Centres, name: str | None) -> dict[str, Tensor]:
-    """State of the margin that will load it: from the source, or as it starts."""
+    """State of the margin that will load it: from the source, or the initial state."""
     name = name or ("adaface" if centres.statistics else "arcface")
     margin = MARGINS[name]()
     margin.bind(centres.num_classes, centres.weight.dim)
@@ -76,7 +76,7 @@ def _margin_state(centres: Centres, name: str | None) -> dict[str, Tensor]:
 
 
 def _sampler_state(seed: int) -> dict[str, Tensor]:
-    """Of a sampler that has not drawn."""
+    """State of a sampler that has not drawn yet."""
     state = ClassSampler(1, 1, seed).state_dict()
     return {f"sampler.{key}": value for key, value in state.items()}
 
@@ -100,7 +100,7 @@ def _write(centres: Centres, path: Path, writing: Writing) -> None:
             "kind": OPTIMIZER,
             "type": "RowSGD",
             "sizes": [[(centres.weight.num_rows, centres.weight.dim)]],
-            # options are those of the optimiser that loads it
+            # the loading optimiser keeps its own options
             "state": {
                 "state": {0: {"momentum_buffer": Place(buffer)}},
                 "param_groups": [{"params": [0]}],
@@ -141,7 +141,7 @@ ALLOWED = {
 
 
 class _Index(pickle.Unpickler):
-    """Of ``.metadata``; refuses what torch.distributed.checkpoint does not put there."""
+    """Reads ``.metadata``; refuses types that torch.distributed.checkpoint does not write."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("pathlib._local", "pathlib")  # Python 3.13's name
@@ -191,7 +191,7 @@ def _rows(version: Path, metadata: Any, name: str) -> Rows:
 
 
 def _head(path: Path, objects: dict, stored: dict, wanted: str | None) -> str:
-    """Name of the head whose centres are meant."""
+    """Name of the head whose centres to take."""
     matrices = [
         name.removesuffix(".weight")
         for name, (size, _) in stored.items()

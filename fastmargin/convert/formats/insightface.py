@@ -2,7 +2,7 @@
 
 Every rank has ``checkpoint_gpu_{rank}.pt`` with its rows of ``PartialFC_V2`` under
 ``state_dict_softmax_fc``, and its optimiser, whose last parameter they are. The other entries
-are alike on all.
+are the same on all.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """KappaFace's PartialFC, and insightface's before ``PartialFC_V2``.
 
 Every rank has its rows in ``rank_{rank}_softmax_weight.pt`` and their momentum in
-``rank_{rank}_softmax_weight_mom.pt``, each a tensor. Who resumes there without the momentum starts
-with new centres, so it is always written: zeros, which is none, where the source has none. The
-backbone lies beside in ``backbone.pth``.
+``rank_{rank}_softmax_weight_mom.pt``, each a tensor. Without a momentum file the original resumes
+with new centres, so it is always written: zeros, equivalent to none, if the source has none. The
+backbone is in ``backbone.pth``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """NPT-Loss: ``model_epoch_{n}.pth``, whose ``head_fc`` (C, D) is the weight of its Linear.
 
-The backbone under ``weight`` was in DataParallel. The transforms of images in the file are not
-loaded.
+The backbone under ``weight`` was in DataParallel. The image transforms in the file are not loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the formats of one file have in common."""
+"""Common parts of the one-file formats."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rows(
     """All rows of a file.
 
     Raises:
-        ConvertError: their number is none of ``num_classes * sub_centers``.
+        ConvertError: their number is not ``num_classes * sub_centers``.
     """
     shard = files.shard(path, content, tensor_of, transposed)
     check_number(path, shard.num_rows, reading)
@@ -44,7 +44,7 @@ def check_number(path: Path, num_rows: int, reading: Reading) -> None:
 
 
 def columns(rows: Rows) -> Tensor:
-    """(D, rows), as code bases keep it that multiply by the kernel from the left."""
+    """(D, rows), the layout of code bases that compute ``x @ kernel``."""
     made = torch.empty((rows.dim, rows.num_rows), dtype=rows.dtype)
     rows.into(made.t())
     return made

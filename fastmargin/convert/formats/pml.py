@@ -1,6 +1,6 @@
 """pytorch-metric-learning: the state_dict of a loss, ``W`` (D, C).
 
-Of SubCenterArcFaceLoss (D, C * K), with the K sub-centres of a class side by side.
+For SubCenterArcFaceLoss (D, C * K), with the K sub-centres of a class adjacent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The file of :meth:`fastmargin.MarginHead.export_centers`: the tensor "centers" (C, D).
 
-The layout is that of safetensors: eight bytes with the length of a header, the header in JSON,
-the values. It is read here without that package.
+The layout is that of safetensors: eight bytes with the length of the header, the header as JSON,
+the values. It is read without that package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGEST_HEADER = 100 << 20
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the values begin."""
+    """The header, and the offset of the values."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else LONGEST_HEADER

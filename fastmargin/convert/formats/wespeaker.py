@@ -1,6 +1,5 @@
-"""wespeaker: the state_dict of a model with ``projection.weight`` (C, D), maybe in DDP.
-
-Of the sub-centre projections (C * K, D), with the K sub-centres of a class one after the other.
+"""wespeaker: the state_dict of a model with ``projection.weight`` (C, D), possibly saved
+from DDP. For the sub-centre projections (C * K, D), with the K sub-centres of a class consecutive.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ PROJECTION, WEIGHT = "projection.", "projection.weight"
 
 
 def _state(content: Any) -> dict[str, Tensor]:
-    """Also of a file with ``state_dict``, which wespeaker loads, too."""
+    """The state_dict, also from a file with an entry ``state_dict``, which wespeaker loads too."""
     if not isinstance(content, dict):
         return {}
     state = content.get("state_dict", content)
