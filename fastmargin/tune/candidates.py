@@ -1,4 +1,4 @@
-"""Tiles worth a try: a grid around the one that ships, without what can fit no chip of its kind."""
+"""Candidate tiles: a grid around the built-in one, without those that cannot fit the chip."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from fastmargin.backends.triton.configs import SHARED_LIMIT, TileConfig, block_o
 ROWS = CLASSES = (16, 32, 64, 128)
 CHUNKS = (64, 128, 256, 512)
 SMALL_CHUNK = 32
-"""Without an accumulator beside them tiles are larger, and may stream narrower chunks."""
+"""Without an accumulator tiles can be larger, and may stream narrower chunks."""
 COLUMNS = (128, 256, 512)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 REGISTERS = 224
-"""Of the 255 of a thread, those that accumulators can have."""
+"""Of the 255 registers of a thread, those available to accumulators."""
 TENSOR_MEMORY = 100
-"""From this compute capability on accumulators need not lie in registers."""
+"""From this compute capability on accumulators need not be in registers."""
 
 
 def shipped(kernel: str, d: int, precision: str, arch: int) -> TileConfig:
-    """The tile that ships where registers are not short."""
+    """The built-in tile for variants that are not short of registers."""
     with tuned.using({}):
         return choose(kernel, d, precision, arch)
 
 
 def has_accumulator(kernel: str) -> bool:
-    """Whether the kernel has a second product, so that block_d counts."""
+    """Whether the kernel has a second product, so that block_d matters."""
     return kernel in ("stats_pull", "centre_pass")
 
 
 def grid(kernel: str, d: int, precision: str, arch: int) -> list[TileConfig]:
-    """The candidates, without the tile that ships."""
+    """The candidates, without the built-in tile."""
     base, block = shipped(kernel, d, precision, arch), block_of(d)
     small = () if has_accumulator(kernel) else (SMALL_CHUNK,)
     chunks = _within((*small, *CHUNKS, block, base.block_k), block)
@@ -58,16 +58,16 @@ def _within(sizes: Iterable[int], block: int) -> list[int]:
 
 
 def excess(kernel: str, tile: TileConfig, d: int, precision: str, arch: int) -> str | None:
-    """Why no compiler can fit the tile, or None.
+    """Why the tile cannot fit, or None.
 
-    Floors, not estimates: what passes may still not fit.
+    Lower bounds, not estimates: what passes may still not fit.
     """
     size = 4 if precision in ("fp32", "tf32") else 2
     chunk, waiting = min(tile.block_k, block_of(d)), max(1, tile.num_stages - 1)
     moving = tile.block_b if kernel == "centre_pass" else tile.block_c
     if chunk < d:  # rows and classes are streamed, chunk by chunk
         moving = tile.block_b + tile.block_c
-    elif kernel == "topk":  # one chunk, and the loop around it does not load ahead
+    elif kernel == "topk":  # a single chunk, so the loop does not prefetch
         waiting = 1
     shared = waiting * moving * chunk * size
     limit = SHARED_LIMIT.get(arch, max(SHARED_LIMIT.values())) * 1024

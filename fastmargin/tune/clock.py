@@ -1,4 +1,4 @@
-"""Seconds of a piece of work, and the median and spread of several."""
+"""Timing a piece of work; median and spread of several times."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 class Clock(Protocol):
-    """Takes the time of a piece of work."""
+    """Times a piece of work."""
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Does the work once."""
+        """Runs the work once; returns its time."""
 
 
 class HostClock:
-    """For work that is over when the call returns."""
+    """For work that is complete when the call returns."""
 
     def seconds(self, work: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -27,7 +27,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """CUDA events around the work; the second-level cache holds something else before it."""
+    """CUDA events around the work; the L2 cache is flushed before."""
 
     def __init__(self, device: torch.device) -> None:
         size = torch.cuda.get_device_properties(device).L2_cache_size
@@ -45,7 +45,7 @@ class DeviceClock:
 
 @dataclass(frozen=True)
 class Spread:
-    """median, and low and high: the 10th and 90th percentile of what was measured."""
+    """median, and low and high: the 10th and 90th percentile of the times."""
 
     median: float
     low: float

@@ -1,4 +1,4 @@
-"""What ``fastmargin tune`` does and shows."""
+"""The command ``fastmargin tune``."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Figures = dict[str, Any]
 class Settings:
     """The options of the command.
 
-    dims: widths D. batch, classes: B and C of the problem that is timed. seconds: for each kernel
-    and width. output: file of the table instead of the user's own.
+    dims: widths D. batch, classes: B and C of the timed problem. seconds: per kernel and width.
+    output: file of the table, instead of the user's default.
     """
 
     dims: tuple[int, ...] = (512,)
@@ -45,7 +45,7 @@ class Settings:
     output: Path | None = None
 
     def check(self) -> None:
-        """Raises TuneError for a value that nothing can be measured with."""
+        """Raises TuneError for invalid values."""
         for name, least in (("batch", 1), ("classes", 2)):
             if getattr(self, name) < least:
                 raise TuneError(f"--{name} must be at least {least}, got {getattr(self, name)}")
@@ -67,7 +67,7 @@ def machine() -> Machine:
     """The current GPU.
 
     Raises:
-        TuneError: there is none, or kernels are not compiled in this process.
+        TuneError: there is none, or this process does not compile kernels.
     """
     at = tuned.here()
     if tuned.INTERPRETER in at.devices.get(0, ()):
@@ -83,7 +83,7 @@ def machine() -> Machine:
 
 
 def target(output: Path | None) -> Path:
-    """The file that is written.
+    """The file to write.
 
     Raises:
         TuneError: there is none.
@@ -116,17 +116,17 @@ def run(
     progress,
     now: Callable[[], float] = time.monotonic,
 ) -> Figures:
-    """Measures, and keeps what is faster; returns what ``--json`` prints.
+    """Measures, and keeps the faster tiles; returns what ``--json`` prints.
 
-    The table is written after every kernel, so that nothing done is lost. An interrupt ends the
-    kernel at hand without a result, and the command in good order.
+    The table is written after every kernel, so an interrupt loses only the current kernel's result,
+    and the command ends normally.
 
     Raises:
-        TuneError, TableError, OSError: nothing could be measured or kept.
+        TuneError, TableError, OSError: nothing could be measured or written.
     """
     settings.check()
     file = target(settings.output)
-    _check_folder(file)  # before minutes are spent on what could not be written
+    _check_folder(file)  # before spending minutes on results that could not be written
     known = tuned.read(file)
     at = tuned.here()
     figures: Figures = {
@@ -179,7 +179,7 @@ def _search(kernel, shape, settings, on, progress, now, known: tuned.Table, key)
 
 
 def _check_folder(file: Path) -> None:
-    """Raises OSError if no file could be written there."""
+    """Raises OSError if no file can be written there."""
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder: name a file")
     folder = next(folder for folder in file.absolute().parents if folder.exists())

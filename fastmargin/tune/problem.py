@@ -1,4 +1,4 @@
-"""What is run to try a tile: one operation of the Triton backend on random inputs."""
+"""The problem a tile is tried on: one operation of the Triton backend on random inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmargin.backends.triton.configs import OPERAND_DTYPES
 from fastmargin.spec import SgdUpdate
 
 EMPTY_EVERY = 7
-"""One of so many places of an index is empty."""
+"""One in this many slots of an index is padding."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Variant:
-    """What else a kernel is compiled for.
+    """The variant a kernel is compiled for.
 
-    stored: centres lie in the operand type, else in fp32. indexed: columns are rows of an index.
-    scale: s; from about 70 on sums need a running shift. counted: rows without a gradient are
-    sorted out. step: the pass takes a step of SGD with momentum. k: nearest negatives.
+    stored: centres are stored in the operand type, else in fp32. indexed: columns are rows of an
+    index. scale: s; from about 70 on sums need a running shift. counted: rows without a gradient
+    are left out. step: the pass takes an SGD step with momentum. k: nearest negatives.
 
-    With a rule for hard negatives the user's table is not asked.
+    With a rule for hard negatives the user's table is not used.
     """
 
     stored: bool = False
@@ -59,14 +59,14 @@ def variants(kernel: str) -> tuple[Variant, ...]:
     """The plain one, then those that take the most registers."""
     full = _FULL[kernel]
     found = PLAIN, full, replace(full, stored=True), replace(full, indexed=True)
-    if kernel == "centre_pass":  # another end of the same pass
+    if kernel == "centre_pass":  # another epilogue of the same pass
         return *found, replace(full, step=True), replace(full, stored=True, step=True)
     return found
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of an operation, as the backend's interface has them."""
+    """Inputs of an operation, as in the backend's interface."""
 
     kernel: str
     precision: str
@@ -89,7 +89,7 @@ def make_problem(
     weight = torch.randn(classes, dim, generator=g, device=device)
     x_hat = F.normalize(torch.randn(batch, dim, generator=g, device=device))
     labels = torch.randint(classes, (batch,), generator=g, device=device)
-    # of a size that gradients in 16 bits can have
+    # of a magnitude that 16-bit gradients can represent
     d_lse, d_cos = torch.rand(2, batch, generator=g, device=device)
     d_cos = -variant.scale * d_cos
     if variant.stored:
@@ -113,12 +113,12 @@ def make_problem(
 
 
 def run(problem: Problem) -> object:
-    """The operation with the tiles that are chosen now; what it returns is for :func:`outputs`."""
+    """Runs the operation with the currently chosen tiles; pass the result to :func:`outputs`."""
     return _operation(problem, TRITON, torch.float32, problem.precision)
 
 
 def outputs(problem: Problem) -> dict[str, Tensor]:
-    """Every result by name, rows first."""
+    """All results by name, each (rows, ...)."""
     return _named(problem, run(problem))
 
 
@@ -128,7 +128,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
 
 
 def _centres(problem: Problem, dtype: torch.dtype) -> Tensor:
-    """As they lie, or in float64 for the reference."""
+    """The centres as stored, or in float64 for the reference."""
     return problem.weight.to(dtype) if dtype == torch.float64 else problem.weight
 
 
@@ -181,7 +181,7 @@ def _named(problem: Problem, result) -> dict[str, Tensor]:
     if problem.kernel == "centre_pass":
         return {"d_weight": result}
     cosines, columns, _ = result
-    # near ties may change places, so columns count by the cosines that they have
+    # near ties may swap, so compare the cosines of the columns, not the columns
     count = len(problem.weight)  # of an index, too
     rows = columns.clamp(0, count - 1)
     rows = rows if problem.index is None else problem.index[rows]
@@ -193,10 +193,9 @@ def _named(problem: Problem, result) -> dict[str, Tensor]:
 
 
 def worst_row(actual: Tensor, expected: Tensor, chunk: int = 1 << 16) -> float:
-    """Largest error of a row: its size over that of the row, or of the middle row if that is more.
+    """Largest row error: its norm over that of the row, or of the median row if that is larger.
 
-    Rows come first. Infinite where a number is not finite that should be, or is where it should
-    not be. Waits for the device.
+    Inputs are (rows, ...). Infinite where finiteness differs from the expected. Synchronises.
     """
     if actual.shape != expected.shape:
         return float("inf")

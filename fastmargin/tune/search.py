@@ -1,4 +1,4 @@
-"""From many candidates to one tile, in a given time: a short look at each, then care."""
+"""From many candidates to one tile, in a given time: a short look at each, then longer timing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SCREENING = 0.7
 """Share of the time for the short looks."""
 LOOKS = 3
 HOPELESS = 2.0
-"""A candidate whose first run takes so many times that of the tile that ships has no second."""
+"""A candidate whose first run takes this many times the built-in tile's is not run again."""
 FINALISTS = 4
 LEAST_TURNS, MOST_TURNS = 9, 40
 
 
 @dataclass
 class Found:
-    """What came of a search; times in seconds.
+    """The result of a search; times in seconds.
 
-    chosen: the tile that ships unless another was faster by more than the spread. refused: tile
-    and reason. looked_at: how many were timed. of: how many candidates there were. turns: how
-    often each of the last few was timed.
+    chosen: the built-in tile unless another was faster by more than the spread. refused: tile and
+    reason. looked_at: number of timed candidates. of: number of candidates. turns: number of
+    timings of each of the last few.
     """
 
     shipped: TileConfig
@@ -45,7 +45,7 @@ class Found:
 
 
 class Budget:
-    """Seconds that go by, shown on a bar."""
+    """A time budget, shown as a progress bar."""
 
     def __init__(self, seconds: float, what: str, progress, now: Callable[[], float]) -> None:
         self._now, self._start, self._seconds = now, now(), seconds
@@ -53,7 +53,7 @@ class Budget:
         progress.begin(what, max(1, round(seconds)))
 
     def left(self, share: float = 1.0) -> bool:
-        """Whether less than this share has gone by."""
+        """Whether less than this share has been used."""
         gone = self._now() - self._start
         steps = min(round(gone), max(1, round(self._seconds))) - self._shown
         if steps > 0:
@@ -70,14 +70,14 @@ def search(
     now: Callable[[], float] = time.monotonic,
     first: Sequence[TileConfig] = (),
 ) -> Found:
-    """The fastest tile that is right.
+    """The fastest correct tile.
 
-    The next candidate is that nearest to the best so far, so that short time is spent around what
-    is good and long time covers all. Times of different tiles are taken in turns.
+    The next candidate is the one nearest to the best so far, so a short search stays around good
+    tiles and a long one covers all. Timings of different tiles alternate.
 
     Args:
-        candidates: without the tile that ships.
-        seconds: for all of it, compilation too; what runs when they end is finished.
+        candidates: without the built-in tile.
+        seconds: for everything, compilation included; a run in progress is completed.
         progress: ``begin(what, steps)`` and ``advance(steps)``.
         first: to be tried before others.
     """
@@ -103,7 +103,7 @@ def search(
 
 
 def _look(trial: Trial, tile: TileConfig) -> float:
-    """Time of the tile over that of the one that ships."""
+    """Time of the tile over that of the built-in one."""
     own, others = [], []
     for turn in range(LOOKS):
         others.append(trial.seconds(trial.base))
@@ -114,7 +114,7 @@ def _look(trial: Trial, tile: TileConfig) -> float:
 
 
 def _decide(trial: Trial, ratios: dict, refused: list, budget: Budget) -> Found:
-    """Times the best few in turns with the tile that ships."""
+    """Times the best few, alternating with the built-in tile."""
     finalists = []
     for tile in sorted((t for t in ratios if ratios[t] < 1), key=ratios.get):
         if len(finalists) == FINALISTS or (finalists and not budget.left()):
@@ -130,7 +130,7 @@ def _decide(trial: Trial, ratios: dict, refused: list, budget: Budget) -> Found:
     for turn in range(MOST_TURNS):
         if turn >= LEAST_TURNS and not budget.left():
             break
-        start = turn % len(runners)  # each goes first in its turn
+        start = turn % len(runners)  # each goes first in turn
         for tile in (*runners[start:], *runners[:start]):
             times[tile].append(trial.seconds(tile))
     spreads = {tile: Spread.of(values) for tile, values in times.items()}

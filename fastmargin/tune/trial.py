@@ -1,4 +1,4 @@
-"""A kernel at one width: whether a tile is right there, and how long it takes."""
+"""A kernel at one width: whether a tile is correct, and how long it takes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fastmargin.tune.clock import Clock
 from fastmargin.tune.problem import PLAIN, Problem, Shape, Variant
 
 ALLOWED = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 4e-2}
-"""Largest error of a row by operand type; twice that of the tile that ships, if that is more."""
+"""Allowed row error by operand type; or twice the built-in tile's, if that is larger."""
 BROKEN = 0.2
-"""An error of the tile that ships from which nothing can be compared with it."""
+"""If the built-in tile's error reaches this, nothing can be compared with it."""
 SMALL = (150, 1100)
-"""Rows and classes of the problem that float64 solves: no multiples of a tile."""
+"""Rows and classes of the problem solved in float64: no multiples of a tile."""
 
 
 class TuneError(RuntimeError):
-    """Nothing can be measured; the message says why and what would help."""
+    """Nothing can be measured; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it is measured: a device, how entries call it, and its clock.
+    """Where it is measured: a device, its name in entries, and its clock.
 
     arch: compute capability, 90 for 9.0; 0 in the interpreter.
     """
@@ -45,7 +45,7 @@ class Machine:
 
 @contextlib.contextmanager
 def launched() -> Iterator[list]:
-    """Collects the compiled kernels that are launched in this block, each time anew."""
+    """Collects the compiled kernels launched in this block."""
     found, launch = [], triton.JITFunction.run
 
     def run(self, *args, **kwargs):
@@ -61,10 +61,10 @@ def launched() -> Iterator[list]:
 
 
 class Trial:
-    """Problems of one kernel, width and operand type, and what the tile that ships makes of them.
+    """Problems of one kernel, width and operand type, with the built-in tile's results.
 
     Raises:
-        TuneError: the problem does not fit into memory, or the tile that ships fails here.
+        TuneError: the problem does not fit into memory, or the built-in tile fails.
     """
 
     def __init__(self, kernel: str, shape: Shape, precision: str, machine: Machine) -> None:
@@ -90,24 +90,24 @@ class Trial:
             ) from error
 
     def wrong(self, tile: TileConfig) -> str | None:
-        """Why the tile cannot be timed, or None: it must compile, not spill, and be right.
+        """Why the tile cannot be timed, or None: it must compile, not spill, and be correct.
 
-        In the plain variant, on a small problem against float64 and on the whole one against the
-        tile that ships. Whatever a compiler or a launch raises is a reason.
+        In the plain variant, on a small problem against float64 and on the full one against the
+        built-in tile. Any exception of a compiler or a launch is a reason.
         """
         return self._reason(lambda: self._wrong_small(tile, PLAIN) or self._wrong_whole(tile))
 
     def wrong_elsewhere(self, tile: TileConfig) -> str | None:
-        """The same of the other variants that the kernel is compiled for, on small problems."""
+        """The same for the kernel's other variants, on small problems."""
         others = problems.variants(self.kernel)[1:]
         reasons = (self._reason(lambda v=v: self._wrong_small(tile, v)) for v in others)
         return next(filter(None, reasons), None)
 
     def seconds(self, tile: TileConfig) -> float:
-        """One run of the whole problem.
+        """Time of one run of the full problem.
 
         Raises:
-            TuneError: it fails, though it did not before.
+            TuneError: it fails, though it succeeded before.
         """
         try:
             with tuned.using(self._tiles(tile)):
@@ -121,7 +121,7 @@ class Trial:
         )
 
     def _tiles(self, tile: TileConfig) -> tuned.Tiles:
-        # also of the tile that ships: choices for other layouts then have this one, too
+        # also for the built-in tile, so that other layouts use this one too
         numbers = {name: getattr(tile, name) for name in tuned.FIELDS}
         return {(self.kernel, self.shape.dim, self.precision, self._machine.arch): numbers}
 
@@ -134,7 +134,7 @@ class Trial:
         if variant not in self._answers:
             problem = self._make(self._small, variant)
             expected = problems.truth(problem)
-            with tuned.using({}):  # as shipped for this variant
+            with tuned.using({}):  # the built-in tile of this variant
                 found = problems.outputs(problem)
             own = {name: problems.worst_row(found[name], t) for name, t in expected.items()}
             if not max(own.values()) <= BROKEN:
@@ -177,7 +177,7 @@ class Trial:
             return f"{type(error).__name__}: {_first_line(error)}"
 
     def _still_alive(self, error: Exception) -> None:
-        """A fault of an address leaves a CUDA context that nothing runs in any more."""
+        """Raises if the CUDA context is dead, as after an illegal memory access."""
         if self._machine.device.type != "cuda":
             return
         try:
