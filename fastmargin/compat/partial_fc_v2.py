@@ -224,7 +224,7 @@ class PartialFCV2(SettledCopies, nn.Module):
         return plain_pfc.cross_entropy(logits, own, group)
 
     def _official_logits(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """(R * b, K) with the margin, from raw rows and centres; labels (R * b, 1) are positions."""
+        """(R * b, K) with the margin, from raw rows and centres; labels: positions (R * b, 1)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
