@@ -88,7 +88,7 @@ def headlines(found: dict[str, dict]) -> str:
                 rows.append(["extra peak memory of a step", *peaks, fraction])
     if not rows:
         return f"{NOT_YET}: `make results` takes the numbers and writes this table.\n"
-    head = ["", "plain PyTorch, eager", "compiled", "fastmargin", "ratio to eager"]
+    head = ["", "plain PyTorch, eager", "torch.compile", "fastmargin", "ratio to eager"]
     return (
         f"On {where[0]}, in one run, taking turns. Plain PyTorch is our own implementation of "
         f"insightface's operations:\n\n{table(head, rows)}\n"
