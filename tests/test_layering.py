@@ -45,8 +45,8 @@ ALLOWED = {
     "testing": {"margins"},
     "data": {"data"},  # and the compiled _host
     "__init__": {
-        *("backends", "checkpoint", "data", "functional", "gradient_norm", "head", "margins"),
-        "optim",
+        *("backends", "checkpoint", "data", "distributed", "functional", "gradient_norm"),
+        *("head", "margins", "optim", "spec"),
     },
 }
 # may import anything; nothing below imports them
