@@ -50,7 +50,7 @@ ALLOWED = {
     },
 }
 # may import anything; nothing below imports them
-TOP = {"__main__", "cli", "compat", "convert", "demo", "doctor", "build_info", "tune"}
+TOP = {"__main__", "cli", "compat", "convert", "demo", "doctor", "build_info", "plan", "tune"}
 ONLY_HERE = {
     "triton": ("backends",),
     "torch.distributed": ("distributed", "checkpoint"),
