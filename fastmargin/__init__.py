@@ -4,6 +4,7 @@ Importing builds nothing, prints nothing and leaves CUDA alone.
 """
 
 from fastmargin import backends, checkpoint, data, optim
+from fastmargin.distributed.collectives import ProcessError
 from fastmargin.functional import margin_loss
 from fastmargin.gradient_norm import total_norm
 from fastmargin.head import MarginHead
@@ -19,6 +20,7 @@ from fastmargin.margins import (
     NearestMargin,
     SoftmaxMargin,
 )
+from fastmargin.spec import HardRule
 
 __version__ = "0.1.0"
 
@@ -29,10 +31,12 @@ __all__ = [
     "CosFace",
     "ElasticFace",
     "Filtered",
+    "HardRule",
     "KappaFace",
     "MarginHead",
     "MomentumEncoder",
     "NearestMargin",
+    "ProcessError",
     "SoftmaxMargin",
     "__version__",
     "backends",

@@ -99,6 +99,44 @@ def doctor(
 
 
 @app.command()
+def plan(
+    classes: Annotated[int, typer.Argument(min=1, help="Number of identities.")],
+    embedding_size: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a batch, per process.")] = 256,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the classes.")] = 1,
+    sample_rate: Annotated[float, typer.Option(help="Share of the classes in each step.")] = 1.0,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of one GPU: also say what fits, and how many classes.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print bytes as JSON instead of a table.")
+    ] = False,
+) -> None:
+    """Say how much GPU memory a classifier needs, before any is allocated.
+
+    Compares the head in plain PyTorch with those of fastmargin, from the most usual to the
+    smallest: class centres, optimiser state, gradient, and what a step needs besides. Counted from
+    shapes; the backbone and what CUDA keeps for itself are not in it.
+    """
+    from rich.console import Console
+
+    from fastmargin.plan import Problem, print_report, report
+
+    try:
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory must be positive, got {memory}")
+        problem = Problem(classes, embedding_size, batch, processes, sample_rate)
+    except ValueError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    found = report(problem, None if memory is None else int(memory * 1e9))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_report(Console(), found)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.json and the plots.")] = Path("demo"),
     splits: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -185,10 +184,11 @@ class MarginHead(SettledCopies, nn.Module):
         names = ("num_classes", "embedding_size", "batch_size", "num_sampled", "seed")
         names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce", "row_tolerance")
         own = {name: getattr(self, name) for name in names}
-        own |= {"dtype": self.weight.dtype, "margin": self.margin}
+        own |= {"dtype": self.weight.dtype}
         # numbers of any type, and words, as integers that are alike where they are
-        words = [re.sub(" at 0x[0-9a-f]+", "", repr(value)) for value in own.values()]
-        hashes = [zlib.crc32(word.encode()) for word in words]
+        hashes = [zlib.crc32(repr(value).encode()) for value in own.values()]
+        own["margin"] = self.margin
+        hashes.append(zlib.crc32(self.margin.fingerprint()))
         hashes = torch.tensor(hashes, device=self.weight.device)
         found = collectives.gather_stacked(hashes, self.shard.group)
         found = collectives.gather_stacked(found, self.shard.replicas).flatten(0, 1)

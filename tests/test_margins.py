@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from fastmargin.margins import (
     ArcFace,
     CosFace,
     ElasticFace,
+    Filtered,
     KappaFace,
     MomentumEncoder,
 )
@@ -146,21 +148,80 @@ def test_straight_through_is_the_softmax_gradient():
     torch.testing.assert_close(cos.grad, 8 * (logits.softmax(1) - onehot).detach())
 
 
-def test_unknown_options_are_refused():
-    for make in (
-        lambda: ArcFace(guard="what"),
-        lambda: ArcFace(grad="what"),
-        lambda: ArcFace(s=0),
-        lambda: ArcFace(m=28.6),
-        lambda: ArcFace(m=math.nan),
-        lambda: AdaFace(stats="some"),
-        lambda: AdaFace(t_alpha=2),
-        lambda: KappaFace(features="memory"),
-        lambda: KappaFace(gamma=-1),
-        lambda: NPT(top_k=0),
-    ):
-        with pytest.raises(ValueError):
-            make()
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (ArcFace, {"guard": "what"}),
+        (ArcFace, {"grad": "what"}),
+        (ArcFace, {"s": 0}),
+        (ArcFace, {"m": 28.6}),
+        (ArcFace, {"m": math.nan}),
+        (ArcFace, {"cos_eps": 1.0}),
+        (ArcFace, {"angle_eps": -0.1}),
+        (CosFace, {"m": 28.6}),
+        (CosFace, {"cos_eps": -1e-3}),
+        (AdaFace, {"m": -0.4}),
+        (AdaFace, {"stats": "some"}),
+        (AdaFace, {"t_alpha": 2}),
+        (AdaFace, {"angle_eps": 90.0}),
+        (ElasticFace, {"m": 28.6}),
+        (ElasticFace, {"m": 2.5, "angular": False}),
+        (ElasticFace, {"std": -1.0}),
+        (KappaFace, {"m": 28.6}),
+        (KappaFace, {"features": "memory"}),
+        (KappaFace, {"gamma": -1}),
+        (NPT, {"top_k": 0}),
+        (NPT, {"r": 0.0}),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(kind, options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=rf"\b{'num_samples' if name == 'features' else name}\b"):
+        kind(**options)
+
+
+# a value of every argument that is not its default
+OTHERS = {
+    "m": 0.3,
+    "s": 32.0,
+    "guard": "easy",
+    "grad": "straight_through",
+    "cos_eps": 0.25,
+    "angle_eps": 0.25,
+    "h": 0.1,
+    "t_alpha": 0.5,
+    "stats": "local",
+    "std": 0.1,
+    "angular": False,
+    "seed": 5,
+    "delta": 0.1,
+    "top_k": 2,
+    "r": 2.0,
+    "zero_slot": True,
+    "temperature": 0.1,
+    "gamma": 0.1,
+    "class_counts": [1, 2],
+    "features": "momentum",
+    "num_samples": 9,
+    "memory_momentum": 0.5,
+    "margin": CosFace(cos_eps=0.25),
+    "threshold": 0.3,
+}
+
+
+@pytest.mark.parametrize("kind", [ArcFace, CosFace, AdaFace, ElasticFace, KappaFace, NPT, Filtered])
+def test_every_setting_is_in_the_fingerprint(kind):
+    base = {}
+    if kind is KappaFace:
+        base = {"features": "memory", "num_samples": 3, "class_counts": [1, 1]}
+    elif kind is Filtered:
+        base = {"margin": CosFace(), "threshold": 0.4}
+    assert kind(**base).fingerprint() == kind(**base).fingerprint()
+    for name in inspect.signature(kind).parameters:
+        options = base | {name: OTHERS[name]}
+        if name == "features":
+            options.pop("num_samples")
+        assert kind(**options).fingerprint() != kind(**base).fingerprint(), name
 
 
 def test_a_subclass_with_its_own_forward_is_heard():

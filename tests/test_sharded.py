@@ -222,6 +222,9 @@ def unlike(group, what: str):
         elif what == "margin":
             margin = fm.ArcFace(m=0.5 if first else 0.3)
             fm.MarginHead(DIM, 70, margin, group=group)
+        elif what == "setting":
+            margin = fm.Filtered(fm.CosFace(cos_eps=0.0 if first else 1e-4), 0.4)
+            fm.MarginHead(DIM, 70, margin, group=group)
         elif what == "requires_grad":
             head_of("arcface", 70, group)(x.requires_grad_(first), labels)
         elif what == "width":
@@ -241,6 +244,7 @@ def unlike(group, what: str):
         ("classes", "ValueError: num_classes is 70 on this", "ValueError: num_classes is 72 on"),
         ("seed", "ValueError: seed is 1 on this process", "ValueError: seed is 0 on this process"),
         ("margin", "ValueError: margin is ArcFace(m=0.5", "ValueError: margin is ArcFace(m=0.3"),
+        ("setting", "ValueError: margin is Filtered(", None),
         ("requires_grad", "ValueError: embeddings: some processes want a gradient", None),
         (
             "width",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmargin import functional, margins
+from fastmargin.class_set import INIT_STD
 from fastmargin.compat import plain_pfc
 from fastmargin.compat.margin_losses import (
     AdaFaceLoss,
@@ -19,7 +20,7 @@ from fastmargin.compat.margin_losses import (
     CosFace,
     as_margin,
 )
-from fastmargin.compat.partial_fc_v2 import INIT_STD, PartialFCV2, check_sizes, check_world
+from fastmargin.compat.partial_fc_v2 import PartialFCV2, check_sizes, check_world
 from fastmargin.deferred import SettledCopies
 
 __all__ = ["FC", "AdaFaceLoss", "ArcFace", "CombinedMarginLoss", "CosFace", "PartialFC_V2"]

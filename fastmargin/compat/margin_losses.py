@@ -9,7 +9,7 @@ from fastmargin import margins
 from fastmargin.margins import Filtered, Margin, SoftmaxMargin
 
 
-def _own_entries(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _own_entries(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of every row's own class; labels (B,) or (B, 1), -1: not here."""
     labels = labels.reshape(-1)
     (row,) = torch.where(labels != -1)
@@ -95,7 +95,7 @@ class CombinedMarginLoss(nn.Module):
 
         -1 is a row whose class is not among the columns.
         """
-        own = _own_entries(logits, labels)
+        own = _own_entries(labels)
         logits = _filtered(logits, own, self.interclass_filtering_threshold)
         if self.is_arcface:
             return _add_angle_(logits, own, self.m2) * self.s
@@ -120,7 +120,7 @@ class ArcFace(nn.Module):
         self.s, self.margin = s, margin
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return _add_angle_(logits, _own_entries(logits, labels), self.margin) * self.s
+        return _add_angle_(logits, _own_entries(labels), self.margin) * self.s
 
     def extra_repr(self) -> str:
         return f"s={self.s}, margin={self.margin}"
@@ -134,7 +134,7 @@ class CosFace(nn.Module):
         self.s, self.m = s, m
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        own = _own_entries(logits, labels)
+        own = _own_entries(labels)
         logits[own] = logits[own] - self.m
         return logits * self.s
 
@@ -172,7 +172,7 @@ class AdaFaceLoss(nn.Module):
             logits: (B, C) cosines, overwritten. labels: (B, 1) or (B,), -1 as elsewhere.
             norms: (B, 1) of the embeddings. batch_mean, batch_std: (1,).
         """
-        own = _own_entries(logits, labels)
+        own = _own_entries(labels)
         logits = _filtered(logits, own, self.interclass_filtering_threshold)
         with torch.no_grad():
             norms = norms.reshape(-1).clip(1e-3, 100)

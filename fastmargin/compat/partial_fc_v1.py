@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastmargin import functional
 from fastmargin.checks import check_inputs
+from fastmargin.class_set import INIT_STD
 from fastmargin.columns import Classes
 from fastmargin.compat import plain_pfc
 from fastmargin.compat.margin_losses import as_margin
-from fastmargin.compat.partial_fc_v2 import INIT_STD, check_sizes, check_world, shard_rows
+from fastmargin.compat.partial_fc_v2 import check_sizes, check_world, shard_rows
 from fastmargin.distributed import collectives
 from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard

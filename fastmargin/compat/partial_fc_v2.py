@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmargin import functional
 from fastmargin.checks import check_inputs
+from fastmargin.class_set import INIT_STD
 from fastmargin.columns import Classes
 from fastmargin.compat import plain_pfc
 from fastmargin.compat.margin_losses import as_margin
@@ -18,8 +19,6 @@ from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard, bounds, check_outside_ddp
 from fastmargin.margins import Margin
 from fastmargin.sampling import ClassSampler
-
-INIT_STD = 0.01
 
 
 @dataclass

@@ -59,6 +59,11 @@ def get_projection(conf: dict, **options) -> nn.Module:
     if kind == "sphereface2":
         more = {name: conf[name] for name in ("t", "lanbuda", "margin_type") if name in conf}
         return SphereFace2(*sizes, scale=conf["scale"], margin=0.0, **more, **options)
+    if options:
+        raise ValueError(
+            f"project_type {conf['project_type']!r} is a plain linear layer, which takes no "
+            f"{', '.join(options)}: leave them out"
+        )
     return Linear(*sizes)
 
 

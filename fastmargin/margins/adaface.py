@@ -34,7 +34,13 @@ class AdaFace(SoftmaxMargin):
         stats: "global" takes the norms of all processes' batches, "local" of this one's.
 
     Buffers: ``batch_mean``, ``batch_std``, shape (1,), starting at 20 and 100 as the official.
+
+    Raises:
+        ValueError: m outside [0, pi], t_alpha outside [0, 1], unknown stats, guard or grad, s not
+            positive, or an eps that leaves no range.
     """
+
+    settings = ("m", "h", "s", "t_alpha", "guard", "grad", "cos_eps", "angle_eps", "stats")
 
     def __init__(
         self,
@@ -49,7 +55,8 @@ class AdaFace(SoftmaxMargin):
         stats: str = "global",
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad)
+        guards.check(guard, grad, cos_eps, angle_eps)
+        guards.check_angle(m)
         if not 0 <= t_alpha <= 1:
             raise ValueError(f"t_alpha must be in [0, 1], got {t_alpha}")
         if stats not in ("global", "local"):
@@ -95,6 +102,3 @@ class AdaFace(SoftmaxMargin):
             mean=self.batch_mean,
             std=self.batch_std,
         )
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, h={self.h}, s={self.s}, t_alpha={self.t_alpha}, stats={self.stats!r}"

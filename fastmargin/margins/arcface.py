@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -27,7 +25,13 @@ class ArcFace(SoftmaxMargin):
         grad: "exact", or "straight_through" for a target derivative of 1.
         cos_eps: the target cosine is clamped to ``+-(1 - cos_eps)``.
         angle_eps: the ``clip`` guard keeps the angle in ``[angle_eps, pi - angle_eps]``, radians.
+
+    Raises:
+        ValueError: m outside [0, pi], an unknown guard or grad, s not positive, or an eps that
+            leaves no range.
     """
+
+    settings = ("m", "s", "guard", "grad", "cos_eps", "angle_eps")
 
     def __init__(
         self,
@@ -39,9 +43,8 @@ class ArcFace(SoftmaxMargin):
         angle_eps: float = 1e-3,
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad)
-        if not 0 <= m <= math.pi:
-            raise ValueError(f"m is an angle in radians, in [0, pi], got {m}: math.radians() helps")
+        guards.check(guard, grad, cos_eps, angle_eps)
+        guards.check_angle(m)
         self.m, self.guard, self.grad = m, guard, grad
         self.cos_eps, self.angle_eps = cos_eps, angle_eps
 
@@ -58,6 +61,3 @@ class ArcFace(SoftmaxMargin):
             cos_eps=self.cos_eps,
             angle_eps=self.angle_eps,
         )
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, s={self.s}, guard={self.guard!r}, grad={self.grad!r}"

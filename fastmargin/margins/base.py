@@ -33,6 +33,9 @@ class Processes:
 class Margin(nn.Module):
     """State that a margin keeps, and when it is asked for it. Every hook has a harmless default."""
 
+    settings: tuple[str, ...] = ()
+    """Names of the arguments it was made with, which all processes of a sharded head must share."""
+
     s: float = 1.0
     """Scale of the logits ``s * cos`` at inference."""
 
@@ -50,6 +53,18 @@ class Margin(nn.Module):
 
     summed: tuple[str, ...] = ()
     """Names of buffers that add up over this process's rows: what counts is ``processes.sum``."""
+
+    def extra_repr(self) -> str:
+        values = {name: getattr(self, name) for name in self.settings}
+        return ", ".join(f"{k}={v!r}" for k, v in values.items() if not isinstance(v, Tensor))
+
+    def fingerprint(self) -> bytes:
+        """The same for margins of the same class and settings, whatever device they are on."""
+        tensors = (getattr(self, name) for name in self.settings)
+        found = [repr(v.tolist()) for v in tensors if isinstance(v, Tensor)]
+        found += [repr(type(self)), self.extra_repr()]
+        found += [m.fingerprint() if isinstance(m, Margin) else repr(m) for m in self.children()]
+        return repr(found).encode()
 
     def bind(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastmargin.margins import guards
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import MarginForm
 
@@ -15,10 +16,17 @@ class CosFace(SoftmaxMargin):
         m: margin in cosine units. 0 gives the normalised softmax (NormFace).
         s: scale.
         cos_eps: the target cosine is clamped to ``+-(1 - cos_eps)``; 1e-4 in AdaFace's repository.
+
+    Raises:
+        ValueError: m outside [-2, 2], s not positive, or cos_eps outside [0, 1).
     """
+
+    settings = ("m", "s", "cos_eps")
 
     def __init__(self, m: float = 0.4, s: float = 64.0, cos_eps: float = 0.0) -> None:
         super().__init__(s)
+        guards.check("none", "exact", cos_eps)
+        guards.check_cosine(m)
         self.m, self.cos_eps = m, cos_eps
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
@@ -27,6 +35,3 @@ class CosFace(SoftmaxMargin):
     def form(self) -> MarginForm:
         # a margin of 0 radians leaves cos(theta), and the straight-through slope of 1 is exact
         return MarginForm(self.s, m3=self.m, grad="straight_through", cos_eps=self.cos_eps)
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, s={self.s}"

@@ -29,8 +29,13 @@ class ElasticFace(SoftmaxMargin):
             before, so that processes which share out the classes agree.
 
     Buffers, saved: ``seed`` and ``step`` (1,) int64, the number of training steps so far.
+
+    Raises:
+        ValueError: m outside [0, pi] (on the cosine: [-2, 2]), std negative, s not positive, or an
+            unknown guard or grad.
     """
 
+    settings = ("m", "std", "s", "angular", "guard", "grad", "seed")
     observes_for_later = True  # a step draws by the steps before it
 
     def __init__(
@@ -45,6 +50,7 @@ class ElasticFace(SoftmaxMargin):
     ) -> None:
         super().__init__(s)
         guards.check(guard, grad)
+        (guards.check_angle if angular else guards.check_cosine)(m)
         if not std >= 0:
             raise ValueError(f"std must not be negative, got {std}")
         self.m, self.std, self.angular, self.guard, self.grad = m, std, angular, guard, grad
@@ -72,6 +78,3 @@ class ElasticFace(SoftmaxMargin):
             return MarginForm(self.s, **angle, **drawing)
         # as CosFace: a margin of 0 radians leaves cos(theta), whose slope is 1
         return MarginForm(self.s, m3=self.m, m3_u=self.std, grad="straight_through", **drawing)
-
-    def extra_repr(self) -> str:
-        return f"m={self.m}, std={self.std}, s={self.s}, angular={self.angular}"

@@ -19,7 +19,14 @@ class Filtered(SoftmaxMargin):
         margin: what happens to the target: a softmax margin without a rule of its own for
             negatives, and without state per class.
         threshold: cosine, in (0, 1); insightface's examples take 0.4.
+
+    Raises:
+        TypeError: margin is no softmax margin.
+        ValueError: it has a rule of its own for negatives or state per class, or the threshold is
+            outside (0, 1).
     """
+
+    settings = ("threshold",)
 
     def __init__(self, margin: SoftmaxMargin, threshold: float) -> None:
         if not isinstance(margin, SoftmaxMargin):
@@ -70,6 +77,3 @@ class Filtered(SoftmaxMargin):
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         self.margin.observe(x_hat, labels)
-
-    def extra_repr(self) -> str:
-        return f"threshold={self.threshold}"

@@ -66,6 +66,7 @@ class KappaFace(SoftmaxMargin):
     - a class seen once, or whose images are all alike, has no finite kappa. It takes the largest
       finite one but stays out of the mean and standard deviation, which it would dominate;
     - equal kappas give ``z = 0`` instead of NaN; a class not seen keeps its weight;
+    - past pi the guard "mm" holds ("none" there), see ``guard``;
     - the table is indexed by global label on every shard, and all state is in ``state_dict``.
 
     Args:
@@ -87,7 +88,14 @@ class KappaFace(SoftmaxMargin):
     Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), of the classes
     here ``class_sums`` (C_local, D) and ``class_seen`` (C_local,), and with a memory ``memory``
     (N, D), ``memory_filled`` (N,).
+
+    Raises:
+        ValueError: m outside [0, pi], gamma outside [0, 1], s not positive, unknown features, guard
+            or grad, num_samples without a memory or the other way round.
     """
+
+    settings = ("m", "s", "temperature", "gamma", "class_counts", "features")
+    settings += ("num_samples", "memory_momentum", "guard", "grad")
 
     observes_for_later = True  # end_epoch makes weights of it
     per_class = ("class_sums", "class_seen")
@@ -108,6 +116,7 @@ class KappaFace(SoftmaxMargin):
     ) -> None:
         super().__init__(s)
         guards.check(guard, grad)
+        guards.check_angle(m)
         if features not in FEATURES:
             raise ValueError(f"features must be one of {FEATURES}, got {features!r}")
         if (features == "memory") != (num_samples is not None):
@@ -272,11 +281,4 @@ class KappaFace(SoftmaxMargin):
             guard=self.guard,
             grad=self.grad,
             table=self.class_weights,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"m={self.m}, s={self.s}, temperature={self.temperature}, gamma={self.gamma}, "
-            f"features={self.features!r}, memory_momentum={self.memory_momentum}, "
-            f"guard={self.guard!r}, grad={self.grad!r}"
         )

@@ -23,7 +23,12 @@ class NPT(NearestMargin):
         zero_slot: as the authors' code, which sets the target's cosine to 0 and lets that 0
             compete for a place among the nearest: a constant negative at 90 degrees. The default
             is the paper's form, without it.
+
+    Raises:
+        ValueError: top_k below 1, or r not positive.
     """
+
+    settings = ("delta", "top_k", "r", "zero_slot")
 
     def __init__(
         self, delta: float = 0.5, top_k: int = 1, r: float = 1.0, zero_slot: bool = False
@@ -47,6 +52,3 @@ class NPT(NearestMargin):
         if isinstance(self.r, Tensor) or isinstance(self.delta, Tensor):
             return None  # one that learns them has its gradient by autograd
         return HingeForm(2 * self.r, self.delta, self.zero_slot)
-
-    def extra_repr(self) -> str:
-        return f"delta={self.delta}, top_k={self.top_k}, r={self.r}, zero_slot={self.zero_slot}"

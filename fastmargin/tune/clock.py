@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,15 +14,6 @@ class Clock(Protocol):
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Runs the work once; returns its time."""
-
-
-class HostClock:
-    """For work that is complete when the call returns."""
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
 
 
 class DeviceClock:

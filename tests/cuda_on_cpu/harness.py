@@ -25,7 +25,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # hidden: a second library, of changed sources, must not meet the statics of the first
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
-ENGINES = ("host", "cuda")
 PADDING = 64
 """Elements behind every output that must stay as they were."""
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastmargin.backends.triton.tuned import lookup
 from fastmargin.spec import HardRule
 
-STREAM_TYPES = {"fp32": tl.float32, "tf32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 OPERAND_DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -72,11 +70,11 @@ def is_packed(rows: Tensor) -> bool:
     return rows.stride() == (rows.shape[1], 1)
 
 
-def split_classes(row_programs: int, tiles: int, processors: int) -> tuple[int, int]:
-    """Number of splits of the classes and tiles in each: about one program per processor."""
+def split_classes(row_programs: int, tiles: int, processors: int) -> int:
+    """Number of splits of the classes, none of them empty: about one program per processor."""
     splits = max(1, min(processors // row_programs, tiles))
     per_split = -(-tiles // splits)
-    return -(-tiles // per_split), per_split
+    return -(-tiles // per_split)
 
 
 def needs_shift(bound: float, classes: int, precision: str, want_pull: bool) -> bool:

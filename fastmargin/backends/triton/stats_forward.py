@@ -244,7 +244,7 @@ def stats_forward(
                 )
         tiles = triton.cdiv(n, tile.block_c)
         if partials is None:
-            splits, _ = split_classes(row_programs, tiles, here.processors)
+            splits = split_classes(row_programs, tiles, here.processors)
             # where there are more columns, the first one sums up what has been
             several = int(n < columns)
             partials = Partials.empty(splits + several, b, d, x.device, want_pull, online)

@@ -225,7 +225,7 @@ def topk(
         tiles = triton.cdiv(n, tile.block_c)
         fixed = scan_constants(d, k, precision, part.gaps, part.start > 0, tile)
         if keys is None:
-            splits, _ = split_classes(row_programs, tiles, here.processors)
+            splits = split_classes(row_programs, tiles, here.processors)
             keys = torch.empty((splits, b, fixed["K"]), dtype=torch.int64, device=x.device)
         with on_device(x):
             topk_scan_kernel[(row_programs, splits)](
