@@ -91,7 +91,7 @@ def forward(b: int, c: int, d: int, tile: TileConfig) -> Count:
     columns, whole, again = _shape_of(tile, d)
     row_blocks = math.ceil(b / tile.block_b)
     parts = [math.ceil(n / tile.block_c) for n in pieces(c, d)]
-    splits, _ = split_classes(row_blocks * columns, parts[0], PROCESSORS)
+    splits = split_classes(row_blocks * columns, parts[0], PROCESSORS)
     loads_of_x = splits * len(parts) if whole else sum(parts)
     return Count(
         "`stats_forward`",
@@ -107,7 +107,7 @@ def merges(b: int, c: int, d: int, tile: TileConfig, stored: Stored) -> Count:
     """stats_merge of all pieces but the last, then stats_finish."""
     parts = [math.ceil(n / tile.block_c) for n in pieces(c, d)]
     row_programs = math.ceil(b / tile.block_b) * math.ceil(d / tile.block_d)
-    splits, _ = split_classes(row_programs, parts[0], PROCESSORS)
+    splits = split_classes(row_programs, parts[0], PROCESSORS)
     set_of_sums = b * (4 * d + STATE_OF_SPLIT) / 1e9
     # after the first piece there is also the sum of those before
     read = len(parts) * splits + (len(parts) - 1)
