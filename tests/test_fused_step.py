@@ -269,14 +269,23 @@ def test_empty_places_write_nothing(backend, places, strides, monkeypatch):
     labels = torch.tensor([0, 1, 2, -1, 7, 3], device=device)
     d_lse, d_cos, lse = torch.rand(3, 6, device=device)
     update = fm.spec.SgdUpdate(0.1, 0.9, 0.2, True)
-    rest = index, labels, lse + 5, 8.0, None, 0, "fp32"
-    grad = chosen.row_stats_backward(d_lse, d_cos, x, weight, *rest)
+    part = fm.spec.GradientFactors(
+        d_lse=d_lse,
+        d_cos=d_cos,
+        x_hat=x,
+        labels=labels,
+        lse_neg=lse + 5,
+        scale=8.0,
+        index=index,
+        precision="fp32",
+    )
+    grad = chosen.row_stats_backward(weight, part)
     expected = [weight.clone(), momentum.clone()]
     for place, row in enumerate(places):
         if 0 <= row < 9:
             views = [tensor[row] for tensor in expected]
             update.apply_(*views, grad[place])
-    chosen.centre_step(weight, momentum, update, d_lse, d_cos, x, *rest)
+    chosen.centre_step(weight, momentum, update, part)
     same([weight, momentum], expected, rtol=1e-5, atol=1e-6)
     still = [row for row in range(9) if row not in places]
     assert torch.equal(weight[still], expected[0][still])

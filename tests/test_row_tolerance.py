@@ -305,7 +305,8 @@ def test_what_follows_the_rows_does_nothing(alone, batch, monkeypatch):
     labels = torch.arange(batch, device=device) % 7
     if alone:
         each = torch.ones(batch, device=device)
-        own_rows.own_rows(each, each, each, x, weight, None, labels, 4.0, 0)
+        rows = {"d_lse": each, "d_cos": each, "x_hat": x, "labels": labels, "lse_neg": each}
+        own_rows.own_rows(weight, fm.spec.GradientFactors(**rows, scale=4.0))
     else:
         head = fm.MarginHead(8, 7, fm.ArcFace(), backend="triton").to(device)
         head(x, labels).backward()
