@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NoForm, device_for
+from conftest import BACKENDS, NoForm, device_for
 from processes import run
 from sharded_cases import batch_of, compare, head_of, own_rows, steps
 
 import fastmargin as fm
 from fastmargin import testing
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 SOFTMAX = ["cosface", "arcface", "straight", "adaface", "no_form"]
 
 
