@@ -84,7 +84,8 @@ class Backend(Protocol):
         """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
 
         With an index (K, D): of its columns, in their order, zero at empty places. A centre of
-        norm below 1e-12 gets zero. ``part.kept`` is of :meth:`softmax_loss_backward`.
+        norm below 1e-12 gets zero. ``part.kept`` comes from :meth:`softmax_loss_backward`, or is
+        empty.
         """
 
     def row_topk(
