@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastmargin.spec import HardRule
+from fastmargin.spec import GradientFactors
 
 __all__ = [
-    "GradientFactors",
     "add",
     "changed",
     "clear",
@@ -37,57 +35,6 @@ __all__ = [
 
 MANY = 256
 """So many passes without a step are rather a loop that steps another optimiser."""
-
-
-@dataclass(frozen=True)
-class GradientFactors:
-    """One pass's part of the gradient of the centres; names as in ``backends/interface.py``.
-
-    d_lse, d_cos: (B,) upstream gradients, 0 in rows left out. x_hat: (B, D) unit rows, float32
-    or float64. labels: (B,) int64 columns. lse_neg: (B,). index: (K,) rows that
-    take part, or None. sparse_grad: whether the gradient would be a sparse tensor. kept: what the
-    backend can use again for this pass, and only for it, as it is.
-    """
-
-    d_lse: Tensor
-    d_cos: Tensor
-    x_hat: Tensor
-    labels: Tensor
-    lse_neg: Tensor
-    index: Tensor | None
-    class_start: int
-    scale: float
-    hard: HardRule | None
-    precision: str
-    backend: str
-    skip_zero_rows: bool
-    sparse_grad: bool
-    kept: tuple[Tensor, ...] = ()
-
-    def outlasting(self) -> GradientFactors:
-        """The same without tensors of the caller's, who may put the next batch in them."""
-        hard = self.hard
-        if hard is not None:
-            hard = HardRule(hard.threshold.clone(), hard.coefficients.clone(), hard.bound)
-        return replace(self, labels=self.labels.clone(), hard=hard)
-
-    def settings(self) -> tuple:
-        """What the operators of the centre pass take after ``d_lse, d_cos, x_hat, weight``."""
-        rule = (None, None, 1.0)
-        if self.hard is not None:
-            rule = self.hard.threshold, self.hard.coefficients, float(self.hard.bound)
-        return (
-            self.index,
-            self.labels,
-            self.scale,
-            *rule,
-            self.class_start,
-            self.lse_neg,
-            self.skip_zero_rows,
-            list(self.kept),
-            self.precision,
-            self.backend,
-        )
 
 
 class _Kept:

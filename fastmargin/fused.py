@@ -14,9 +14,8 @@ from torch import Tensor
 
 from fastmargin import ops
 from fastmargin.columns import Pass
-from fastmargin.factors import GradientFactors
 from fastmargin.first_order import first_order
-from fastmargin.spec import MarginForm, NormEma, SoftmaxLoss
+from fastmargin.spec import GradientFactors, MarginForm, NormEma, SoftmaxLoss
 
 
 @dataclass(frozen=True)
@@ -83,20 +82,19 @@ class _SoftmaxLoss(torch.autograd.Function):
         d_weight = None
         if want_weight:
             found = GradientFactors(
-                d_lse,
-                d_cos,
-                made.x_hat,
-                columns,
-                made.lse_neg,
-                index,
-                class_start,
-                scale,
-                None,
-                task.precision,
-                task.backend,
-                task.classes.row_tolerance > 0,
-                task.classes.sparse_grad,
-                kept,
+                d_lse=d_lse,
+                d_cos=d_cos,
+                x_hat=made.x_hat,
+                labels=columns,
+                lse_neg=made.lse_neg,
+                scale=scale,
+                index=index,
+                class_start=class_start,
+                precision=task.precision,
+                backend=task.backend,
+                skip_zero_rows=task.classes.row_tolerance > 0,
+                sparse_grad=task.classes.sparse_grad,
+                kept=kept,
             )
             d_weight = ops.gradient_or_factors(weight, found, ctx.next_functions[1][0])
         return d_x if want_x else None, d_weight, None, None

@@ -227,24 +227,18 @@ class MarginHead(SettledCopies, nn.Module):
         """
         checks.check_choice("reduction", reduction, functional.REDUCTIONS)
         check_outside_ddp(self.weight, self.shard)
+        classes = Classes(
+            shard=self.shard,
+            sampler=self.sampler,
+            sparse_grad=self.sparse_grad,
+            corrected=self.correct_sampling,
+            grad_reduce=self.grad_reduce,
+            batch_size=self.batch_size,
+            row_tolerance=self.row_tolerance,
+        )
+        settings = reduction, self.backend, self.precision, self.validate, classes
         loss, self._rows = functional.loss_and_rows(
-            embeddings,
-            self.weight,
-            labels,
-            self.margin,
-            reduction,
-            self.backend,
-            self.precision,
-            self.validate,
-            Classes(
-                self.shard,
-                self.sampler,
-                self.sparse_grad,
-                self.correct_sampling,
-                self.grad_reduce,
-                self.batch_size,
-                self.row_tolerance,
-            ),
+            embeddings, self.weight, labels, self.margin, *settings
         )
         return loss
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from fastmargin import factors, ops
 from fastmargin.columns import Pass, merge
 from fastmargin.distributed import collectives
-from fastmargin.factors import GradientFactors
-from fastmargin.spec import HardRule, RowStats
+from fastmargin.spec import GradientFactors, HardRule, RowStats
 
 MOST_LOGIT = 709.0
 """exp of it is still a float64."""
@@ -76,9 +75,9 @@ class _Softmax(torch.autograd.Function):
         lse_neg, cos_y = total[:, 0].log().to(x_hat), total[:, 1].to(x_hat)
         max_neg = collectives.max_all(own.max_neg, task.classes.shard.group)
         share = torch.where(total[:, 0] > 0, (own.lse_neg - lse_neg).exp(), 0)
-        rule = (None, None) if hard is None else (hard.threshold, hard.coefficients)
+        *rule, ctx.bound = HardRule.split(hard)
         ctx.save_for_backward(weight, x_hat, norm, lse_neg, share, own.pull, *rule)
-        ctx.task, ctx.scale, ctx.bound = task, scale, 1.0 if hard is None else hard.bound
+        ctx.task, ctx.scale = task, scale
         ctx.mark_non_differentiable(max_neg)
         ctx.set_materialize_grads(False)
         mark = norm.new_zeros(len(norm) if task.classes.row_tolerance > 0 else 0)
@@ -105,23 +104,19 @@ class _Softmax(torch.autograd.Function):
             )
             arriving = collectives.scatter_sum(d_x_hat, task.classes.shard.group)
         if ctx.needs_input_grad[1]:
-            hard = None if rule[0] is None else HardRule(*rule, ctx.bound)
             d_lse, d_cos = ops.without_confident(d_lse, d_cos, miss, task.classes.row_tolerance)
             parts = [
                 GradientFactors(
-                    d_lse,
-                    d_cos,
-                    x_hat,
-                    column.labels,
-                    lse_neg if column.log_weight is None else lse_neg - column.log_weight,
-                    column.index,
-                    column.class_start,
-                    ctx.scale,
-                    hard,
-                    task.precision,
-                    task.backend,
-                    miss is not None and task.classes.row_tolerance > 0,
-                    task.classes.sparse_grad,
+                    d_lse=d_lse,
+                    d_cos=d_cos,
+                    x_hat=x_hat,
+                    labels=column.labels,
+                    lse_neg=lse_neg if column.log_weight is None else lse_neg - column.log_weight,
+                    scale=ctx.scale,
+                    hard=HardRule.build(*rule, ctx.bound),
+                    skip_zero_rows=miss is not None and task.classes.row_tolerance > 0,
+                    sparse_grad=task.classes.sparse_grad,
+                    **task.options(column),
                 )
                 for column in task.columns
             ]

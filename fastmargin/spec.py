@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,20 @@ class HardRule:
         """A rule of three fixed numbers."""
         coefficients = torch.stack([threshold.new_full((), value) for value in (a, b, d)])
         return HardRule(threshold, coefficients, max(1.0, abs(a) + abs(b) + abs(d)))
+
+    @staticmethod
+    def split(hard: HardRule | None) -> tuple[Tensor | None, Tensor | None, float]:
+        """Threshold, coefficients and bound, as operators take them, where there may be none."""
+        if hard is None:
+            return None, None, 1.0
+        return hard.threshold, hard.coefficients, float(hard.bound)
+
+    @staticmethod
+    def build(
+        threshold: Tensor | None, coefficients: Tensor | None, bound: float
+    ) -> HardRule | None:
+        """Inverse of :meth:`split`."""
+        return None if threshold is None else HardRule(threshold, coefficients, bound)
 
 
 @dataclass(frozen=True)
@@ -202,6 +217,63 @@ class RowStats:
     max_neg: Tensor
     pull: Tensor
     mark: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientFactors:
+    """What one pass's part of the gradient of the centres follows from, besides the centres.
+
+    d_lse, d_cos: (B,) upstream gradients of ``lse_neg`` and ``cos_y``, 0 in rows left out.
+    x_hat: (B, D) unit rows, float32 or float64.
+    labels, index, class_start: which centres take part and where the own ones are, as in
+        ``backends/interface.py``.
+    lse_neg: (B,); -inf in a row without negatives, which contributes ``d_cos`` alone.
+    skip_zero_rows: a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may gain by
+        leaving them out.
+    sparse_grad: whether the gradient would be a sparse tensor.
+    kept: what the backend made on its way here, from the same tensors and numbers, and can use
+        again for this pass alone.
+    """
+
+    d_lse: Tensor
+    d_cos: Tensor
+    x_hat: Tensor
+    labels: Tensor
+    lse_neg: Tensor
+    scale: float
+    index: Tensor | None = None
+    class_start: int = 0
+    hard: HardRule | None = None
+    precision: str = "auto"
+    backend: str = "auto"
+    skip_zero_rows: bool = False
+    sparse_grad: bool = False
+    kept: Sequence[Tensor] = ()
+
+    SETTINGS = (
+        *("index", "labels", "scale", "hard", "class_start"),
+        *("lse_neg", "skip_zero_rows", "kept", "precision", "backend"),
+    )
+
+    def settings(self) -> tuple:
+        """What the operators of the centre pass take besides ``d_lse, d_cos, x_hat, weight``."""
+        index, labels, scale, hard, *rest = (getattr(self, name) for name in self.SETTINGS)
+        return index, labels, scale, *HardRule.split(hard), *rest
+
+    @staticmethod
+    def build(d_lse: Tensor, d_cos: Tensor, x_hat: Tensor, settings: Sequence) -> GradientFactors:
+        """Inverse of :meth:`settings`."""
+        index, labels, scale, threshold, coefficients, bound, *rest = settings
+        values = index, labels, scale, HardRule.build(threshold, coefficients, bound), *rest
+        named = dict(zip(GradientFactors.SETTINGS, values, strict=True))
+        return GradientFactors(d_lse=d_lse, d_cos=d_cos, x_hat=x_hat, **named)
+
+    def outlasting(self) -> GradientFactors:
+        """The same without tensors of the caller's, who may put the next batch in them."""
+        hard = self.hard
+        if hard is not None:
+            hard = HardRule(hard.threshold.clone(), hard.coefficients.clone(), hard.bound)
+        return replace(self, labels=self.labels.clone(), hard=hard)
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,22 @@ def seeded():
     torch.manual_seed(0)
 
 
+BACKENDS = backends.NAMES
+"""All of them; the reference, which is the specification of the others, is the first."""
+ON_GPU = ("triton", "cuda")
+ON_CPU = tuple(name for name in BACKENDS if name not in ON_GPU)
+"""These compute in float64, too."""
+BACKENDS_AND_DTYPES = [
+    pytest.param(backend, dtype, id=f"{backend}-fp{8 * dtype.itemsize}")
+    for backend in BACKENDS
+    for dtype in (torch.float64, torch.float32)
+    if backend in ON_CPU or dtype == torch.float32
+]
+
+
 def device_for(backend: str) -> str:
     """Where tests run this backend; skips with the backend's reason if it cannot run."""
-    device = "cuda" if torch.cuda.is_available() and backend in ("triton", "cuda") else "cpu"
+    device = "cuda" if torch.cuda.is_available() and backend in ON_GPU else "cpu"
     instance = backends.get(backend)
     reason = instance.unavailable() or instance.refuses(torch.device(device), torch.float32)
     if reason:

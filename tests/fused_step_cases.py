@@ -6,20 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, device_for
 from sharded_cases import DIM, MARGINS, batch_of
 
 import fastmargin as fm
 from fastmargin import ops
 from fastmargin.optim import RowSGD
 
-BACKENDS = [
-    pytest.param("reference", torch.float64, id="reference-fp64"),
-    pytest.param("cpu", torch.float64, id="cpu-fp64"),
-    pytest.param("cpu", torch.float32, id="cpu-fp32"),
-    pytest.param("triton", torch.float32, id="triton-fp32"),
-    pytest.param("cuda", torch.float32, id="cuda-fp32"),
-]
 RULES = {
     "plain": {"lr": 0.3},
     "decay": {"lr": 0.3, "weight_decay": 0.1},
@@ -33,7 +26,7 @@ CLASSES = 70
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, the last one short: 16 rows of float64."""
-    for backend in ("reference", "cpu", "triton", "cuda"):
+    for backend in BACKENDS:
         monkeypatch.setattr(type(fm.backends.get(backend)), "step_bytes", 16 * DIM * 8)
 
 

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MARGINS, device_for
+from conftest import BACKENDS, BACKENDS_AND_DTYPES, MARGINS, ON_GPU, device_for
 
 import fastmargin as fm
 from fastmargin import testing
 from fastmargin.margins import NearestMargin
-
-BACKENDS = [
-    pytest.param("reference", torch.float64, id="reference-fp64"),
-    pytest.param("reference", torch.float32, id="reference-fp32"),
-    pytest.param("cpu", torch.float64, id="cpu-fp64"),
-    pytest.param("cpu", torch.float32, id="cpu-fp32"),
-    pytest.param("triton", torch.float32, id="triton-fp32"),
-    pytest.param("cuda", torch.float32, id="cuda-fp32"),
-]
 
 
 def exact(dtype):
@@ -66,7 +57,7 @@ def three_ways(backend, dtype, case, margin, reduction="sum"):
 @pytest.mark.parametrize(
     "regime", [r for r in testing.REGIMES if r not in ("aligned", "zero_rows")]
 )
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_loss_and_gradients(backend, dtype, regime, margin):
     case = testing.make_case(regime)
     if isinstance(margin, NearestMargin) and regime == "one_class":
@@ -78,7 +69,7 @@ def test_loss_and_gradients(backend, dtype, regime, margin):
         testing.assert_close_as_torch(a, p, t, factor=3, floor=floor, name=name)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_confident_rows_keep_their_digits(backend, dtype):
     """1 - p_y of 1e-9 and less: plain PyTorch in float32 has no digit of this gradient left."""
     case = testing.make_case("confident")
@@ -91,7 +82,7 @@ def test_confident_rows_keep_their_digits(backend, dtype):
         assert testing.relative_error(own[1], truth[1]) > 0.01
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_every_row_keeps_its_digits(backend, dtype):
     """Hard and confident rows in one batch: no row hides behind the gradients of the others."""
     hard, confident = testing.make_case("random"), testing.make_case("confident")
@@ -104,7 +95,7 @@ def test_every_row_keeps_its_digits(backend, dtype):
 
 
 @pytest.mark.parametrize("name", ["cosface", "arcface", "arcface_none", "adaface", "kappaface"])
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_aligned_rows_are_finite(backend, dtype, name):
     """cos = +-1: value as in float64, gradient finite and small (the tangent direction is gone)."""
     case = testing.make_case("aligned")
@@ -116,7 +107,7 @@ def test_aligned_rows_are_finite(backend, dtype, name):
         assert gradient.norm() < 100 * len(case.labels)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_zero_rows_get_zero_gradient(backend, dtype):
     device = device_for(backend)
     case = testing.make_case("zero_rows").to(dtype, device)
@@ -128,7 +119,7 @@ def test_zero_rows_get_zero_gradient(backend, dtype):
     assert (dx[1:].abs().amax(1) > 0).all() and (dw[:-1].abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_without_negatives(backend, dtype, margin):
     """One class: the softmax is certain, the hinge has nothing to be near to."""
     device = device_for(backend)
@@ -140,7 +131,7 @@ def test_without_negatives(backend, dtype, margin):
     assert torch.isfinite(dx).all() and torch.isfinite(dw).all()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("name", ["arcface", "npt"])
 def test_partial_gradients_and_layouts(backend, dtype, name):
     """Only dx, only dW, transposed and strided inputs, labels (B, 1) int32: the same numbers."""
@@ -171,7 +162,7 @@ def test_partial_gradients_and_layouts(backend, dtype, name):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("name", ["adaface", "npt_3"])
 def test_reductions_and_uneven_upstream_gradient(backend, dtype, name):
     device = device_for(backend)
@@ -197,7 +188,7 @@ def test_reductions_and_uneven_upstream_gradient(backend, dtype, name):
 
 
 @pytest.mark.parametrize("name", ["arcface", "npt", "no_form"])
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_ignored_rows_may_hold_anything(backend, dtype, name):
     """NaN in a row with label -1 reaches neither the loss nor a gradient."""
     device = device_for(backend)
@@ -214,7 +205,7 @@ def test_ignored_rows_may_hold_anything(backend, dtype, name):
 
 
 @pytest.mark.parametrize("name", ["cosface", "adaface", "npt"])
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_second_order_gradient_is_refused(backend, dtype, name):
     """An error, not a wrong number, also where the rest of what is derived has a derivative."""
     device = device_for(backend)
@@ -240,7 +231,7 @@ def test_gradients_of_a_graph_are_the_same(sparse):
     assert torch.equal(graph.detach().to_dense(), plain.to_dense())
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_second_backward_scaled_gradient_and_untouched_inputs(backend, dtype):
     device = device_for(backend)
     case = testing.make_case("random").to(dtype, device)
@@ -254,7 +245,7 @@ def test_second_backward_scaled_gradient_and_untouched_inputs(backend, dtype):
     x.grad = weight.grad = None
     (loss * 1024).backward()
     torch.testing.assert_close(x.grad, first[0] * 1024)
-    if backend in ("triton", "cuda"):  # which carry the rows' upstream gradients as logarithms
+    if backend in ON_GPU:  # which carry the rows' upstream gradients as logarithms
         assert testing.relative_error(weight.grad, first[1] * 1024) < 2e-6
     else:
         torch.testing.assert_close(weight.grad, first[1] * 1024)
@@ -262,7 +253,7 @@ def test_second_backward_scaled_gradient_and_untouched_inputs(backend, dtype):
         assert torch.equal(now.detach(), then)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_runs_are_bit_equal(backend, dtype):
     device = device_for(backend)
     case = testing.make_case("random", batch=33, classes=301).to(dtype, device)
@@ -276,7 +267,7 @@ def test_runs_are_bit_equal(backend, dtype):
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sixteen_bit_inputs(backend, x_dtype, weight_dtype):
     """Inputs of 16 bits are read as they are; only the gradient is rounded to their type."""
     device = device_for(backend)
@@ -297,7 +288,7 @@ def test_sixteen_bit_inputs(backend, x_dtype, weight_dtype):
         assert testing.relative_error(a, t) < rounding
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize(
     ("precision", "allowed"), [("tf32", 2e-3), ("bf16", 1e-2), ("fp16", 1.5e-3)]
 )

@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from fastmargin import backends, testing
 from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.rows import take
-from fastmargin.spec import HardRule, SgdUpdate
+from fastmargin.spec import GradientFactors, HardRule, SgdUpdate
 
 CPU = backends.get("cpu")
 LEVELS = ("scalar", "avx2", "avx512")
@@ -120,12 +121,20 @@ def run(backend, x_hat, weight, labels, start, scale, hard, index=None):
     stats = backend.row_stats(x_hat, weight, index, labels, scale, hard, start, True, "auto")
     rows = torch.arange(x_hat.shape[0], dtype=x_hat.dtype)
     d_lse, d_cos = (rows % 7 + 1) / 8, (rows % 5 - 2) / 4
-    gradient = backend.row_stats_backward(
-        d_lse, d_cos, x_hat, weight, index, labels, stats.lse_neg, scale, hard, start, "auto"
+    part = GradientFactors(
+        d_lse=d_lse,
+        d_cos=d_cos,
+        x_hat=x_hat,
+        labels=labels,
+        lse_neg=stats.lse_neg,
+        scale=scale,
+        index=index,
+        class_start=start,
+        hard=hard,
     )
+    gradient = backend.row_stats_backward(weight, part)
     stepped, momentum = weight.clone(), (weight / 8).to(x_hat.dtype)
-    rest = index, labels, stats.lse_neg, scale, hard, start, "auto"
-    backend.centre_step(stepped, momentum, UPDATE, d_lse, d_cos, x_hat, *rest)
+    backend.centre_step(stepped, momentum, UPDATE, part)
     if index is not None:
         stepped, momentum = take(stepped, index, 0), take(momentum, index, 0)
     names = ("lse_neg", "cos_y", "max_neg", "pull")
@@ -250,10 +259,12 @@ def test_exponential(dtype):
     weight[0, -1] = 1
     nobody, one, zero = torch.full((count,), -1), torch.ones_like(lse), torch.zeros_like(lse)
 
+    part = GradientFactors(
+        d_lse=one, d_cos=zero, x_hat=x_hat, labels=nobody, lse_neg=lse, scale=1.0
+    )
+
     def exps(lse):
-        return CPU.row_stats_backward(
-            one, zero, x_hat, weight, None, nobody, lse, 1.0, None, 0, "auto"
-        )[0, :count]
+        return CPU.row_stats_backward(weight, replace(part, lse_neg=lse))[0, :count]
 
     truth = torch.exp(-lse.double())
     error = ((exps(lse).double() - truth) / truth).abs().max()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import device_for
 from cuda_on_cpu import harness
 from test_row_arithmetic import (
     KINDS,
@@ -32,6 +33,7 @@ from test_row_arithmetic import (
 from fastmargin import backends
 from fastmargin.backends import _extension
 from fastmargin.backends import cuda as cuda_backend
+from fastmargin.spec import MarginForm
 
 needs_compiler = pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler (g++, c++)")
 
@@ -246,8 +248,9 @@ def test_operators_are_those_of_the_cpu_and_a_stream():
         assert on_cuda == on_cpu.replace("cpu_", "cuda_").replace(") -> ()", ", int stream) -> ()")
 
 
-def test_backend_hands_over_the_current_stream(monkeypatch):
-    """The Python of the backend, with the CPU operators in place of the CUDA ones."""
+@pytest.fixture
+def streams(monkeypatch):
+    """Of every call of the CUDA operators, in whose place are the CPU ones."""
     if _extension.reason("_C"):
         pytest.skip(_extension.reason("_C"))
     streams = []
@@ -265,10 +268,26 @@ def test_backend_hands_over_the_current_stream(monkeypatch):
             ops, f"cuda_{name}", stand_in(getattr(ops, f"cpu_{name}")), raising=False
         )
     monkeypatch.setattr(cuda_backend, "_stream", lambda tensor: 4711)
+    return streams
+
+
+def test_backend_hands_over_the_current_stream(streams):
     backend = cuda_backend.BACKEND
     check_row_prologue(backend.row_prologue, torch.bfloat16, 33, 31, "strided")
     check_margin_rows(backend.margin_rows, "adaface", "clip", "exact", double=False)
     assert set(streams) == {4711}
+
+
+def test_a_step_takes_its_own_kernels(streams):
+    """Before and after Triton's pass over the centres, whose backend would take others of its."""
+    if device_for("triton") == "cuda":
+        pytest.skip("the operators in place of the CUDA ones run on the CPU")
+    x, weight, labels = torch.randn(6, 8), torch.randn(9, 8), torch.arange(6)
+    about = None, labels, labels, 0, 9, MarginForm(8.0, m2=0.3), None, "mean", True, "fp32"
+    made = cuda_backend.BACKEND.softmax_loss(x, weight, *about)
+    assert streams == [4711] * 2
+    expected = backends.get("reference").softmax_loss(x, weight, *about)
+    torch.testing.assert_close((made.loss, made.pull), (expected.loss, expected.pull))
 
 
 @pytest.mark.gpu

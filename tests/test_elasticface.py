@@ -7,20 +7,13 @@ import math
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, BACKENDS_AND_DTYPES, device_for
 
 import fastmargin as fm
 from fastmargin import functional, testing
 from fastmargin.margins import ElasticFace
 from fastmargin.margins.base import Processes
 
-BACKENDS = [
-    pytest.param("reference", torch.float64, id="reference-fp64"),
-    pytest.param("cpu", torch.float64, id="cpu-fp64"),
-    pytest.param("cpu", torch.float32, id="cpu-fp32"),
-    pytest.param("triton", torch.float32, id="triton-fp32"),
-    pytest.param("cuda", torch.float32, id="cuda-fp32"),
-]
 KINDS = {
     "angle": lambda: ElasticFace(0.4, 0.1, seed=5),
     "cosine": lambda: ElasticFace(0.3, 0.1, angular=False, seed=6),
@@ -75,7 +68,7 @@ def gradients(loss_of, case):
 
 @pytest.mark.parametrize("regime", ["random", "some_ignored", "one_row", "confident"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_steps_are_those_of_the_formula(backend, dtype, kind, regime):
     """Loss and gradients of steps in training, against float64, by plain PyTorch's own error."""
     device = device_for(backend)
@@ -152,7 +145,7 @@ def test_a_subclass_with_its_own_forward_draws_alike():
     assert torch.equal(own.step, plain.step)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_goes_on_from_a_saved_state(backend):
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(torch.float32, device)
@@ -170,7 +163,7 @@ def test_goes_on_from_a_saved_state(backend):
     assert found == losses and len(set(losses)) == 4
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluation_has_the_mean_margin(backend):
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(torch.float32, device)

@@ -6,21 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import MARGINS, device_for
+from conftest import BACKENDS, BACKENDS_AND_DTYPES, MARGINS, device_for
 
 import fastmargin as fm
 from fastmargin import functional, ops, testing
 from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.norms import advance, moments
 
-BACKENDS = [
-    pytest.param("reference", torch.float64, id="reference-fp64"),
-    pytest.param("reference", torch.float32, id="reference-fp32"),
-    pytest.param("cpu", torch.float64, id="cpu-fp64"),
-    pytest.param("cpu", torch.float32, id="cpu-fp32"),
-    pytest.param("triton", torch.float32, id="triton-fp32"),
-    pytest.param("cuda", torch.float32, id="cuda-fp32"),
-]
 KINDS = ("softmax", "cos", "arc", "ada", "from", "elastic", "kappa")
 WITH_FORM = [name for name in MARGINS if name.startswith(KINDS)]
 
@@ -73,7 +65,7 @@ def compare(head, x, labels, reduction, monkeypatch, **close):
 
 
 @pytest.mark.parametrize("name", WITH_FORM)
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_numbers_are_those_of_the_operators(backend, dtype, name, asked, monkeypatch):
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(dtype, device)
@@ -91,7 +83,7 @@ def test_numbers_are_those_of_the_operators(backend, dtype, name, asked, monkeyp
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_of_sampled_classes(backend, sparse, asked, monkeypatch):
     device = device_for(backend)
     case = testing.make_case("some_ignored").to(torch.float32, device)

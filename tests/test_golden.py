@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import device_for
+from conftest import ON_CPU, device_for
 
 from fastmargin.functional import loss_and_rows, margin_loss
 from fastmargin.margins import (
@@ -202,7 +202,7 @@ def ordinary_rows(meta, record):
     return mask
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("name", case_names())
 def test_official_values(name, backend):
     device_for(backend)

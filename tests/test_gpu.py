@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import MARGINS, device_for
+from conftest import MARGINS, ON_GPU, device_for
 
 import fastmargin as fm
 from fastmargin import deferred, ops, testing
@@ -17,7 +17,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_offsets_beyond_31_bits(backend):
     """C x D = 2.25e9 elements: the last classes count as the first do."""
     device_for(backend)
@@ -38,7 +38,7 @@ def test_offsets_beyond_31_bits(backend):
     torch.testing.assert_close(stats.cos_y, cos_y.sum(0), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_offsets_of_an_index_beyond_31_bits(backend):
     """Rows at both ends of 2.25e9 elements are what their copy is, and so are their gradients."""
     device_for(backend)
@@ -93,7 +93,7 @@ def test_pass_over_an_index_does_not_synchronise(sparse_grad):
 
 
 @pytest.mark.parametrize("row_tolerance", [0.0, 0.9])
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_captured_step_replays_with_new_data(backend, row_tolerance):
     """With rows left out, too: how many they are is not the graph's."""
     device_for(backend)
@@ -372,7 +372,7 @@ def test_gradient_error_at_scale_64(precision):
         assert testing.relative_error(a, t) < (2e-3 if precision == "tf32" else 3e-4)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_captured_draw_replays_with_the_next_step(backend):
     """The draws of the CPU, one step further with each replay; nothing waits for the device."""
     device_for(backend)

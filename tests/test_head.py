@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MARGINS, device_for
+from conftest import BACKENDS, MARGINS, ON_GPU, device_for
 
 import fastmargin as fm
 from fastmargin import testing
@@ -50,7 +50,7 @@ def test_centres_of_other_types_start_as_those_of_float32():
         assert loss.isfinite() and head.weight.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inference(backend):
     device = device_for(backend)
     head, x, _ = head_and_batch(backend=backend, precision="fp32")
@@ -214,7 +214,7 @@ def test_bad_input(case):
     assert head._rows is None
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
 def test_cpu_tensor_on_a_gpu_backend(backend, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

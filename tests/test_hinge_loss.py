@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS_AND_DTYPES, device_for
 
 import fastmargin as fm
 from fastmargin import ops
 
-BACKENDS = [("reference", torch.float64), ("cpu", torch.float32)]
-BACKENDS += [("triton", torch.float32), ("cuda", torch.float32)]
 CLASSES = 50
 
 
@@ -53,7 +51,7 @@ def ours(cos_y, nearest, labels, margin, reduction, backend):
     return each, total, *torch.autograd.grad(total, (cos_y, nearest))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("zero_slot", [False, True])
 @pytest.mark.parametrize(("b", "k"), [(1, 1), (20, 3), (300, 16), (513, 5)])
@@ -66,7 +64,7 @@ def test_formula_and_slopes(backend, dtype, reduction, zero_slot, b, k):
         torch.testing.assert_close(found.double(), truth, rtol=20 * eps, atol=20 * eps)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_rows_that_do_not_count(backend, dtype):
     cos_y, nearest, labels = rows(30, 2, dtype, device_for(backend))
     margin = fm.NPT(top_k=2)
@@ -78,7 +76,7 @@ def test_rows_that_do_not_count(backend, dtype):
     assert not any(slope.isnan().any() or slope[5].any() for slope in slopes)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("zero_slot", [False, True])
 def test_nan_is_kept(backend, dtype, zero_slot):
     cos_y, nearest, labels = rows(30, 2, dtype, device_for(backend))

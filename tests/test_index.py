@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, ON_CPU, ON_GPU, device_for
 
 from fastmargin import ops, testing
 from fastmargin.norms import inverse_norm
 from fastmargin.spec import HardRule
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 SCALE = 32.0
 
 
@@ -96,7 +95,7 @@ def test_regimes(backend, regime, gaps):
     x_hat = unit(case.x).float().double()
     truth = gathered(x_hat, case.weight, labels, index)
     assert_same(passes(backend, x_hat.float(), case.weight.float(), labels, index), truth, 3e-5)
-    if backend in ("reference", "cpu"):
+    if backend in ON_CPU:
         ours = passes(backend, x_hat, case.weight, labels, index)
         assert_same(ours, truth, 1e-12)
         # cosines that differ by a rounding may change places
@@ -225,11 +224,11 @@ def test_sparse_gradient_is_the_dense_one(backend, gaps):
             assert untouched.any() and dense["dw"][untouched].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_offsets_beyond_31_bits(backend, tmp_path):
     """2.25e9 elements in a file of holes; a gradient of this size would not fit in memory."""
     device_for(backend)
-    if torch.cuda.is_available() and backend == "triton":
+    if torch.cuda.is_available() and backend in ON_GPU:
         pytest.skip("test_gpu.py has it")
     rows, dim = 70_000_000, 32
     path = str(tmp_path / "weight")
@@ -296,7 +295,7 @@ def test_layouts(backend, dtype, layout):
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradcheck(backend):
     device_for(backend)
     case = testing.make_case("some_ignored", batch=6, classes=9, dim=5)

@@ -30,7 +30,7 @@ ALLOWED = {
     "export": {"distributed", "norms"},
     "checks": {"margins", "spec"},
     "deferred": set(),
-    "fused": {"columns", "factors", "first_order", "ops", "spec"},
+    "fused": {"columns", "first_order", "ops", "spec"},
     "functional": {
         *("checks", "columns", "deferred", "distributed", "factors", "fused", "margins", "norms"),
         *("ops", "sampling", "sharded", "spec"),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import MARGINS, device_for
+from conftest import BACKENDS, MARGINS, ON_CPU, device_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmargin as fm
@@ -82,11 +82,11 @@ def test_kappaface_formula():
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("grad", GRAD_MODES)
 @pytest.mark.parametrize("kind", ["arcface", "adaface", "kappaface", "elastic", "elastic_cosine"])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_kernel_form_is_the_margin(kind, guard, grad, backend):
     """``margin_rows`` of every backend equals autograd through the Python margin."""
     device = device_for(backend)
-    dtype = torch.double if backend in ("reference", "cpu") else torch.float32
+    dtype = torch.double if backend in ON_CPU else torch.float32
     kwargs = {"guard": guard, "grad": grad, "s": 12.0}
     margin = {
         "arcface": lambda: ArcFace(0.6, **kwargs),
@@ -305,7 +305,7 @@ def test_adaface_survives_tiny_batches(batch):
     assert (head.margin.batch_std == 100) == (batch == 1)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_adaface_survives_a_row_of_nan(backend):
     """GradScaler skips the step of such a batch; the statistics must get over it too."""
     device = device_for(backend)

@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MARGINS, device_for
+from conftest import BACKENDS, MARGINS, ON_CPU, ON_GPU, device_for
 
 import fastmargin as fm
 from fastmargin import ops, testing
 from fastmargin.spec import SOURCES, Draw, HardRule, MarginForm, NormEma
-
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 
 
 def tensors(backend, dtype=torch.float32, seed=0):
@@ -135,7 +133,7 @@ def test_opcheck(backend):
     ]
     for name, samples in checks.items():
         options = {}
-        if backend in ("triton", "cuda") and name.startswith("softmax_loss"):
+        if backend in ON_GPU and name.startswith("softmax_loss"):
             # never traced, and what the backend keeps for its centre pass has no shape of its own
             options["test_utils"] = ("test_schema", "test_autograd_registration")
         for sample in samples:
@@ -143,7 +141,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradcheck_of_every_op(backend):
     case = tensors(backend, torch.float64)
     labels = case.labels
@@ -171,7 +169,7 @@ def test_gradcheck_of_every_op(backend):
 
 
 @pytest.mark.gradcheck
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("guard", ["none", "clip", "mm", "mmm", "easy"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_gradcheck_of_margin_rows(backend, guard, source):
@@ -400,7 +398,7 @@ def test_compiled_equals_eager(backend, name):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_inductor_equals_eager(backend):
     """Through code generation, with an embedding of odd strides."""
     torch._dynamo.reset()

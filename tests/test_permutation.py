@@ -11,12 +11,11 @@ import sys
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, ON_CPU, device_for
 
 from fastmargin import backends
 from fastmargin.backends import _permutation
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 KEYS = [(0, 0), (7, 1), (-(2**63), 2**63 - 1)]
 POWERS = [2**e + d for e in range(7, 14) for d in (-1, 0, 1)]
 MILLION = 1_048_573  # a prime
@@ -27,7 +26,7 @@ def permute(key, size, count, backend):
     return backends.get(backend).permutation(torch.tensor(key, device=on), size, count).cpu()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_is_a_bijection(backend):
     for size, key in itertools.product((*range(71), *POWERS), KEYS):
         got = permute(key, size, size, backend)
@@ -35,7 +34,7 @@ def test_is_a_bijection(backend):
     assert torch.equal(permute(KEYS[1], MILLION, MILLION, backend).sort()[0], torch.arange(MILLION))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("size", [2**31 - 1, 2**32, 2**40, 2**60])
 def test_large_sizes_stay_distinct(backend, size):
     got = permute((3, 4), size, 100_000, backend)
@@ -57,7 +56,7 @@ def test_backends_agree_bit_for_bit(backend):
         assert torch.equal(permute(KEYS[2], size, 130, backend), expected), size
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_a_prefix_is_a_prefix(backend):
     whole = permute((1, 2), 500, 300, "reference")
     for count in (0, 1, 128, 129, 300):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, ON_GPU, device_for
 from fresh_processes import run_fresh
 from fused_step_cases import batches, make_head
 
@@ -116,7 +116,6 @@ def test_the_triton_kernel_rounds_alike():
 # ---- in the optimisers --------------------------------------------------------------------------
 
 LOW = {"stochastic_rounding": True, "momentum_dtype": torch.bfloat16}
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 
 
 def low_head(backend, dtype, **options):
@@ -256,10 +255,10 @@ def test_parameters_of_one_optimiser_round_apart():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_float32_and_float64_weights_know_no_rounding(backend, dtype, fused):
-    if backend == "triton" and dtype == torch.float64:
+    if backend in ON_GPU and dtype == torch.float64:
         pytest.skip("the kernels compute in float32")
     found = []
     for low in (False, True):

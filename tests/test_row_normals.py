@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, device_for
 
 from fastmargin import counter, ops
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 WORD = 1 << 64
 GAMMA = 0x9E3779B97F4A7C15
 FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NoForm, device_for
+from conftest import BACKENDS, NoForm, device_for
 from processes import run
 from sharded_cases import batch_of, compare, head_of, own_rows, steps
 
 import fastmargin as fm
 from fastmargin import testing
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 SOFTMAX = ["cosface", "arcface", "straight", "adaface", "no_form"]
 
 
@@ -305,7 +304,8 @@ def test_what_follows_the_rows_does_nothing(alone, batch, monkeypatch):
     labels = torch.arange(batch, device=device) % 7
     if alone:
         each = torch.ones(batch, device=device)
-        own_rows.own_rows(each, each, each, x, weight, None, labels, 4.0, 0)
+        rows = {"d_lse": each, "d_cos": each, "x_hat": x, "labels": labels, "lse_neg": each}
+        own_rows.own_rows(weight, fm.spec.GradientFactors(**rows, scale=4.0))
     else:
         head = fm.MarginHead(8, 7, fm.ArcFace(), backend="triton").to(device)
         head(x, labels).backward()

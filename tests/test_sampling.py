@@ -8,14 +8,13 @@ import math
 
 import pytest
 import torch
-from conftest import device_for
+from conftest import BACKENDS, ON_GPU, device_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmargin import ops
 from fastmargin.sampling import ClassSampler
 
-BACKENDS = ["reference", "cpu", "triton", "cuda"]
 LABELS = [13, 4, -1, 13, 25, 5, 3, 30, -7, 24]  # of classes 5 to 24 here: 13, 5 and 24
 
 
@@ -95,7 +94,7 @@ def labels_of(b, num_classes, class_start):
     return torch.where(spread % 7 == 3, -1, spread + class_start - num_classes // 4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize(
     ("b", "num_classes", "num_sampled"),
     [
@@ -122,7 +121,7 @@ def test_kernels_draw_the_same_in_many_blocks(backend, b, num_classes, num_sampl
     assert not ours.marks.any() and ours.step.tolist() == [2**33 + 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_kernels_count_many_blocks_of_candidates(backend, monkeypatch):
     on = device_for(backend)
     from fastmargin.backends.triton import class_sample
@@ -133,7 +132,7 @@ def test_kernels_count_many_blocks_of_candidates(backend, monkeypatch):
     assert equal(ours(labels.to(on), backend), plain(labels, "reference"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_many_rows_are_sorted_instead(backend, monkeypatch):
     on = device_for(backend)
     from fastmargin.backends.triton import class_sample
@@ -172,7 +171,7 @@ def test_no_more_than_there_are():
         ops.sample(torch.tensor(LABELS), number, number.clone(), marks, 0, 0, 6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_kernels_take_labels_as_they_lie(backend):
     on = device_for(backend)
     labels = torch.tensor(LABELS).repeat_interleave(2).to(on)[1::2]

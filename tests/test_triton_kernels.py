@@ -24,6 +24,7 @@ from triton_cases import (
     check,
     check_topk,
     compare,
+    moved,
     problem,
     solve,
     staged_in_pieces,
@@ -285,23 +286,9 @@ def test_a_step_in_place(dtype, block_d, indexed, update, monkeypatch):
         whole[rows] = part
 
     on = device_for("triton")
-    weight, labels, x_hat = (t.to(on, copy=True) for t in (p.weight, p.labels, p.x_hat))
-    state = None if buffer is None else buffer.to(on, copy=True)
-    TRITON.centre_step(
-        weight,
-        state,
-        update,
-        p.d_lse.to(on),
-        p.d_cos.to(on),
-        x_hat,
-        p.index.to(on) if indexed else None,
-        labels,
-        stats.lse_neg.float().to(on),
-        p.scale,
-        None,
-        p.class_start,
-        "fp32",
-    )
+    weight, state = p.weight.to(on, copy=True), None if buffer is None else buffer.to(on, copy=True)
+    part = moved(p, TRITON, torch.float32).factors(stats.lse_neg.float().to(on), "fp32")
+    TRITON.centre_step(weight, state, update, part)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "fp32" else {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(weight.cpu().double(), truth[0], **tolerance)
     if state is not None:
@@ -341,7 +328,7 @@ def test_a_step_in_place_reads_nothing_past_the_centres(dim, dtype):
     code = f"""
 import ctypes, mmap, torch
 from fastmargin.backends.triton import BACKEND
-from fastmargin.spec import SgdUpdate
+from fastmargin.spec import GradientFactors, SgdUpdate
 page, dtype = mmap.PAGESIZE, torch.{dtype}
 memory = mmap.mmap(-1, 2 * page)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -351,8 +338,9 @@ start = page - count * dtype.itemsize
 weight = torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(5, {dim})
 weight.copy_(torch.randn(5, {dim}))
 x, each, labels = torch.randn(3, {dim}), torch.ones(3), torch.arange(3)
-rows = each, each, torch.nn.functional.normalize(x), None, labels, each
-BACKEND.centre_step(weight, None, SgdUpdate(0.1, 0.0, 0.0, False), *rows, 4.0, None, 0, "auto")
+rows = dict(d_lse=each, d_cos=each, lse_neg=each, labels=labels)
+part = GradientFactors(x_hat=torch.nn.functional.normalize(x), scale=4.0, **rows)
+BACKEND.centre_step(weight, None, SgdUpdate(0.1, 0.0, 0.0, False), part)
 print(bool(weight.isfinite().all()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -129,7 +129,7 @@ def test_what_is_wrong_in_large_problems_only_is_refused(interpreter, monkeypatc
         "centre_pass",
         GOOD,
         lambda d_weight: d_weight[-1].neg_(),
-        when=lambda arguments: arguments[3].shape[0] == 40,
+        when=lambda arguments: arguments[0].shape[0] == 40,
     )
     found = Trial("centre_pass", SHAPE, "fp32", interpreter)
     assert "from the tile that ships" in found.wrong(GOOD)

@@ -11,7 +11,7 @@ from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.norms import inverse_norm
 from fastmargin.rows import take
-from fastmargin.spec import HardRule, RowStats
+from fastmargin.spec import GradientFactors, HardRule, RowStats
 from fastmargin.testing import assert_close_as_torch, make_case
 
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,6 +51,20 @@ class Problem:
             threshold = torch.full_like(threshold, 0.2)
         return HardRule.of(threshold.to(self.labels.device, dtype), *RULES[self.rule])
 
+    def factors(self, lse_neg: torch.Tensor, precision: str) -> GradientFactors:
+        return GradientFactors(
+            d_lse=self.d_lse,
+            d_cos=self.d_cos,
+            x_hat=self.x_hat,
+            labels=self.labels,
+            lse_neg=lse_neg,
+            scale=self.scale,
+            index=self.index,
+            class_start=self.class_start,
+            hard=self.hard(self.x_hat.dtype),
+            precision=precision,
+        )
+
 
 def problem(regime="random", batch=20, classes=70, dim=24, dtype=torch.float32, **changes):
     case = make_case(regime, batch, classes, dim)
@@ -78,10 +92,10 @@ def through_index(p: Problem) -> Problem:
     return replace(p, weight=weight, index=index, labels=torch.where(known, labels, p.labels))
 
 
-def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
-    """``RowStats`` and the gradient of the centres, both on the CPU."""
+def moved(p: Problem, backend, dtype: torch.dtype) -> Problem:
+    """Where the backend runs, and for the reference in this dtype, centres too."""
     on = device_for("triton") if backend is TRITON else "cpu"
-    p = replace(
+    return replace(
         p,
         x_hat=p.x_hat.to(on, dtype),
         weight=p.weight.to(on) if backend is TRITON else p.weight.to(dtype),
@@ -90,13 +104,15 @@ def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
         d_lse=p.d_lse.to(on, dtype),
         d_cos=p.d_cos.to(on, dtype),
     )
-    hard = p.hard(dtype)
-    rest = p.scale, hard, p.class_start
-    stats = backend.row_stats(p.x_hat, p.weight, p.index, p.labels, *rest, want_pull, precision)
+
+
+def solve(backend, p: Problem, precision, dtype, lse_neg=None, want_pull=True):
+    """``RowStats`` and the gradient of the centres, both on the CPU."""
+    p = moved(p, backend, dtype)
+    rest = p.scale, p.hard(dtype), p.class_start, want_pull, precision
+    stats = backend.row_stats(p.x_hat, p.weight, p.index, p.labels, *rest)
     lse_neg = stats.lse_neg if lse_neg is None else lse_neg
-    d_weight = backend.row_stats_backward(
-        p.d_lse, p.d_cos, p.x_hat, p.weight, p.index, p.labels, lse_neg, *rest, precision
-    )
+    d_weight = backend.row_stats_backward(p.weight, p.factors(lse_neg, precision))
     parts = (stats.lse_neg, stats.cos_y, stats.max_neg, stats.pull)
     return RowStats(*(t.cpu() for t in parts)), d_weight.cpu()
 

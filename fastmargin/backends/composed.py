@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fastmargin.rounding import narrowed, write_back
 from fastmargin.rows import inside, stand_ins
 from fastmargin.spec import (
     MAX_SHARDS,
-    HardRule,
+    GradientFactors,
     HingeForm,
     MarginForm,
     NormEma,
@@ -210,43 +210,29 @@ class Composed:
         return d_x_hat, rows.flatten(0, 1), torch.where(known, touched, -1).flatten()
 
     def centre_step(
-        self,
-        weight: Tensor,
-        momentum: Tensor | None,
-        update: SgdUpdate,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
+        self, weight: Tensor, momentum: Tensor | None, update: SgdUpdate, part: GradientFactors
     ) -> None:
         dtype = compute_dtype(weight.dtype)
         tensors = [weight] if momentum is None else [weight, momentum]
+        index = part.index
         columns = weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
         size = max(1, self.step_bytes // (weight.shape[1] * dtype.itemsize))
 
         def gradient(centres: Tensor, places: Tensor | None, start: int) -> Tensor:
             # labels count columns from class_start, so those of other chunks are out of range
-            rest = labels, lse_neg, scale, hard, class_start + start, precision, skip_zero_rows
-            return self.row_stats_backward(d_lse, d_cos, x_hat, centres, places, *rest)
+            here = replace(part, index=places, class_start=part.class_start + start, kept=())
+            return self.row_stats_backward(centres, here)
 
         for start in range(0, columns, size):
-            part = slice(start, start + size)
+            chunk = slice(start, start + size)
             if index is None:
-                views = [tensor[part] for tensor in tensors]
+                views = [tensor[chunk] for tensor in tensors]
                 rows = [view.to(dtype) for view in views]
                 update.apply_(*rows, gradient(rows[0], None, start))
                 numbers = torch.arange(start, start + len(rows[0]), device=weight.device)
                 write_back(views, rows, numbers, update.rounding)
                 continue
-            here = index[part]
+            here = index[chunk]
             place, some = stand_ins(here, weight.shape[0])
             ids = torch.where(some, here[place], 0)
             before = [tensor.index_select(0, ids) for tensor in tensors]

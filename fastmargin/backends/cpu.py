@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastmargin.backends import _extension, _permutation, _rows
 from fastmargin.backends.composed import Composed
-from fastmargin.spec import HardRule, MarginForm, NormEma, RowStats, SgdUpdate
+from fastmargin.spec import GradientFactors, HardRule, MarginForm, NormEma, RowStats, SgdUpdate
 
 
 @functools.cache
@@ -40,12 +39,32 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
     return hard.threshold.to(dtype).contiguous(), *hard.coefficients.tolist()
 
 
-def _without_zero_rows(rows: tuple[Tensor, ...], hard: HardRule | None):
-    """The per-row tensors, ``d_lse`` and ``d_cos`` first, without the rows where both are 0."""
-    kept = ((rows[0] != 0) | (rows[1] != 0)).nonzero().squeeze(1)
+def _without_zero_rows(part: GradientFactors) -> GradientFactors:
+    """Without the rows whose ``d_lse`` and ``d_cos`` are both 0, where it is told to skip them."""
+    if not part.skip_zero_rows:
+        return part
+    taken, hard = ((part.d_lse != 0) | (part.d_cos != 0)).nonzero().squeeze(1), part.hard
     if hard is not None:
-        hard = replace(hard, threshold=hard.threshold[kept])
-    return tuple(part[kept] for part in rows), hard
+        hard = replace(hard, threshold=hard.threshold[taken])
+    names = ("d_lse", "d_cos", "x_hat", "labels", "lse_neg")
+    rows = {name: getattr(part, name)[taken] for name in names}
+    return replace(part, hard=hard, skip_zero_rows=False, **rows)
+
+
+def _centre_pass(weight: Tensor, part: GradientFactors) -> tuple:
+    """What both operators of the centre pass begin with."""
+    return (
+        part.d_lse.contiguous(),
+        part.d_cos.contiguous(),
+        part.x_hat.contiguous(),
+        weight,
+        _contiguous(part.index),
+        part.labels.contiguous(),
+        part.lse_neg.contiguous(),
+        part.scale,
+        *_hard(part.hard, part.x_hat.dtype),
+        part.class_start,
+    )
 
 
 def _in_rows(*tensors: Tensor | None) -> bool:
@@ -108,79 +127,23 @@ class CpuBackend(Composed):
         )
         return RowStats(lse_neg, cos_y, max_neg, pull)
 
-    def row_stats_backward(
-        self,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
-    ) -> Tensor:
-        columns = weight.shape[0] if index is None else index.shape[0]
-        d_weight = torch.empty((columns, weight.shape[1]), dtype=weight.dtype)
-        if skip_zero_rows:
-            rows = d_lse, d_cos, x_hat, labels, lse_neg
-            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
-        torch.ops.fastmargin.cpu_row_stats_backward(
-            d_lse.contiguous(),
-            d_cos.contiguous(),
-            x_hat.contiguous(),
-            weight,
-            _contiguous(index),
-            labels.contiguous(),
-            lse_neg.contiguous(),
-            scale,
-            *_hard(hard, x_hat.dtype),
-            class_start,
-            d_weight,
-        )
+    def row_stats_backward(self, weight: Tensor, part: GradientFactors) -> Tensor:
+        columns = weight if part.index is None else part.index
+        d_weight = torch.empty((columns.shape[0], weight.shape[1]), dtype=weight.dtype)
+        given = _centre_pass(weight, _without_zero_rows(part))
+        torch.ops.fastmargin.cpu_row_stats_backward(*given, d_weight)
         return d_weight
 
     def centre_step(
-        self,
-        weight: Tensor,
-        momentum: Tensor | None,
-        update: SgdUpdate,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
+        self, weight: Tensor, momentum: Tensor | None, update: SgdUpdate, part: GradientFactors
     ) -> None:
-        if skip_zero_rows:
-            rows = d_lse, d_cos, x_hat, labels, lse_neg
-            (d_lse, d_cos, x_hat, labels, lse_neg), hard = _without_zero_rows(rows, hard)
-        rest = index, labels, lse_neg, scale, hard, class_start, precision
-        plain = update.rounding is None and (momentum is None or momentum.dtype == x_hat.dtype)
+        part = _without_zero_rows(part)
+        plain = update.rounding is None and (momentum is None or momentum.dtype == part.x_hat.dtype)
         if not (plain and _in_rows(weight, momentum)):
-            super().centre_step(weight, momentum, update, d_lse, d_cos, x_hat, *rest)
+            super().centre_step(weight, momentum, update, part)
             return
         torch.ops.fastmargin.cpu_centre_step(
-            d_lse.contiguous(),
-            d_cos.contiguous(),
-            x_hat.contiguous(),
-            weight,
-            _contiguous(index),
-            labels.contiguous(),
-            lse_neg.contiguous(),
-            scale,
-            *_hard(hard, x_hat.dtype),
-            class_start,
+            *_centre_pass(weight, part),
             momentum,
             update.lr,
             update.momentum,

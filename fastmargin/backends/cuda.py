@@ -12,10 +12,10 @@ import re
 import torch
 from torch import Tensor
 
-from fastmargin import backends
 from fastmargin.backends import _extension, _rows
 from fastmargin.backends.composed import Composed
-from fastmargin.spec import MarginForm, NormEma, RowStats
+from fastmargin.backends.triton import TritonBackend
+from fastmargin.spec import MarginForm, NormEma
 
 REMEDY = "reinstall from source with nvcc present: FASTMARGIN_CUDA=1 pip install <fastmargin>"
 
@@ -37,24 +37,14 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
     return False
 
 
-class CudaBackend(Composed):
+class CudaBackend(TritonBackend):
     name = "cuda"
     note = (
         "row_prologue and margin_rows are CUDA kernels of its own; all else, the passes over the "
         "centres above all, runs on Triton's"
     )
 
-    max_dim = property(lambda self: self._heavy.max_dim)
-    max_k = property(lambda self: self._heavy.max_k)
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        return self._heavy.precisions
-
-    @property
-    def _heavy(self):
-        """The backend of the passes over the centres."""
-        return backends.get("triton")
+    softmax_loss = Composed.softmax_loss  # calls row_prologue and margin_rows; Triton's has its own
 
     def unavailable(self) -> str | None:
         not_loaded = _extension.reason("_cuda")
@@ -66,7 +56,7 @@ class CudaBackend(Composed):
             return "this torch is built without CUDA; install a CUDA build, see pytorch.org"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        reason = self._heavy.unavailable()
+        reason = super().unavailable()
         return f"its passes over the class centres run on Triton: {reason}" if reason else None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,7 +70,7 @@ class CudaBackend(Composed):
                 f"its kernels are compiled for {_extension.cuda_architectures()}, the device is "
                 f"{capability[0]}.{capability[1]}; set TORCH_CUDA_ARCH_LIST and reinstall"
             )
-        return self._heavy.refuses(device, dtype)
+        return super().refuses(device, dtype)
 
     def row_prologue(self, x: Tensor, labels: Tensor | None, ema: NormEma | None):
         op = torch.ops.fastmargin.cuda_row_prologue
@@ -91,42 +81,6 @@ class CudaBackend(Composed):
     ):
         op = torch.ops.fastmargin.cuda_margin_rows
         return _rows.margin_rows(op, cos_y, lse_neg, norm, labels, form, _stream(cos_y))
-
-    def row_stats(self, *args) -> RowStats:
-        return self._heavy.row_stats(*args)
-
-    def row_stats_backward(self, *args) -> Tensor:
-        return self._heavy.row_stats_backward(*args)
-
-    def centre_step(self, *args) -> None:
-        self._heavy.centre_step(*args)
-
-    def softmax_loss_backward(self, *args):
-        return self._heavy.softmax_loss_backward(*args)
-
-    def row_prologue_backward(self, *args) -> Tensor:
-        return self._heavy.row_prologue_backward(*args)
-
-    def row_stats_backward_x(self, *args) -> Tensor:
-        return self._heavy.row_stats_backward_x(*args)
-
-    def hinge_loss(self, *args) -> tuple[Tensor, ...]:
-        return self._heavy.hinge_loss(*args)
-
-    def row_topk(self, *args) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heavy.row_topk(*args)
-
-    def row_topk_backward(self, *args) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heavy.row_topk_backward(*args)
-
-    def permutation(self, key: Tensor, size: int, count: int) -> Tensor:
-        return self._heavy.permutation(key, size, count)
-
-    def sample(self, *args) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heavy.sample(*args)
-
-    def row_normals(self, *args) -> Tensor:
-        return self._heavy.row_normals(*args)
 
 
 BACKEND = CudaBackend()

@@ -14,13 +14,13 @@ rows of ``weight``, and so do the indices that ``row_topk`` returns; ``C`` below
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastmargin.spec import (
+    GradientFactors,
     HardRule,
     HingeForm,
     MarginForm,
@@ -80,30 +80,12 @@ class Backend(Protocol):
     ) -> RowStats:
         """One pass over the centres."""
 
-    def row_stats_backward(
-        self,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
-    ) -> Tensor:
+    def row_stats_backward(self, weight: Tensor, part: GradientFactors) -> Tensor:
         """The centre pass: gradient (C, D) of ``weight``, in its dtype, through the normalisation.
 
-        With an index (K, D): of its columns, in their order, zero at empty places.
-        ``d_lse`` and ``d_cos`` (B,) are the upstream gradients. A centre of norm below 1e-12 gets
-        zero. Rows with ``lse_neg = -inf`` have no negatives and contribute only ``d_cos``.
-        ``skip_zero_rows`` is a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may
-        gain by leaving them out. ``kept`` is what the same backend made on its way here, from the
-        same tensors and numbers: see :meth:`softmax_loss_backward`.
+        With an index (K, D): of its columns, in their order, zero at empty places. A centre of
+        norm below 1e-12 gets zero. ``part.kept`` comes from :meth:`softmax_loss_backward`, or is
+        empty.
         """
 
     def row_topk(
@@ -275,22 +257,7 @@ class Backend(Protocol):
         """
 
     def centre_step(
-        self,
-        weight: Tensor,
-        momentum: Tensor | None,
-        update: SgdUpdate,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
+        self, weight: Tensor, momentum: Tensor | None, update: SgdUpdate, part: GradientFactors
     ) -> None:
         """:meth:`row_stats_backward`, and the update of the rows it is about, in place.
 

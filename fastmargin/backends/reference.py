@@ -12,7 +12,7 @@ from fastmargin.backends import _permutation
 from fastmargin.backends.composed import Composed
 from fastmargin.norms import advance, compute_dtype, inverse_norm, moments
 from fastmargin.rows import inside, take
-from fastmargin.spec import MarginForm, NormEma, RowStats
+from fastmargin.spec import GradientFactors, MarginForm, NormEma, RowStats
 
 
 def psi_and_slopes(cos_y: Tensor, u: Tensor, form: MarginForm) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,28 +135,14 @@ class ReferenceBackend(Composed):
             pull = (_softmax(logits, lse_neg) * slope) @ w_hat
         return RowStats(lse_neg, cos_y, max_neg, pull)
 
-    def row_stats_backward(
-        self,
-        d_lse,
-        d_cos,
-        x_hat,
-        weight,
-        index,
-        labels,
-        lse_neg,
-        scale,
-        hard,
-        class_start,
-        precision,
-        skip_zero_rows=False,
-        kept=(),
-    ) -> Tensor:
+    def row_stats_backward(self, weight: Tensor, part: GradientFactors) -> Tensor:
         w, w_hat, _, negative, target, f, slope = self._columns(
-            x_hat, weight, index, labels, hard, class_start
+            part.x_hat, weight, part.index, part.labels, part.hard, part.class_start
         )
-        p = _softmax(torch.where(negative, scale * f, -math.inf), lse_neg)
-        grad = torch.where(target, d_cos[:, None], d_lse[:, None] * scale * p * slope)
-        d_w_hat = grad.t() @ x_hat
+        p = _softmax(torch.where(negative, part.scale * f, -math.inf), part.lse_neg)
+        by_negative = part.d_lse[:, None] * part.scale * p * slope
+        grad = torch.where(target, part.d_cos[:, None], by_negative)
+        d_w_hat = grad.t() @ part.x_hat
         radial = (d_w_hat * w_hat).sum(1, keepdim=True)
         return ((d_w_hat - radial * w_hat) * inverse_norm(w)).to(weight.dtype)
 

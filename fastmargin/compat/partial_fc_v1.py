@@ -217,23 +217,14 @@ class PartialFCV1(nn.Module):
         return x.grad, loss.detach()
 
     def _fused(self, x: Tensor, label: Tensor, centres: Tensor, sample: Sample | None) -> Tensor:
-        loss, _ = functional.loss_and_rows(
-            x,
-            centres,
-            label,
-            self._margin[0],
-            "mean",
-            self.backend,
-            self.precision,
-            None,
-            Classes(
-                self._shard,
-                None if sample is None else _Drawn(sample),
-                sparse_grad=sample is not None,
-                batch_size=self.batch_size,
-            ),
+        classes = Classes(
+            self._shard,
+            None if sample is None else _Drawn(sample),
+            sparse_grad=sample is not None,
+            batch_size=self.batch_size,
         )
-        return loss
+        settings = {"backend": self.backend, "precision": self.precision, "classes": classes}
+        return functional.loss_and_rows(x, centres, label, self._margin[0], **settings)[0]
 
     def _official(self, x: Tensor, label: Tensor, sample: Sample | None, *weights) -> Tensor:
         group = collectives.world()

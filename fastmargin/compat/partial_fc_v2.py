@@ -140,21 +140,11 @@ class PartialFCV2(SettledCopies, nn.Module):
         here = self.weight
         if place.shard is not None and (place.sampler is None or not margin.training):
             here = here[: place.shard.stop - place.shard.start]
+        batch_size = self.last_batch_size or None
+        classes = Classes(place.shard, place.sampler, self.sparse_grad, batch_size=batch_size)
+        settings = {"backend": self.backend, "precision": self.precision, "classes": classes}
         loss, found = functional.loss_and_rows(
-            local_embeddings,
-            here,
-            local_labels,
-            margin,
-            "mean",
-            self.backend,
-            self.precision,
-            None,
-            Classes(
-                place.shard,
-                place.sampler,
-                self.sparse_grad,
-                batch_size=self.last_batch_size or None,
-            ),
+            local_embeddings, here, local_labels, margin, **settings
         )
         if found.batch is not None:
             self.last_batch_size = found.batch.rows

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmargin import factors
-from fastmargin.factors import GradientFactors
-from fastmargin.ops.registration import STATS_ARGS, backend_for, hard_rule, op
+from fastmargin.ops.registration import STATS_ARGS, backend_for, op
 from fastmargin.ops.spread_rows import spread_rows
+from fastmargin.spec import GradientFactors
 
 
 @op(
@@ -16,39 +16,9 @@ from fastmargin.ops.spread_rows import spread_rows
     f"(Tensor d_lse, Tensor d_cos, {STATS_ARGS}, Tensor lse_neg, bool skip_zero_rows,"
     " Tensor[] kept, str precision, str backend) -> Tensor",
 )
-def row_stats_backward(
-    d_lse,
-    d_cos,
-    x_hat,
-    weight,
-    index,
-    labels,
-    scale,
-    hard_threshold,
-    hard_coefficients,
-    hard_bound,
-    class_start,
-    lse_neg,
-    skip_zero_rows,
-    kept,
-    precision,
-    backend,
-):
-    return backend_for(backend, x_hat, precision).row_stats_backward(
-        d_lse.contiguous(),
-        d_cos.contiguous(),
-        x_hat,
-        weight,
-        index,
-        labels,
-        lse_neg,
-        scale,
-        hard_rule(hard_threshold, hard_coefficients, hard_bound),
-        class_start,
-        precision,
-        skip_zero_rows,
-        kept,
-    )
+def row_stats_backward(d_lse, d_cos, x_hat, weight, *settings):
+    part = GradientFactors.build(d_lse, d_cos, x_hat, settings)
+    return backend_for(part.backend, x_hat, part.precision).row_stats_backward(weight, part)
 
 
 @row_stats_backward.register_fake

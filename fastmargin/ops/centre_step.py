@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmargin.factors import GradientFactors
-from fastmargin.ops.registration import STATS_ARGS, backend_for, hard_rule, op
-from fastmargin.spec import SgdUpdate
+from fastmargin.ops.registration import STATS_ARGS, backend_for, op
+from fastmargin.spec import GradientFactors, SgdUpdate
 
 
 @op(
@@ -17,43 +16,10 @@ from fastmargin.spec import SgdUpdate
     " int? rounding) -> ()",
     mutates=("weight", "buffer"),
 )
-def _centre_step(
-    x_hat,
-    weight,
-    index,
-    labels,
-    scale,
-    hard_threshold,
-    hard_coefficients,
-    hard_bound,
-    class_start,
-    lse_neg,
-    skip_zero_rows,
-    kept,
-    precision,
-    backend,
-    d_lse,
-    d_cos,
-    buffer,
-    *update,
-):
-    backend_for(backend, x_hat, precision).centre_step(
-        weight,
-        buffer,
-        SgdUpdate(*update),
-        d_lse.contiguous(),
-        d_cos.contiguous(),
-        x_hat,
-        index,
-        labels,
-        lse_neg,
-        scale,
-        hard_rule(hard_threshold, hard_coefficients, hard_bound),
-        class_start,
-        precision,
-        skip_zero_rows,
-        kept,
-    )
+def _centre_step(x_hat, weight, *rest):
+    (*settings, d_lse, d_cos, buffer), update = rest[:-5], SgdUpdate(*rest[-5:])
+    part = GradientFactors.build(d_lse, d_cos, x_hat, settings)
+    backend_for(part.backend, x_hat, part.precision).centre_step(weight, buffer, update, part)
 
 
 @_centre_step.register_fake

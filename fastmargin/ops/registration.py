@@ -10,18 +10,13 @@ from torch import Tensor
 from fastmargin import backends
 from fastmargin.backends.interface import Backend
 from fastmargin.norms import compute_dtype
-from fastmargin.spec import HardRule, MarginForm
+from fastmargin.spec import MarginForm
 
 STATS_ARGS = (
     "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
     " Tensor? hard_threshold, Tensor? hard_coefficients, float hard_bound, int class_start"
 )
 """What all passes of the softmax over the centres take."""
-
-
-def hard_rule(threshold: Tensor | None, coefficients: Tensor, bound: float) -> HardRule | None:
-    """Inverse of what ``STATS_ARGS`` makes of a rule."""
-    return None if threshold is None else HardRule(threshold, coefficients, bound)
 
 
 def op(name: str, schema: str, mutates: tuple[str, ...] = ()):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fastmargin.backends import row_gradients
-from fastmargin.factors import GradientFactors
 from fastmargin.ops.centre_gradient import gradient_or_factors
-from fastmargin.ops.registration import STATS_ARGS, backend_for, check_index, hard_rule, op
-from fastmargin.spec import HardRule, RowStats
+from fastmargin.ops.registration import STATS_ARGS, backend_for, check_index, op
+from fastmargin.spec import GradientFactors, HardRule, RowStats
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def _row_stats(
         index,
         labels,
         scale,
-        hard_rule(hard_threshold, hard_coefficients, hard_bound),
+        HardRule.build(hard_threshold, hard_coefficients, hard_bound),
         class_start,
         want_pull,
         precision,
@@ -117,24 +116,23 @@ def _row_stats_autograd(ctx, d_lse, d_cos, _max_neg, _pull, miss):
         d_x_hat = row_stats_backward_x(d_lse, d_cos, pull, weight, index, labels, *about)
     if ctx.needs_input_grad[1]:
         row_tolerance, precision, backend = settings
-        d_weight = gradient_or_factors(
-            weight,
-            GradientFactors(
-                *row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance),
-                x_hat,
-                labels,
-                lse_neg,
-                index,
-                class_start,
-                scale,
-                hard_rule(threshold, coefficients, bound),
-                precision,
-                backend,
-                miss is not None and row_tolerance > 0,
-                ctx.sparse_grad,
-            ),
-            ctx.next_functions[1][0],
+        d_lse, d_cos = row_gradients.without_confident(d_lse, d_cos, miss, row_tolerance)
+        part = GradientFactors(
+            d_lse=d_lse,
+            d_cos=d_cos,
+            x_hat=x_hat,
+            labels=labels,
+            lse_neg=lse_neg,
+            scale=scale,
+            index=index,
+            class_start=class_start,
+            hard=HardRule.build(threshold, coefficients, bound),
+            precision=precision,
+            backend=backend,
+            skip_zero_rows=miss is not None and row_tolerance > 0,
+            sparse_grad=ctx.sparse_grad,
         )
+        d_weight = gradient_or_factors(weight, part, ctx.next_functions[1][0])
     return d_x_hat, d_weight, *rest
 
 
@@ -181,9 +179,6 @@ def row_stats(
         TypeError, ValueError: index is not as above.
     """
     check_index(index, weight)
-    rule = (None, None, 1.0)
-    if hard is not None:
-        rule = hard.threshold, hard.coefficients, float(hard.bound)
     if want_pull is None:
         want_pull = torch.is_grad_enabled() and x_hat.requires_grad
     return RowStats(
@@ -193,7 +188,7 @@ def row_stats(
             index,
             labels,
             float(scale),
-            *rule,
+            *HardRule.split(hard),
             class_start,
             want_pull,
             sparse_grad,

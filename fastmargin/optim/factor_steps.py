@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastmargin import factors, ops
-from fastmargin.factors import GradientFactors
+from fastmargin.spec import GradientFactors
 
 
 def merged(found: Sequence[GradientFactors]) -> GradientFactors | None:

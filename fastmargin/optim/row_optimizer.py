@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastmargin import deferred, factors
-from fastmargin.factors import GradientFactors
 from fastmargin.norms import compute_dtype
 from fastmargin.optim.factor_steps import formed, merged, unscale
 from fastmargin.optim.owed_steps import OwedSteps, Step, capturing
@@ -24,6 +23,7 @@ from fastmargin.optim.row_chunks import (
 )
 from fastmargin.rounding import SIXTEEN_BITS, Rounding
 from fastmargin.rows import stand_ins
+from fastmargin.spec import GradientFactors
 
 UNSAMPLED = ("lazy", "dense", "frozen")
 REFUSED = ("amsgrad", "dampening", "maximize")

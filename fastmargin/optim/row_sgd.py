@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmargin import ops
-from fastmargin.factors import GradientFactors
 from fastmargin.norms import FLOATS
 from fastmargin.optim.row_chunks import beside
 from fastmargin.optim.row_optimizer import RowOptimizer
 from fastmargin.rounding import Rounding
-from fastmargin.spec import SgdUpdate
+from fastmargin.spec import GradientFactors, SgdUpdate
 
 __all__ = ["RowSGD"]
 

@@ -12,7 +12,7 @@ from fastmargin.backends.reference import BACKEND as REFERENCE
 from fastmargin.backends.triton import BACKEND as TRITON
 from fastmargin.backends.triton import tuned
 from fastmargin.backends.triton.configs import OPERAND_DTYPES
-from fastmargin.spec import SgdUpdate
+from fastmargin.spec import GradientFactors, SgdUpdate
 
 EMPTY_EVERY = 7
 """One in this many slots of an index is padding."""
@@ -161,16 +161,23 @@ def _operation(problem: Problem, backend, dtype: torch.dtype, precision: str):
         )
     d_lse, d_cos, x_hat = (t.to(dtype) for t in (problem.d_lse, problem.d_cos, problem.x_hat))
     weight, variant = _centres(problem, dtype), problem.variant
-    about = problem.index, problem.labels, problem.lse_neg.to(dtype), variant.scale, None, 0
+    part = GradientFactors(
+        d_lse=d_lse,
+        d_cos=d_cos,
+        x_hat=x_hat,
+        labels=problem.labels,
+        lse_neg=problem.lse_neg.to(dtype),
+        scale=variant.scale,
+        index=problem.index,
+        precision=precision,
+        skip_zero_rows=variant.counted,
+    )
     if not variant.step:
-        rest = *about, precision, variant.counted
-        return backend.row_stats_backward(d_lse, d_cos, x_hat, weight, *rest)
+        return backend.row_stats_backward(weight, part)
     # a buffer of zeros becomes the gradient
     weight, buffer = weight.clone(), torch.zeros_like(weight, dtype=dtype)
     step = SgdUpdate(0.1, 0.9, 0.0, False)
-    backend.centre_step(
-        weight, buffer, step, d_lse, d_cos, x_hat, *about, precision, variant.counted
-    )
+    backend.centre_step(weight, buffer, step, part)
     return buffer
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastmargin.backends.composed import Composed
 from fastmargin.spec import (
+    GradientFactors,
     HardRule,
     HingeForm,
     MarginForm,
@@ -101,58 +102,23 @@ class TritonBackend(Composed):
         rest = labels, scale, hard, class_start, want_pull, precision
         return _row_stats(x_hat, x, weight, _contiguous(index), *rest)[0]
 
-    def row_stats_backward(
-        self,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
-    ) -> Tensor:
-        if x_hat.shape[0] == 0 or _columns(weight, index) == 0:
-            columns = weight if index is None else index
+    def row_stats_backward(self, weight: Tensor, part: GradientFactors) -> Tensor:
+        if part.x_hat.shape[0] == 0 or _columns(weight, part.index) == 0:
+            columns = weight if part.index is None else part.index
             shape = columns.shape[0], weight.shape[1]
             return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        rest = scale, hard, class_start, precision, skip_zero_rows, kept
-        return _centre_pass(d_lse, d_cos, x_hat, weight, index, labels, lse_neg, *rest)
+        return _centre_pass(weight, part)
 
     def centre_step(
-        self,
-        weight: Tensor,
-        momentum: Tensor | None,
-        update: SgdUpdate,
-        d_lse: Tensor,
-        d_cos: Tensor,
-        x_hat: Tensor,
-        index: Tensor | None,
-        labels: Tensor,
-        lse_neg: Tensor,
-        scale: float,
-        hard: HardRule | None,
-        class_start: int,
-        precision: str,
-        skip_zero_rows: bool = False,
-        kept: Sequence[Tensor] = (),
+        self, weight: Tensor, momentum: Tensor | None, update: SgdUpdate, part: GradientFactors
     ) -> None:
         from fastmargin.backends.triton.centre_pass import steps_in_place
 
-        rest = scale, hard, class_start, precision, skip_zero_rows
-        nothing = x_hat.shape[0] == 0 or _columns(weight, index) == 0
+        nothing = part.x_hat.shape[0] == 0 or _columns(weight, part.index) == 0
         if nothing or not steps_in_place(weight, momentum):
-            super().centre_step(
-                weight, momentum, update, d_lse, d_cos, x_hat, index, labels, lse_neg, *rest
-            )
+            super().centre_step(weight, momentum, update, part)
             return
-        rows = d_lse, d_cos, x_hat, weight, index, labels, lse_neg
-        _centre_pass(*rows, *rest, kept, update, momentum)
+        _centre_pass(weight, part, update, momentum)
 
     def row_topk(
         self,
@@ -423,19 +389,8 @@ def _row_stats(
 
 
 def _centre_pass(
-    d_lse: Tensor,
-    d_cos: Tensor,
-    x_hat: Tensor,
     weight: Tensor,
-    index: Tensor | None,
-    labels: Tensor,
-    lse_neg: Tensor,
-    scale: float,
-    hard: HardRule | None,
-    class_start: int,
-    precision: str,
-    skip_zero_rows: bool,
-    kept: Sequence[Tensor],
+    part: GradientFactors,
     update: SgdUpdate | None = None,
     momentum: Tensor | None = None,
 ) -> Tensor | None:
@@ -444,29 +399,15 @@ def _centre_pass(
     from fastmargin.backends.triton.centres import centres_again
     from fastmargin.backends.triton.own_rows import OwnRows, own_rows
 
-    precision, x_hat, labels, hard = _operands(precision, x_hat, labels, hard)
-    index = _contiguous(index)
-    operand, *centres, own, level, code = kept or (x_hat.new_empty(0),) * 6
-    d_lse, d_cos, lse_neg = (t.contiguous() for t in (d_lse, d_cos, lse_neg))
-    rows = OwnRows(own, level, code)
-    if not own.numel():
-        about = weight, index, labels, scale, class_start
-        rows = own_rows(d_lse, d_cos, lse_neg, x_hat, *about)
-    return centre_pass(
-        d_lse,
-        lse_neg,
-        rows,
-        operand if operand.numel() else _as_operand(x_hat, precision),
-        centres_again(weight, index, precision, *centres),
-        weight,
-        index,
-        scale,
-        hard,
-        precision,
-        skip_zero_rows,
-        update,
-        momentum,
-    )
+    precision, x_hat, labels, hard = _operands(part.precision, part.x_hat, part.labels, part.hard)
+    names = ("d_lse", "d_cos", "lse_neg", "index")
+    same = {name: _contiguous(getattr(part, name)) for name in names}
+    part = replace(part, precision=precision, x_hat=x_hat, labels=labels, hard=hard, **same)
+    operand, *centres, own, level, code = part.kept or (x_hat.new_empty(0),) * 6
+    rows = OwnRows(own, level, code) if own.numel() else own_rows(weight, part)
+    operand = operand if operand.numel() else _as_operand(x_hat, precision)
+    again = centres_again(weight, part.index, precision, *centres)
+    return centre_pass(weight, part, rows, operand, again, update, momentum)
 
 
 def _operands(

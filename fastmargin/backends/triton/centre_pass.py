@@ -45,7 +45,7 @@ from fastmargin.backends.triton.tile import (
     row_pointer,
     runs_ahead,
 )
-from fastmargin.spec import HardRule, SgdUpdate
+from fastmargin.spec import GradientFactors, SgdUpdate
 
 SCANNED_AT_ONCE: tl.constexpr = tl.constexpr(1024)
 FINISHED_AT_ONCE = 32
@@ -268,67 +268,57 @@ def steps_in_place(weight: Tensor, momentum: Tensor | None) -> bool:
 
 
 def centre_pass(
-    d_lse: Tensor,
-    lse_neg: Tensor,
+    weight: Tensor,
+    part: GradientFactors,
     rows: OwnRows,
     x: Tensor,
     centres: Iterable[Centres],
-    weight: Tensor,
-    index: Tensor | None,
-    scale: float,
-    hard: HardRule | None,
-    precision: str,
-    skip_zero_rows: bool,
     update: SgdUpdate | None = None,
     momentum: Tensor | None = None,
 ) -> Tensor | None:
-    """Gradient (C, D) of ``weight``, or (K, D) of its rows in ``index``: contiguous, in its dtype.
+    """Gradient (C, D) of ``weight``, or (K, D) of its rows in the index: contiguous, in its dtype.
 
     None with ``update``: these rows of ``weight`` and ``momentum`` are stepped in place instead.
 
     Args:
-        d_lse, lse_neg: (B,) contiguous, fp32.
-        rows: what else is to be known of them.
+        weight: (C, D).
+        part: its tensors contiguous, those of floats fp32, and its precision not "auto".
+        rows: what else is to be known of its rows.
         x: (B, D') unit rows in the operand type.
         centres: the columns of the pass, some at a time.
-        weight: (C, D).
-        index: (K,) contiguous, or None.
-        scale: s.
-        hard: rule for hard negatives, its threshold contiguous and fp32.
-        precision: one of "fp32", "tf32", "bf16", "fp16".
-        skip_zero_rows: rows without a gradient are many, so they are sorted out first.
         update: only where :func:`steps_in_place`.
         momentum: its buffer, or None.
     """
-    columns, d = weight.shape[0] if index is None else index.shape[0], weight.shape[1]
+    index, hard, d = part.index, part.hard, weight.shape[1]
+    columns = weight.shape[0] if index is None else index.shape[0]
     out, epilogue = None, epilogues.of(update)
     key = None if update is None else update.rounding
     if update is None:
         out = torch.empty((columns, d), dtype=weight.dtype, device=weight.device)
     count, level, code = None, rows.level, rows.code
-    lse, threshold = (None, None) if hard is None else (lse_neg, hard.threshold)
-    if skip_zero_rows:
+    lse, threshold = (None, None) if hard is None else (part.lse_neg, hard.threshold)
+    if part.skip_zero_rows:
         count, level, code, lse, threshold, x = compact(level, code, lse, threshold, x)
     arch = chip(weight.device).arch
     crowded = hard is not None or (update is not None and update.nesterov)
-    tile = choose("centre_pass", d, precision, arch, crowded)
-    for part in centres:
-        n, stop = part.inverse.shape[0], part.start + part.inverse.shape[0]
+    tile = choose("centre_pass", d, part.precision, arch, crowded)
+    for piece in centres:
+        n, stop = piece.inverse.shape[0], piece.start + piece.inverse.shape[0]
         fixed = constants(
             d,
-            precision,
+            part.precision,
             index is not None,
             tile,
             hard is not None,
-            skip_zero_rows,
+            part.skip_zero_rows,
             epilogue,
             key is not None,
             arch,
         )
-        rows_of = slice(part.start, stop) if index is None else slice(None)
+        rows_of = slice(piece.start, stop) if index is None else slice(None)
         here = state = result = None
         if out is not None:
-            result = out[part.start : stop]
+            result = out[piece.start : stop]
         else:
             here = weight[rows_of]
             state = here if momentum is None else momentum[rows_of]
@@ -336,29 +326,29 @@ def centre_pass(
             centre_pass_kernel[(triton.cdiv(n, tile.block_c) * triton.cdiv(d, tile.block_d),)](
                 blocks_of(x, tile.block_b, tile.block_k),
                 blocks_of(x, tile.block_b, tile.block_d),
-                blocks_of(part.operand, tile.block_c, tile.block_k),
-                part.inverse,
+                blocks_of(piece.operand, tile.block_c, tile.block_k),
+                piece.inverse,
                 level,
                 code,
                 lse,
                 threshold,
                 None if hard is None else hard.coefficients,
                 count,
-                d_lse,
+                part.d_lse,
                 rows.code,
                 rows.own,
-                part.operand,
+                piece.operand,
                 here,
-                None if index is None else index[part.start : stop],
+                None if index is None else index[piece.start : stop],
                 result,
                 state,
                 x.shape[0],
                 x.shape[0],
                 n,
                 0 if here is None else here.shape[0],
-                part.start,
-                scale * LOG2E.value,
-                scale * slope_power(hard),
+                piece.start,
+                part.scale * LOG2E.value,
+                part.scale * slope_power(hard),
                 *epilogues.numbers(update),
                 key or 0,
                 **fixed,

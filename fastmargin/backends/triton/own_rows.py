@@ -22,6 +22,7 @@ from fastmargin.backends.triton.configs import block_of
 from fastmargin.backends.triton.launch import on_device
 from fastmargin.backends.triton.tile import LOG2E, inverse
 from fastmargin.backends.triton.tuned import MOST_TILE_ROWS
+from fastmargin.spec import GradientFactors
 
 BLOCK_OF_ROWS: tl.constexpr = tl.constexpr(MOST_TILE_ROWS)
 NO_ROW: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -250,50 +251,35 @@ def constants(d: int, indexed: bool) -> dict:
     }
 
 
-def own_rows(
-    d_lse: Tensor,
-    d_cos: Tensor,
-    lse_neg: Tensor,
-    x_hat: Tensor,
-    weight: Tensor,
-    index: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    class_start: int,
-) -> OwnRows:
+def own_rows(weight: Tensor, part: GradientFactors) -> OwnRows:
     """What the centre pass needs of a batch.
 
     Args:
-        d_lse, d_cos, lse_neg: (B,) contiguous, fp32.
-        x_hat: (B, D) contiguous.
         weight: (C, D).
-        index: (K,) contiguous, or None.
-        labels: (B,) contiguous, int64.
-        scale: s.
-        class_start: global id of the first column.
+        part: its tensors contiguous, those of floats fp32.
     """
-    b, d = x_hat.shape
-    made = OwnRows.empty(x_hat)
+    (b, d), index = part.x_hat.shape, part.index
+    made = OwnRows.empty(part.x_hat)
     fixed = constants(d, index is not None)
-    with on_device(x_hat):
+    with on_device(part.x_hat):
         own_rows_kernel[(triton.cdiv(b, fixed["BLOCK_R"]),)](
-            d_lse,
-            d_cos,
-            lse_neg,
-            x_hat,
+            part.d_lse,
+            part.d_cos,
+            part.lse_neg,
+            part.x_hat,
             weight,
             index,
-            labels,
+            part.labels,
             made.own,
             made.level,
             made.code,
             b,
             weight.shape[0] if index is None else index.shape[0],
             weight.shape[0],
-            class_start,
+            part.class_start,
             weight.stride(0),
             weight.stride(1),
-            float(scale),
+            float(part.scale),
             **fixed,
         )
     return made

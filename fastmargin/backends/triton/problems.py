@@ -22,6 +22,7 @@ from fastmargin.spec import (
     GRAD_MODES,
     GUARDS,
     SOURCES,
+    GradientFactors,
     HardRule,
     HingeForm,
     MarginForm,
@@ -97,25 +98,33 @@ def _stats(of: Pass, scale: float, hard: bool, pull: bool) -> None:
     BACKEND.row_stats(x, of.weight(), of.index(), labels, *about)
 
 
-def _factors(of: Pass, hard: bool) -> tuple:
-    x, labels = _rows(of.d)
+def _factors(of: Pass, hard: bool, counted: bool) -> GradientFactors:
+    x_hat, labels = _rows(of.d)
     d_lse, d_cos, lse_neg = torch.empty(3, ROWS)
-    rule = _rule() if hard else None
-    rows = d_lse, d_cos, x
-    return rows, (of.index(), labels, lse_neg, 64.0, rule, of.class_start, of.precision)
+    return GradientFactors(
+        d_lse=d_lse,
+        d_cos=d_cos,
+        x_hat=x_hat,
+        labels=labels,
+        lse_neg=lse_neg,
+        scale=64.0,
+        index=of.index(),
+        class_start=of.class_start,
+        hard=_rule() if hard else None,
+        precision=of.precision,
+        skip_zero_rows=counted,
+    )
 
 
 def _gradient(of: Pass, hard: bool, counted: bool) -> None:
-    rows, about = _factors(of, hard)
-    BACKEND.row_stats_backward(*rows, of.weight(), *about, skip_zero_rows=counted)
+    BACKEND.row_stats_backward(of.weight(), _factors(of, hard, counted))
 
 
 def _step(of: Pass, update: SgdUpdate, hard: bool, counted: bool) -> None:
     weight, heavy = of.weight(), torch.float32 if update.rounding is None else torch.bfloat16
     momentum = torch.empty_like(weight, dtype=heavy) if update.momentum else None
-    rows, about = _factors(of, hard)
     if steps_in_place(weight, momentum):
-        BACKEND.centre_step(weight, momentum, update, *rows, *about, skip_zero_rows=counted)
+        BACKEND.centre_step(weight, momentum, update, _factors(of, hard, counted))
 
 
 def _topk(of: Pass, k: int) -> None:
@@ -142,9 +151,10 @@ def _loss(of: Pass, kind: torch.dtype, form: MarginForm, tolerance: float = 0.0)
     made = BACKEND.softmax_loss(x.to(kind), weight, index, labels, labels, *about)
     about = weight, index, labels, of.class_start, form.scale, kind, True, True, tolerance
     _, d_lse, d_cos, own = BACKEND.softmax_loss_backward(torch.empty(()), made, *about)
-    rows = d_lse, d_cos, made.x_hat, weight, index, labels, made.lse_neg
-    rest = form.scale, None, of.class_start, of.precision, tolerance > 0, (*made.kept, *own)
-    BACKEND.row_stats_backward(*rows, *rest)
+    part = _factors(of, False, tolerance > 0)
+    found = {"d_lse": d_lse, "d_cos": d_cos, "x_hat": made.x_hat, "lse_neg": made.lse_neg}
+    part = replace(part, **found, scale=form.scale, kept=(*made.kept, *own))
+    BACKEND.row_stats_backward(weight, part)
 
 
 def _form(source: str, guard: str = "mm", grad: str = "exact") -> MarginForm:
