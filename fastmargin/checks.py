@@ -74,6 +74,8 @@ def check_embeddings(embeddings: Tensor, weight: Tensor, allow_empty: bool = Fal
             raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
     if embeddings.shape[0] == 0 and not allow_empty:
         raise ValueError("embeddings are an empty batch: skip the step, or drop the last batch")
+    if embeddings.shape[1] == 0:
+        raise ValueError("embeddings have 0 dimensions: the embedding size is at least 1")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
             f"embeddings have {embeddings.shape[1]} dimensions, weight (class centres) has "

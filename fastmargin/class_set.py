@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastmargin.distributed import collectives
 from fastmargin.distributed.shard import ClassShard
@@ -35,6 +37,34 @@ def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
         drawn.normal_(std=INIT_STD, generator=generator)
         low, high = max(first, start), min(first + DRAWN_TOGETHER, stop)
         weight[low - start : high - start] = drawn[low - first : high - first]
+
+
+_replaced = WeakTensorKeyDictionary()
+"""Parameters that are nobody's centres any more."""
+_watching = []
+
+
+def replaced(parameter: Tensor) -> None:
+    """From now on an optimiser that still holds this parameter raises in its step.
+
+    It would otherwise train nothing, without a word.
+    """
+    _replaced[parameter] = True
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_refuse_replaced))
+
+
+def _refuse_replaced(optimiser: Optimizer, *_) -> None:
+    if not len(_replaced):
+        return
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            if parameter in _replaced:
+                raise RuntimeError(
+                    f"the optimiser holds class centres {tuple(parameter.shape)} that "
+                    "extend_classes or select_rows has replaced: make it anew from "
+                    "head.parameters(), or put head.weight in their place"
+                )
 
 
 def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | None) -> Tensor:

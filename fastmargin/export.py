@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmargin.distributed import agreement, collectives
 from fastmargin.distributed.shard import ClassShard
-from fastmargin.norms import inverse_norm
+from fastmargin.norms import unit
 
 PIECE = 1 << 14
 """Rows that are in memory at a time."""
@@ -96,8 +96,8 @@ def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShar
                 count = min(PIECE, stop - start - low)
                 piece = weight.new_empty((count, weight.shape[1]))
                 if rank == sender:
-                    piece.copy_(weight[low : low + count])
-                    piece *= inverse_norm(piece) if normalized else 1
+                    rows = weight[low : low + count]
+                    piece.copy_(unit(rows) if normalized else rows)
                 if sender > 0:
                     collectives.send_to_first(piece, sender, group)
                 if file is not None:

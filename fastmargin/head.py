@@ -20,7 +20,7 @@ from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard, check_outside_ddp
 from fastmargin.functional import LossRows
 from fastmargin.margins import Margin, NearestMargin
-from fastmargin.norms import FLOATS, inverse_norm
+from fastmargin.norms import FLOATS, compute_dtype, unit
 from fastmargin.sampling import ClassSampler
 
 KERNEL_TOPK = 16
@@ -275,12 +275,16 @@ class MarginHead(SettledCopies, nn.Module):
     def logits(self, embeddings: Tensor) -> Tensor:
         """(B, C) ``s * cos`` without margin. This is the tensor the loss avoids; see predict.
 
-        With ``group`` every process calls it, and gets its rows against all classes.
+        float32, of float64 centres float64. With ``group`` every process calls it, and gets its
+        rows against all classes.
         """
         x, own = self._gathered(embeddings)
-        x_hat = x.to(self.weight.dtype)
-        x_hat = x_hat * inverse_norm(x_hat)
-        logits = (x_hat @ self.weight.t()) * (self.margin.s * inverse_norm(self.weight).t())
+        x_hat = unit(x.to(compute_dtype(self.weight.dtype)))
+        logits = x_hat.new_empty((len(x_hat), len(self.weight)))
+        for start in range(0, len(self.weight), PREDICT_CHUNK):
+            centers = unit(self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype))
+            logits[:, start : start + len(centers)] = x_hat @ centers.t()
+        logits *= self.margin.s
         return self.margin.processes.gather_classes(logits.t()).t()[own]
 
     @_plain
@@ -318,8 +322,8 @@ class MarginHead(SettledCopies, nn.Module):
         """More than the kernels keep in registers: chunks of classes, merged as they come."""
         best = Prediction(x_hat[:, :0], torch.empty_like(x_hat[:, :0], dtype=torch.int64))
         for start in range(0, self.weight.shape[0], PREDICT_CHUNK):
-            centers = self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype)
-            cosine = (x_hat @ centers.t()) * inverse_norm(centers).t()
+            centers = unit(self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype))
+            cosine = x_hat @ centers.t()
             label = torch.arange(start, start + len(centers), device=x_hat.device)
             cosine = torch.cat([best.cosine, cosine], dim=1)
             label = torch.cat([best.label, label.expand(len(x_hat), -1)], dim=1)
@@ -343,8 +347,8 @@ class MarginHead(SettledCopies, nn.Module):
         deferred.settle(self.weight)
         if path is not None:
             return export.write_centers(Path(path), self.weight, normalized, self.shard)
-        centers = self.weight.detach().clone()
-        return centers.mul_(inverse_norm(centers)) if normalized else centers
+        centers = self.weight.detach()
+        return unit(centers) if normalized else centers.clone()
 
     # ---- another set of classes ----
 
@@ -352,8 +356,9 @@ class MarginHead(SettledCopies, nn.Module):
     def extend_classes(self, n: int, init: Tensor | None = None) -> None:
         """Appends ``n`` classes, with the ids ``num_classes ... num_classes + n - 1``.
 
-        ``weight`` becomes another parameter: make the optimiser anew. With ``group`` every process
-        calls it, and rows move between them.
+        ``weight`` becomes another parameter: make the optimiser anew, since one that holds the
+        old raises in its next step. With ``group`` every process calls it, and rows move between
+        them.
 
         Args:
             n: at least 1.
@@ -395,6 +400,7 @@ class MarginHead(SettledCopies, nn.Module):
                 change.fill_new_(weight, init.to(weight))
         change.move_(self.weight.detach(), weight)
         self.margin.change_classes(change)  # the last that may fail
+        class_set.replaced(self.weight)
         self.num_classes, self.shard = len(index), change.after
         self.weight = nn.Parameter(weight, self.weight.requires_grad)
         self.margin.processes = GroupProcesses(self.shard, self.batch_size)

@@ -25,6 +25,12 @@ def inverse_norm(rows: Tensor) -> Tensor:
     return torch.where(known, 1 / torch.where(known, norm, 1), 0)
 
 
+def unit(rows: Tensor) -> Tensor:
+    """Rows of unit length in their own type; norms are taken in float32, or float64."""
+    wide = rows.to(compute_dtype(rows.dtype))
+    return (wide * inverse_norm(wide)).to(rows.dtype)
+
+
 def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:
     """(3,): count, mean and sum of squared deviations of the clipped norms with label >= 0.
 

@@ -84,6 +84,52 @@ def test_export_centers():
     assert torch.equal(raw, head.weight) and raw.data_ptr() != head.weight.data_ptr()
 
 
+def test_inference_of_16_bit_centres():
+    """Norms that 16 bits do not hold, and their inverses, are taken in float32."""
+    torch.manual_seed(0)
+    head = fm.MarginHead(2, 400, fm.CosFace(), dtype=torch.float16)
+    with torch.no_grad():
+        head.weight[:10] *= 1e-3
+    x = torch.randn(5, 2) * 1e5
+    unit = torch.nn.functional.normalize(head.weight.detach().float())
+    expected = 64 * torch.nn.functional.normalize(x) @ unit.t()
+    logits = head.logits(x)
+    assert logits.dtype == torch.float32 and logits.is_contiguous()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(head.export_centers(), unit.half())
+    torch.testing.assert_close(head.predict(x).cosine * 64, logits.amax(1, keepdim=True))
+
+
+OPTIMISERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "RowSGD": lambda p: fm.optim.RowSGD(p, lr=0.1),
+    "fused": lambda p: fm.optim.RowSGD(p, lr=0.1, fused=True),
+    "RowAdamW": lambda p: fm.optim.RowAdamW(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_of_centres_that_were_replaced(name):
+    head, x, labels = head_and_batch()
+    other, _, _ = head_and_batch()
+    optimiser, unconcerned = (
+        OPTIMISERS[name](head.parameters()),
+        OPTIMISERS[name](other.parameters()),
+    )
+    head.extend_classes(2)
+    head(x, labels).backward()
+    with pytest.raises(RuntimeError, match="make it anew"):
+        optimiser.step()
+    other(x, labels).backward()
+    unconcerned.step()
+    before = head.weight.detach().clone()
+    optimiser.param_groups[0]["params"] = [head.weight]
+    optimiser.zero_grad()
+    head(x, labels).backward()
+    optimiser.step()
+    assert not torch.equal(before, head.weight)
+
+
 def test_metrics_of_one_class():
     """No negative: the hardest one is left out of the mean instead of being -inf."""
     head, x, labels = head_and_batch(classes=1)
@@ -186,6 +232,7 @@ BAD = {
     "float labels": (lambda x, y: (x, y.float()), {}, TypeError, r"labels\.long\(\)"),
     "too few labels": (lambda x, y: (x, y[:-1]), {}, ValueError, "labels must have shape"),
     "empty batch": (lambda x, y: (x[:0], y[:0]), {}, ValueError, "empty batch"),
+    "no size": (lambda x, y: (x[:, :0], y), {}, ValueError, "embeddings have 0 dimensions"),
     "wrong size": (lambda x, y: (x[:, :-1], y), {}, ValueError, "embeddings have 5 dimensions"),
     "one dimension": (lambda x, y: (x[0], y[:1]), {}, ValueError, "must have 2 dimensions"),
     "integers": (lambda x, y: (x.long(), y), {}, TypeError, "embeddings must be a float tensor"),

@@ -180,6 +180,81 @@ def test_wrong_settings_are_refused_by_name(kind, options):
         kind(**options)
 
 
+@pytest.mark.parametrize(
+    "make, name, value, error",
+    [
+        (ArcFace, "m", 28.6, ValueError),
+        (ArcFace, "m", torch.nn.Parameter(torch.tensor(0.4)), TypeError),
+        (ArcFace, "s", math.inf, ValueError),
+        (ArcFace, "guard", "what", ValueError),
+        (CosFace, "s", torch.nn.Parameter(torch.tensor(64.0)), TypeError),
+        (lambda: ElasticFace(angular=False), "m", 2.5, ValueError),
+        (NPT, "top_k", 1.5, TypeError),
+        (lambda: Filtered(ArcFace(), 0.4), "m", 28.6, ValueError),
+        (lambda: Filtered(ArcFace(), 0.4), "threshold", 1.0, ValueError),
+    ],
+)
+def test_a_schedule_is_checked_too(make, name, value, error):
+    margin = make()
+    before = getattr(margin, name)
+    with pytest.raises(error, match=rf"^{name} "):
+        setattr(margin, name, value)
+    assert getattr(margin, name) == before
+    assert not list(margin.parameters())
+
+
+@pytest.mark.parametrize("through", ["outer", "inner"])
+def test_a_schedule_of_a_filtered_margin(through):
+    case = testing.make_case("random", batch=6, classes=20, dim=8)
+    margin = Filtered(CosFace(m=0.2, s=64.0), 0.3)
+    target = margin if through == "outer" else margin.margin
+    target.s, target.m = 32.0, 0.1
+    ours = fm.margin_loss(case.x, case.weight, case.labels, margin)
+    fresh = Filtered(CosFace(m=0.1, s=32.0), 0.3)
+    assert ours == fm.margin_loss(case.x, case.weight, case.labels, fresh)
+
+
+class NoFactor(AdaFace):
+    """Takes the margin factor from elsewhere, and leaves the rest to AdaFace."""
+
+    def margin_factor(self, norm):
+        return torch.zeros_like(norm)
+
+
+def _zero(*_):
+    return lambda cos_y, norm, labels: torch.zeros_like(cos_y)
+
+
+def with_forward(margin):
+    margin.forward = _zero()
+    return margin
+
+
+def with_hook(margin):
+    margin.register_forward_hook(lambda module, given, psi: psi * 0)
+    return margin
+
+
+@pytest.mark.parametrize("change", [with_forward, with_hook])
+def test_what_was_put_on_a_margin_is_heard(change):
+    case = testing.make_case("random", batch=6, classes=20, dim=8)
+
+    class Zero(fm.SoftmaxMargin):
+        def forward(self, cos_y, norm, labels):
+            return torch.zeros_like(cos_y)
+
+    ours = fm.margin_loss(case.x, case.weight, case.labels, change(ArcFace(s=30.0)))
+    assert ours == fm.margin_loss(case.x, case.weight, case.labels, Zero(s=30.0))
+    assert ours != fm.margin_loss(case.x, case.weight, case.labels, ArcFace(s=30.0))
+
+
+def test_an_overridden_margin_factor_is_heard():
+    case = testing.make_case("random", batch=6, classes=20, dim=8)
+    ours = fm.margin_loss(case.x, case.weight, case.labels, NoFactor(t_alpha=1.0))
+    plain = fm.margin_loss(case.x, case.weight, case.labels, CosFace(m=0.4, cos_eps=1e-3))
+    torch.testing.assert_close(ours, plain)
+
+
 # a value of every argument that is not its default
 OTHERS = {
     "m": 0.3,
@@ -505,6 +580,18 @@ def test_npt_formula_and_zero_slot():
     assert loss(top_k=3) == pytest.approx(2 * 0.1)
     assert loss(top_k=3, zero_slot=True) == pytest.approx(2 * (0.2 + 0.1))
     assert loss(r=3.0) == pytest.approx(3 * 2 * 0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 150, 299])
+def test_npt_shows_a_centre_of_nan(backend, place):
+    device = device_for(backend)
+    case = testing.make_case("random", batch=20, classes=300, dim=16).to(torch.float32, device)
+    weight = case.weight.clone()
+    weight[place] = math.nan
+    labels = torch.where(case.labels == place, place - 1, case.labels).abs()
+    loss = fm.margin_loss(case.x, weight, labels, NPT(), backend=backend, reduction="none")
+    assert loss.isnan().all()
 
 
 def test_npt_keeps_the_gradient_at_a_tie():

@@ -376,7 +376,7 @@ void row_topk(const Tensor& x_hat, const Tensor& weight, const std::optional<Ten
                                 : -std::numeric_limits<T>::infinity();
         };
         for (int64_t slot = 1; slot < grid.slots; ++slot) {
-          if (head(slot) > head(from)) from = slot;
+          if (is_nearer(head(slot), head(from))) from = slot;
         }
         values_out[i * k + j] = head(from);
         nearest_out[i * k + j] =

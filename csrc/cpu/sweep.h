@@ -74,6 +74,13 @@ struct Range {
   int64_t end;
 };
 
+// Whether cosine a comes before b among the nearest: the larger one, and NaN first, as in
+// torch.topk, so that a centre of NaN is seen. Inlined for the reason given at Centres::row.
+template <typename T>
+[[gnu::always_inline]] inline bool is_nearer(T a, T b) {
+  return !(a <= b) && b == b;
+}
+
 template <typename T>
 struct Kernels {
   int64_t lanes;

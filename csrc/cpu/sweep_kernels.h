@@ -270,7 +270,7 @@ void step(const Batch<T>& batch, const Centres& centres, Range classes, const Up
 template <typename T>
 void insert(T value, int64_t index, int64_t k, T* values, int64_t* indices) {
   int64_t at = k - 1;
-  for (; at > 0 && value > values[at - 1]; --at) {
+  for (; at > 0 && is_nearer(value, values[at - 1]); --at) {
     values[at] = values[at - 1];
     indices[at] = indices[at - 1];
   }
@@ -298,18 +298,19 @@ void nearest(const Batch<T>& batch, const Centres& centres, Range panels, Range 
         c = -kInfinity<T>;
       });
       for (int64_t half = 0; half < kPanel; half += kWidth) {
-        Vec<T> top = broadcast<T>(-kInfinity<T>);
+        Vec<T> top = broadcast<T>(-kInfinity<T>), nan = top;
         for (int64_t j = 0; j < block.count; ++j) {
           const Vec<T> c = load(tile + half + j * kPanel);
           top = c > top ? c : top;
+          nan = c == c ? nan : c;
         }
         for (int64_t i = 0; i < kWidth; ++i) {
           T* best = values + (row + half + i) * k;
           int64_t* best_index = index + (row + half + i) * k;
-          if (!(top[i] > best[k - 1])) continue;
+          if (!(top[i] > best[k - 1]) && nan[i] == nan[i]) continue;
           for (int64_t j = 0; j < block.count; ++j) {
             const T c = tile[half + i + j * kPanel];
-            if (c > best[k - 1]) insert(c, first + j, k, best, best_index);
+            if (is_nearer(c, best[k - 1])) insert(c, first + j, k, best, best_index);
           }
         }
       }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from fastmargin.margins import guards
+from fastmargin.margins import guards, limits
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import MarginForm, NormEma
 
@@ -40,7 +42,15 @@ class AdaFace(SoftmaxMargin):
             positive, or an eps that leaves no range.
     """
 
-    settings = ("m", "h", "s", "t_alpha", "guard", "grad", "cos_eps", "angle_eps", "stats")
+    settings: ClassVar = {
+        "m": limits.angle,
+        "h": limits.number,
+        "s": limits.positive,
+        "t_alpha": limits.fraction,
+        **limits.GUARDED,
+        "stats": limits.Choice(("global", "local")),
+    }
+    formed = ("forward", "margin_factor")
 
     def __init__(
         self,
@@ -55,12 +65,6 @@ class AdaFace(SoftmaxMargin):
         stats: str = "global",
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad, cos_eps, angle_eps)
-        guards.check_angle(m)
-        if not 0 <= t_alpha <= 1:
-            raise ValueError(f"t_alpha must be in [0, 1], got {t_alpha}")
-        if stats not in ("global", "local"):
-            raise ValueError(f"stats must be 'global' or 'local', got {stats!r}")
         self.m, self.h, self.t_alpha = m, h, t_alpha
         self.guard, self.grad, self.stats = guard, grad, stats
         self.cos_eps, self.angle_eps = cos_eps, angle_eps

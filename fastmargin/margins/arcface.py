@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from fastmargin.margins import guards
+from fastmargin.margins import guards, limits
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import MarginForm
 
@@ -31,7 +33,11 @@ class ArcFace(SoftmaxMargin):
             leaves no range.
     """
 
-    settings = ("m", "s", "guard", "grad", "cos_eps", "angle_eps")
+    settings: ClassVar = {
+        "m": limits.angle,
+        "s": limits.positive,
+        **limits.GUARDED,
+    }
 
     def __init__(
         self,
@@ -43,8 +49,6 @@ class ArcFace(SoftmaxMargin):
         angle_eps: float = 1e-3,
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad, cos_eps, angle_eps)
-        guards.check_angle(m)
         self.m, self.guard, self.grad = m, guard, grad
         self.cos_eps, self.angle_eps = cos_eps, angle_eps
 

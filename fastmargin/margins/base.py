@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
+from fastmargin.margins import limits
+from fastmargin.margins.limits import Limit
 from fastmargin.spec import HardRule, HingeForm, MarginForm, NormEma
 
 
@@ -33,8 +38,9 @@ class Processes:
 class Margin(nn.Module):
     """State that a margin keeps, and when it is asked for it. Every hook has a harmless default."""
 
-    settings: tuple[str, ...] = ()
-    """Names of the arguments it was made with, which all processes of a sharded head must share."""
+    settings: ClassVar[Mapping[str, Limit]] = {}
+    """What it is made with, by name, and what each may be. One out of its limits is not set; all
+    processes of a sharded head must have the same."""
 
     s: float = 1.0
     """Scale of the logits ``s * cos`` at inference."""
@@ -51,8 +57,16 @@ class Margin(nn.Module):
     per_class: tuple[str, ...] = ()
     """Names of buffers that hold a row for each of *this process's* classes."""
 
+    formed: tuple[str, ...] = ("forward",)
+    """Names of the methods that a kernel form stands for."""
+
     summed: tuple[str, ...] = ()
     """Names of buffers that add up over this process's rows: what counts is ``processes.sum``."""
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.settings:
+            self.settings[name](name, value)
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         values = {name: getattr(self, name) for name in self.settings}
@@ -115,11 +129,15 @@ class Margin(nn.Module):
         return None
 
     def kernel_form(self) -> MarginForm | HingeForm | None:
-        """:meth:`form`, unless a subclass has its own :meth:`forward` and left the form behind."""
+        """:meth:`form`, unless something of what it stands for was overridden or has hooks."""
+        if self._forward_hooks or self._forward_pre_hooks:
+            return None
+        if any(name in vars(self) for name in self.formed):
+            return None
         order = type(self).__mro__
         of_form = next(i for i, c in enumerate(order) if "form" in vars(c))
-        of_forward = next(i for i, c in enumerate(order) if "forward" in vars(c))
-        return self.form() if of_form <= of_forward else None
+        first = min(i for i, c in enumerate(order) if any(name in vars(c) for name in self.formed))
+        return self.form() if of_form <= first else None
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
         """Sees the unit embeddings (B, D), without gradient, of every training step.
@@ -136,11 +154,11 @@ class SoftmaxMargin(Margin):
     margins that the kernels know.
     """
 
+    settings: ClassVar[Mapping[str, Limit]] = {"s": limits.positive}
+
     def __init__(self, s: float) -> None:
         super().__init__()
-        if not s > 0:
-            raise ValueError(f"s (scale) must be positive, got {s}")
-        self.s = float(s)
+        self.s = s
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
         """psi (B,): the target logit divided by s, from the target cosine and embedding norm (B,).

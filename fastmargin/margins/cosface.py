@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from fastmargin.margins import guards
+from fastmargin.margins import limits
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import MarginForm
 
@@ -21,12 +23,14 @@ class CosFace(SoftmaxMargin):
         ValueError: m outside [-2, 2], s not positive, or cos_eps outside [0, 1).
     """
 
-    settings = ("m", "s", "cos_eps")
+    settings: ClassVar = {
+        "m": limits.cosine_difference,
+        "s": limits.positive,
+        "cos_eps": limits.cos_eps,
+    }
 
     def __init__(self, m: float = 0.4, s: float = 64.0, cos_eps: float = 0.0) -> None:
         super().__init__(s)
-        guards.check("none", "exact", cos_eps)
-        guards.check_cosine(m)
         self.m, self.cos_eps = m, cos_eps
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:

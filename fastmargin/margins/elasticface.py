@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from fastmargin.counter import row_normals
-from fastmargin.margins import guards
+from fastmargin.margins import guards, limits
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import Draw, MarginForm
 
@@ -35,7 +37,15 @@ class ElasticFace(SoftmaxMargin):
             unknown guard or grad.
     """
 
-    settings = ("m", "std", "s", "angular", "guard", "grad", "seed")
+    settings: ClassVar = {
+        "m": limits.number,
+        "std": limits.not_negative,
+        "s": limits.positive,
+        "angular": limits.anything,
+        "guard": limits.GUARDED["guard"],
+        "grad": limits.GUARDED["grad"],
+        "seed": limits.anything,
+    }
     observes_for_later = True  # a step draws by the steps before it
 
     def __init__(
@@ -49,10 +59,7 @@ class ElasticFace(SoftmaxMargin):
         seed: int = 0,
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad)
-        (guards.check_angle if angular else guards.check_cosine)(m)
-        if not std >= 0:
-            raise ValueError(f"std must not be negative, got {std}")
+        self.settings = self.settings | {"m": limits.angle if angular else limits.cosine_difference}
         self.m, self.std, self.angular, self.guard, self.grad = m, std, angular, guard, grad
         self.register_buffer("seed", torch.tensor([seed]))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64))

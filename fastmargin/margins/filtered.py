@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from fastmargin.margins.base import Processes, SoftmaxMargin
+from fastmargin.margins import limits
+from fastmargin.margins.base import Margin, Processes, SoftmaxMargin
 from fastmargin.spec import HardRule, MarginForm, NormEma
 
 
@@ -26,7 +29,9 @@ class Filtered(SoftmaxMargin):
             outside (0, 1).
     """
 
-    settings = ("threshold",)
+    settings: ClassVar = {
+        "threshold": limits.Within(1e-6, 1 - 1e-6, "a cosine, in (0, 1)"),
+    }
 
     def __init__(self, margin: SoftmaxMargin, threshold: float) -> None:
         if not isinstance(margin, SoftmaxMargin):
@@ -36,10 +41,26 @@ class Filtered(SoftmaxMargin):
                 f"{type(margin).__name__} treats negatives by a rule of its own or keeps state per "
                 "class: Filtered goes with fm.ArcFace, CosFace, AdaFace and ElasticFace"
             )
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold is a cosine in (0, 1), got {threshold}")
-        super().__init__(margin.s)
+        Margin.__init__(self)
         self.margin, self.threshold = margin, threshold
+
+    @property
+    def s(self) -> float:
+        """Scale of the margin; may be set."""
+        return self.margin.s
+
+    @s.setter
+    def s(self, s: float) -> None:
+        self.margin.s = s
+
+    @property
+    def m(self) -> float:
+        """Size of the margin; may be set."""
+        return self.margin.m
+
+    @m.setter
+    def m(self, m: float) -> None:
+        self.margin.m = m
 
     @property
     def stats(self) -> str:

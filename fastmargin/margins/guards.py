@@ -18,32 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-from fastmargin.spec import GRAD_MODES, GUARDS
-
-
-def check(guard: str, grad: str, cos_eps: float = 0.0, angle_eps: float = 0.0) -> None:
-    """Raises ValueError for an unknown guard or gradient mode, or a bound that leaves no range."""
-    if guard not in GUARDS:
-        raise ValueError(f"guard must be one of {GUARDS}, got {guard!r}")
-    if grad not in GRAD_MODES:
-        raise ValueError(f"grad must be one of {GRAD_MODES}, got {grad!r}")
-    if not 0 <= cos_eps < 1:
-        raise ValueError(f"cos_eps must be in [0, 1), got {cos_eps}")
-    if not 0 <= angle_eps < math.pi / 2:
-        raise ValueError(f"angle_eps is in radians, in [0, pi/2), got {angle_eps}")
-
-
-def check_angle(m: float) -> None:
-    """Raises ValueError unless m can be a margin on the angle."""
-    if not 0 <= m <= math.pi:
-        raise ValueError(f"m is an angle in radians, in [0, pi], got {m}: math.radians() helps")
-
-
-def check_cosine(m: float) -> None:
-    """Raises ValueError unless m can be a margin on the cosine."""
-    if not -2 <= m <= 2:
-        raise ValueError(f"m is a difference of cosines, in [-2, 2], got {m}: scale s comes extra")
-
 
 def add_angle(
     cos: Tensor, m: Tensor, guard: str, grad: str, cos_eps: float = 0.0, angle_eps: float = 0.0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastmargin.margins import guards
+from fastmargin.margins import guards, limits
 from fastmargin.margins.base import SoftmaxMargin
 from fastmargin.spec import MarginForm
 
@@ -94,8 +95,18 @@ class KappaFace(SoftmaxMargin):
             or grad, num_samples without a memory or the other way round.
     """
 
-    settings = ("m", "s", "temperature", "gamma", "class_counts", "features")
-    settings += ("num_samples", "memory_momentum", "guard", "grad")
+    settings: ClassVar = {
+        "m": limits.angle,
+        "s": limits.positive,
+        "temperature": limits.number,
+        "gamma": limits.fraction,
+        "class_counts": limits.anything,
+        "features": limits.Choice(FEATURES),
+        "num_samples": limits.anything,
+        "memory_momentum": limits.fraction,
+        "guard": limits.GUARDED["guard"],
+        "grad": limits.GUARDED["grad"],
+    }
 
     observes_for_later = True  # end_epoch makes weights of it
     per_class = ("class_sums", "class_seen")
@@ -115,14 +126,8 @@ class KappaFace(SoftmaxMargin):
         grad: str = "exact",
     ) -> None:
         super().__init__(s)
-        guards.check(guard, grad)
-        guards.check_angle(m)
-        if features not in FEATURES:
-            raise ValueError(f"features must be one of {FEATURES}, got {features!r}")
         if (features == "memory") != (num_samples is not None):
             raise ValueError("num_samples goes with features='memory', and is needed there")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
         self.m, self.temperature, self.gamma = m, temperature, gamma
         self.features, self.num_samples = features, num_samples
         self.memory_momentum = memory_momentum

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from fastmargin.margins import limits
 from fastmargin.margins.base import NearestMargin
 from fastmargin.spec import HingeForm
 
@@ -28,17 +31,20 @@ class NPT(NearestMargin):
         ValueError: top_k below 1, or r not positive.
     """
 
-    settings = ("delta", "top_k", "r", "zero_slot")
+    settings: ClassVar = {
+        "delta": limits.anything,
+        "top_k": limits.count,
+        "r": limits.anything,
+        "zero_slot": limits.anything,
+    }
 
     def __init__(
         self, delta: float = 0.5, top_k: int = 1, r: float = 1.0, zero_slot: bool = False
     ) -> None:
         super().__init__()
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
         if not r > 0:
             raise ValueError(f"r must be positive, got {r}")
-        self.delta, self.top_k, self.r, self.zero_slot = delta, int(top_k), r, zero_slot
+        self.delta, self.top_k, self.r, self.zero_slot = delta, top_k, r, zero_slot
 
     def forward(self, cos_y: Tensor, nearest: Tensor) -> Tensor:
         if self.zero_slot:
