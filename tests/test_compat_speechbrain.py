@@ -263,3 +263,12 @@ def test_speechbrain_recipe(kind, never_dense, monkeypatch):
         assert torch.equal(index, best[:, 0])
         assert torch.equal(score, predictions.topk(2).values[:, 0, 0])
         assert predictions.max(2, keepdim=True).values.shape == (64, 1, 1)
+
+
+def test_constants_follow_the_margin():
+    """In the original they are what counts, and a schedule that sets them would do nothing here."""
+    margin = speechbrain.AdditiveAngularMargin(margin=0.2, scale=30.0)
+    margin.margin = 0.5
+    assert margin.cos_m == math.cos(0.5) and margin.mm == math.sin(math.pi - 0.5) * 0.5
+    with pytest.raises(AttributeError, match="set margin instead"):
+        margin.cos_m = math.cos(0.3)

@@ -341,3 +341,12 @@ def test_wespeaker_epochs(conf, never_dense, told_anew):
     assert len([each for each in said if "fastmargin" in str(each.message)]) == 1
     assert sum(history[-10:]) < 0.7 * sum(history[:10])
     assert meters[-1].right > 0.5 * meters[-1].rows
+
+
+@pytest.mark.parametrize("kind", ["ArcMarginProduct", "ArcMarginProduct_intertopk_subcenter"])
+def test_constants_follow_the_margin(kind):
+    head = getattr(wespeaker, kind)(8, 5)
+    head.update(0.5)
+    assert head.sin_m == math.sin(0.5) and head.mmm == 1 + math.cos(math.pi - 0.5)
+    with pytest.raises(AttributeError, match="set margin instead"):
+        head.th = 0.0

@@ -43,6 +43,14 @@ class _Each(nn.Module):
         )
 
 
+UNCALLED = {
+    *("cast_types", "compute_loss", "get_angles", "get_cos_with_margin", "get_cosine"),
+    *("get_default_distance", "get_default_reducer", "get_default_weight_init_func"),
+    *("get_target_mask", "init_margin", "modify_cosine_of_target_classes", "scale_logits"),
+}
+"""Methods of the originals that nothing calls here, most of them about (B, C) matrices."""
+
+
 class ClassificationLoss(nn.Module):
     """The base class: ``W``, regularisers, the miner's weights, the reducer.
 
@@ -102,6 +110,16 @@ class ClassificationLoss(nn.Module):
         self._record_these = list(self.shown)
         self._record_these_stats = ["avg_angle"] if self.collect_stats else []
         self.avg_angle = 0.0
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        unused = sorted(UNCALLED.intersection(vars(cls)))
+        if unused:
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(unused)} of pytorch-metric-learning, which "
+                "nothing calls here: derive it from that package's class, or write a margin of "
+                "your own, see docs/margins.md"
+            )
 
     def _check_distance(self, distance) -> None:
         if distance is None:

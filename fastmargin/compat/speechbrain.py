@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastmargin.compat.inputs import check_labels
 from fastmargin.compat.logits import StreamedLogits, stream
+from fastmargin.compat.margin_constants import MarginConstants
 from fastmargin.compat.scores import CentreScores
 from fastmargin.norms import compute_dtype, inverse_norm
 from fastmargin.spec import MarginForm
@@ -154,7 +155,7 @@ class AngularMargin(nn.Module):
         return f"margin={self.margin}, scale={self.scale}"
 
 
-class AdditiveAngularMargin(AngularMargin):
+class AdditiveAngularMargin(MarginConstants, AngularMargin):
     """``scale * cos(theta + margin)`` where the target is 1.
 
     Past pi it is ``scale * (cos(theta) - margin * sin(margin))``; with ``easy_margin`` the margin

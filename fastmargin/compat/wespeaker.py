@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastmargin.compat.chunked import ChunkedScores, is_class, over_chunks
 from fastmargin.compat.inputs import check_labels, check_rows
 from fastmargin.compat.logits import stream
+from fastmargin.compat.margin_constants import MarginConstants
 from fastmargin.compat.scores import CentreScores
 from fastmargin.margins.guards import add_angle
 from fastmargin.norms import compute_dtype, inverse_norm
@@ -175,7 +176,7 @@ class AddMarginProduct(_Projection):
         return self._streamed(x, label, form)
 
 
-class ArcMarginProduct(_Projection):
+class ArcMarginProduct(MarginConstants, _Projection):
     """``scale * cos(theta_y + margin)``; past pi ``cos(theta_y) - 1 + cos(margin)``.
 
     With ``easy_margin`` the margin applies only where ``cos(theta_y) > 0``. Identical and different
@@ -224,7 +225,7 @@ def _phi(cosine: Tensor, margin: float, easy: bool) -> Tensor:
     return torch.where(past, cosine - 1 + math.cos(margin), moved)
 
 
-class ArcMarginProduct_intertopk_subcenter(_Projection):
+class ArcMarginProduct_intertopk_subcenter(MarginConstants, _Projection):
     """ArcMarginProduct with K centres per class, and a penalty on the nearest wrong classes.
 
     The cosine with a class is the largest of its K (sub-centre ArcFace, Deng et al. 2020). The
