@@ -41,6 +41,17 @@ def _plain(method):
     return run
 
 
+def _check_margin(margin: Margin, correct_sampling: bool, row_tolerance: float) -> None:
+    """Raises TypeError or ValueError for a margin that such a head cannot have."""
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
+    if correct_sampling and isinstance(margin, NearestMargin):
+        raise ValueError(
+            "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
+        )
+    functional.check_row_tolerance(row_tolerance, margin)
+
+
 class Prediction(NamedTuple):
     """Best classes of every row, best first: cosines (B, k) and class ids (B, k) int64."""
 
@@ -128,8 +139,6 @@ class MarginHead(SettledCopies, nn.Module):
                 "embedding_size and num_classes must be at least 1, got "
                 f"{embedding_size} and {num_classes}"
             )
-        if not isinstance(margin, Margin):
-            raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
         if num_sampled is not None and (num_sampled < 1 or sample_rate != 1.0):
@@ -137,16 +146,12 @@ class MarginHead(SettledCopies, nn.Module):
                 "num_sampled must be at least 1 and replaces sample_rate, got "
                 f"num_sampled={num_sampled} and sample_rate={sample_rate}"
             )
-        if correct_sampling and isinstance(margin, NearestMargin):
-            raise ValueError(
-                "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
-            )
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype must be one of {FLOATS} or None, got {dtype}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         checks.check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
-        functional.check_row_tolerance(row_tolerance, margin)
+        _check_margin(margin, correct_sampling, row_tolerance)
         self.row_tolerance = row_tolerance
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.backend, self.precision, self.validate = backend, precision, validate
@@ -156,10 +161,10 @@ class MarginHead(SettledCopies, nn.Module):
         device = torch.get_default_device() if device is None else torch.device(device)
         self.shard = None if group is None else ClassShard.of(num_classes, group, device.type)
         self.margin = margin.to(device)
-        margin.processes = GroupProcesses(self.shard, batch_size)
         self.weight = nn.Parameter(torch.empty(*self._local_shape(), device=device, dtype=dtype))
         self._check_alike()
         self._bind()
+        self.sampler = self._new_sampler()
         self._rows: LossRows | None = None
         self.register_state_dict_post_hook(_share_out)
         self.register_load_state_dict_pre_hook(_take_own)
@@ -200,10 +205,10 @@ class MarginHead(SettledCopies, nn.Module):
                 )
 
     def _bind(self) -> None:
-        """Tells the margin and the sampler which classes are here."""
+        """Tells the margin which classes are here."""
         device, (start, stop) = self.weight.device, self._range()
+        self.margin.processes = GroupProcesses(self.shard, self.batch_size)
         self.margin.bind(self.num_classes, self.embedding_size, device, (start, stop))
-        self.sampler = self._new_sampler()
 
     def _new_sampler(self) -> ClassSampler | None:
         if self.sample_rate == 1 and self.num_sampled is None:
@@ -350,7 +355,26 @@ class MarginHead(SettledCopies, nn.Module):
         centers = self.weight.detach()
         return unit(centers) if normalized else centers.clone()
 
-    # ---- another set of classes ----
+    # ---- another margin, another set of classes ----
+
+    def change_margin(self, margin: Margin) -> None:
+        """Trains with another margin from the next step on, e.g. in a fine-tuning stage.
+
+        The centres stay, and with them the optimiser; the state of the new margin begins anew.
+        With ``group`` every process calls it.
+
+        Raises:
+            TypeError, ValueError: as when the head is made; the margin stays as it was.
+        """
+        _check_margin(margin, self.correct_sampling, self.row_tolerance)
+        before, self.margin = self.margin, margin.to(self.weight.device).train(self.training)
+        try:
+            self._check_alike()
+            self._bind()
+        except ValueError:
+            self.margin = before
+            raise
+        self._rows = None
 
     @torch.no_grad()
     def extend_classes(self, n: int, init: Tensor | None = None) -> None:
@@ -403,9 +427,8 @@ class MarginHead(SettledCopies, nn.Module):
         class_set.replaced(self.weight)
         self.num_classes, self.shard = len(index), change.after
         self.weight = nn.Parameter(weight, self.weight.requires_grad)
-        self.margin.processes = GroupProcesses(self.shard, self.batch_size)
-        sampler = self.sampler
         self._bind()
+        sampler, self.sampler = self.sampler, self._new_sampler()
         if sampler is not None:
             self.sampler.load_state_dict(sampler.state_dict())
         self._rows = None

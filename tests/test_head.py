@@ -130,6 +130,40 @@ def test_an_optimiser_of_centres_that_were_replaced(name):
     assert not torch.equal(before, head.weight)
 
 
+@pytest.mark.parametrize("name", ["arcface", "kappaface", "elasticface", "npt", "no_form"])
+def test_another_margin(name):
+    head, x, labels = head_and_batch("adaface")
+    optimiser = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(x, labels).backward()
+    optimiser.step()
+    fresh = fm.MarginHead(head.embedding_size, head.num_classes, MARGINS[name]())
+    fresh.weight.data.copy_(head.weight)
+    head.change_margin(MARGINS[name]())
+    assert head(x, labels) == fresh(x, labels)
+    optimiser.zero_grad()
+    head(x, labels).backward()
+    optimiser.step()
+    head.eval()
+    head.change_margin(MARGINS["elasticface"]())
+    assert not head.margin.training
+
+
+def test_a_margin_that_a_head_cannot_have():
+    head, x, labels = head_and_batch(num_sampled=5, correct_sampling=True)
+    before, step = head.margin, head.sampler.step.clone()
+    with pytest.raises(ValueError, match="correct_sampling"):
+        head.change_margin(fm.NPT())
+    with pytest.raises(TypeError, match="margin must be"):
+        head.change_margin("arcface")
+    counts = fm.KappaFace(class_counts=[1, 2])
+    with pytest.raises(ValueError, match="class_counts has shape"):
+        head.change_margin(counts)
+    assert head.margin is before
+    head(x, labels)
+    head.change_margin(fm.ArcFace(m=0.2))
+    assert head.sampler.step == step + 1  # the draws go on
+
+
 def test_metrics_of_one_class():
     """No negative: the hardest one is left out of the mean instead of being -inf."""
     head, x, labels = head_and_batch(classes=1)

@@ -225,6 +225,12 @@ def unlike(group, what: str):
         elif what == "setting":
             margin = fm.Filtered(fm.CosFace(cos_eps=0.0 if first else 1e-4), 0.4)
             fm.MarginHead(DIM, 70, margin, group=group)
+        elif what == "change":
+            head = head_of("arcface", 70, group)
+            try:
+                head.change_margin(fm.CosFace(m=0.4 if first else 0.3))
+            finally:
+                assert isinstance(head.margin, fm.ArcFace)
         elif what == "requires_grad":
             head_of("arcface", 70, group)(x.requires_grad_(first), labels)
         elif what == "width":
@@ -245,6 +251,7 @@ def unlike(group, what: str):
         ("seed", "ValueError: seed is 1 on this process", "ValueError: seed is 0 on this process"),
         ("margin", "ValueError: margin is ArcFace(m=0.5", "ValueError: margin is ArcFace(m=0.3"),
         ("setting", "ValueError: margin is Filtered(", None),
+        ("change", "ValueError: margin is CosFace(m=0.4", "ValueError: margin is CosFace(m=0.3"),
         ("requires_grad", "ValueError: embeddings: some processes want a gradient", None),
         (
             "width",

@@ -326,7 +326,7 @@ class Loading:
             raise ValueError(
                 f"{name}: only in the checkpoint: {_listed(saved - own.keys()) or 'none'}; only "
                 f"here: {_listed(own.keys() - saved) or 'none'}: make it as it was made for the "
-                "checkpoint, with the same margin and options"
+                "checkpoint, with the same margin and options (head.change_margin comes after it)"
             )
         for prefix, head in self.objects.heads():
             entry = f"{prefix}.weight"
