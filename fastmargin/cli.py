@@ -229,12 +229,22 @@ def convert(
         ),
     ] = None,
     sub_centers: Annotated[
-        int, typer.Option(min=1, help="Centres of each class in SOURCE (pml, wespeaker).")
+        int, typer.Option(min=1, help="Centres of each class in SOURCE (pml, wespeaker, --key).")
     ] = 1,
     head: Annotated[
         str | None,
         typer.Option(help="Name of the head in a fastmargin checkpoint that has several."),
     ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Take the matrix of this name in any torch.save file, instead of --from, e.g. "
+            "model.heads.weight (fast-reid) or weight (speechbrain)."
+        ),
+    ] = None,
+    transposed: Annotated[
+        bool, typer.Option("--transposed", help="The matrix of --key is (D, C).")
+    ] = False,
     margin: Annotated[
         str | None,
         typer.Option(
@@ -290,6 +300,8 @@ def convert(
         num_classes=num_classes,
         sub_centers=sub_centers,
         head=head,
+        key=key,
+        transposed=transposed,
         margin=margin,
         sampler_seed=sampler_seed,
         momentum=momentum,

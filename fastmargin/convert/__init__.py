@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fastmargin.convert import files, shards
+from fastmargin.convert import files, keyed, shards
 from fastmargin.convert.centres import (
     Backbone,
     Centres,
@@ -50,6 +50,8 @@ def read(
     num_classes: int | None = None,
     sub_centers: int = 1,
     head: str | None = None,
+    key: str | None = None,
+    transposed: bool = False,
 ) -> Centres:
     """Opens and checks the files of a classifier; rows are read on demand.
 
@@ -58,17 +60,26 @@ def read(
         format: a name in :data:`FORMATS`; None: detected from the files.
         num_classes: C. Needed where CVLface's files may have padding rows, and checked otherwise:
             nothing else shows that the last shards are missing.
-        sub_centers: consecutive rows per class; pml and wespeaker only.
+        sub_centers: consecutive rows per class; pml, wespeaker and with a key only.
         head: in a checkpoint of fastmargin, the head (or another matrix of rows) to take.
+        key: take the matrix of this name in a ``torch.save`` file of any code base, instead of
+            ``format``, e.g. "model.heads.weight"; only the centres are read then.
+        transposed: that matrix is (D, C).
 
     Raises:
         ConvertError: the files do not match their format, or some are missing.
         OSError: a file cannot be read.
     """
     path = Path(path)
-    form = detect(path) if format is None else format_of(format)
     _check_count("num_classes", num_classes)
     _check_count("sub_centers", sub_centers)
+    if transposed and key is None:
+        raise ConvertError("transposed goes with a key: the formats know their layout")
+    if key is not None:
+        if format is not None or head is not None:
+            raise ConvertError("key goes without a format (--from) and without a head")
+        return keyed.read(path, Reading(num_classes, sub_centers), key, transposed)
+    form = detect(path) if format is None else format_of(format)
     if sub_centers > 1 and not form.sub_centers:
         raise ConvertError(f"sub_centers is {sub_centers}, and {form.name} has one row per class")
     path = place(path, form)

@@ -33,6 +33,8 @@ class Settings:
     num_classes: int | None = None
     sub_centers: int = 1
     head: str | None = None
+    key: str | None = None
+    transposed: bool = False
     margin: str | None = None
     sampler_seed: int | None = None
     momentum: bool = True
@@ -58,6 +60,8 @@ def run(settings: Settings, progress) -> Figures:
         num_classes=settings.num_classes,
         sub_centers=settings.sub_centers,
         head=settings.head,
+        key=settings.key,
+        transposed=settings.transposed,
     )
     figures = describe(settings.source, found)
     centres = found
