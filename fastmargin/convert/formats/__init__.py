@@ -66,6 +66,7 @@ def detect(path: Path) -> Format:
         what = "files of " + " and ".join(form.name for form in found) if found else "no known file"
         known = "; ".join(f"{form.name}: {form.files}" for form in FORMATS.values())
         raise ConvertError(
-            f"{path} has {what}: name the format with --from, or a matrix with --key. Known are {known}"
+            f"{path} has {what}: name the format with --from, or a matrix with --key. Known are "
+            f"{known}"
         )
     return found[0]
