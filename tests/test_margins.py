@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import BACKENDS, MARGINS, ON_CPU, device_for
@@ -201,6 +202,14 @@ def test_a_schedule_is_checked_too(make, name, value, error):
         setattr(margin, name, value)
     assert getattr(margin, name) == before
     assert not list(margin.parameters())
+
+
+def test_numbers_of_numpy_become_pythons():
+    """torch.compile takes numpy's for tensors."""
+    margin = ArcFace(m=np.deg2rad(28.6), s=np.float32(64))
+    assert type(margin.m) is float and type(margin.s) is float
+    assert type(NPT(top_k=np.int64(2)).top_k) is int
+    assert margin.fingerprint() == ArcFace(m=float(np.deg2rad(28.6)), s=64).fingerprint()
 
 
 @pytest.mark.parametrize("through", ["outer", "inner"])

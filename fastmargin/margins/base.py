@@ -65,7 +65,7 @@ class Margin(nn.Module):
 
     def __setattr__(self, name: str, value) -> None:
         if name in self.settings:
-            self.settings[name](name, value)
+            value = self.settings[name](name, value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -9,15 +9,17 @@ from numbers import Integral, Real
 
 from fastmargin.spec import GRAD_MODES, GUARDS
 
-Limit = Callable[[str, object], None]
-"""Called with the name of a setting and its value; raises TypeError or ValueError."""
+Limit = Callable[[str, object], object]
+"""Called with the name of a setting and its value; returns it as a plain Python number where it is
+one, which ``torch.compile`` needs; raises TypeError or ValueError."""
 
 
-def anything(name: str, value: object) -> None:
+def anything(name: str, value: object) -> object:
     """Checked elsewhere, or always right."""
+    return value
 
 
-def number(name: str, value: object) -> None:
+def number(name: str, value: object) -> float:
     """A finite number, and no tensor: kernels take it by value, without a gradient."""
     if not isinstance(value, Real):
         raise TypeError(
@@ -26,21 +28,24 @@ def number(name: str, value: object) -> None:
         )
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
-def positive(name: str, value: object) -> None:
+def positive(name: str, value: object) -> float:
     """A number above 0."""
-    number(name, value)
-    if not value > 0:
+    found = number(name, value)
+    if not found > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+    return found
 
 
-def count(name: str, value: object) -> None:
+def count(name: str, value: object) -> int:
     """An integer, 1 or more."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,11 @@ class Within:
     high: float
     what: str
 
-    def __call__(self, name: str, value: object) -> None:
-        number(name, value)
-        if not self.low <= value <= self.high:
+    def __call__(self, name: str, value: object) -> float:
+        found = number(name, value)
+        if not self.low <= found <= self.high:
             raise ValueError(f"{name} is {self.what}, got {value}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,10 @@ class Choice:
 
     allowed: tuple[str, ...]
 
-    def __call__(self, name: str, value: object) -> None:
+    def __call__(self, name: str, value: object) -> object:
         if value not in self.allowed:
             raise ValueError(f"{name} must be one of {self.allowed}, got {value!r}")
+        return value
 
 
 angle = Within(0, math.pi, "an angle in radians, in [0, pi] (math.radians() helps)")
