@@ -1,4 +1,4 @@
-"""What the settings of margins may be: checked whenever one is set, so in a schedule, too."""
+"""Checks of the settings of margins, run whenever one is set, e.g. by a schedule."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from numbers import Integral, Real
 from fastmargin.spec import GRAD_MODES, GUARDS
 
 Limit = Callable[[str, object], None]
-"""Called with the name of a setting and its value; raises TypeError or ValueError."""
+"""Called with the name and value of a setting; raises TypeError or ValueError if invalid."""
 
 
 def anything(name: str, value: object) -> None:
-    """Checked elsewhere, or always right."""
+    """No check: done elsewhere, or every value is valid."""
 
 
 def number(name: str, value: object) -> None:
-    """A finite number, and no tensor: kernels take it by value, without a gradient."""
+    """A finite number, not a tensor: kernels take it by value, without gradient."""
     if not isinstance(value, Real):
         raise TypeError(
-            f"{name} must be a number, got {type(value).__name__}: pass float({name}); one that is "
-            "learned needs a margin of your own, see docs/margins.md"
+            f"{name} must be a number, got {type(value).__name__}: pass float({name}); "
+            "to learn it, write your own margin, see docs/margins.md"
         )
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -36,7 +36,7 @@ def positive(name: str, value: object) -> None:
 
 
 def count(name: str, value: object) -> None:
-    """An integer, 1 or more."""
+    """An integer of at least 1."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
@@ -45,7 +45,7 @@ def count(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Within:
-    """A number in [low, high]; ``what`` says in words what it is."""
+    """A number in [low, high]; ``what`` describes it in the error message."""
 
     low: float
     high: float
@@ -54,12 +54,12 @@ class Within:
     def __call__(self, name: str, value: object) -> None:
         number(name, value)
         if not self.low <= value <= self.high:
-            raise ValueError(f"{name} is {self.what}, got {value}")
+            raise ValueError(f"{name} must be {self.what}, got {value}")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words."""
+    """One of the allowed strings."""
 
     allowed: tuple[str, ...]
 
