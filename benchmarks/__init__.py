@@ -1,6 +1,6 @@
 """Benchmarks: ``fastmargin bench`` in a source checkout, or ``python -m benchmarks.run``.
 
-What is measured and how is told in docs/benchmarks.md. Nothing here is part of the package.
+docs/benchmarks.md says what is measured and how. Nothing here is part of the package.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Error against float64 by how sure a row is: from the wrong class to p_y = 1 - exp(-30)."""
+"""Error against float64 by logit gap, from wrong to very confident rows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.cases import Case
 from benchmarks.contenders import Contender
 
 GAPS = (-20.0, -10.0, -5.0, 0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
-"""Target logit less the log-sum-exp of the others."""
+"""Target logit minus the log-sum-exp of the others."""
 SIZE = {"batch": 64, "classes": 1024, "dim": 128}
 
 
 def sweep(contender: Contender, margin: str, device: torch.device) -> list[dict]:
-    """Relative errors of loss and gradients at every gap that this margin reaches.
+    """Relative errors of loss and gradients at each gap that this margin can reach.
 
     Raises:
         Whatever the contender raises.
@@ -25,7 +25,7 @@ def sweep(contender: Contender, margin: str, device: torch.device) -> list[dict]
     labels = data.batches(case, device, unit)[0][1]
     found, head = [], None
     for gap in GAPS:
-        if head is None or margin == "adaface":  # whose statistics a batch moves
+        if head is None or margin == "adaface":  # a batch changes its statistics
             head = contender.make(case, weight.clone())
         truth = None if unit else contender.margin(margin).to(device).double()
         x = gate.at_gap(weight.double(), labels, truth, gap)

@@ -1,4 +1,4 @@
-"""One run: for every case the gate, peak memory and times of everybody, as a report."""
+"""One run: for each case the gate, peak memory and times of all contenders, as a report."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from benchmarks.spread import Spread, paired_ratio
 
 SCHEMA = 1
 MARKED = 0.25
-"""A row is marked as disturbed if more than this share of its turns was."""
+"""A row is marked as disturbed if more than this fraction of its turns was."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """repeats: turns that count. seconds: after so long a case starts no further turn. rounds: all
-    cases are gone through so often, each time with new heads and its share of the turns. only: keep
-    contenders whose names contain one of these. memory, accuracy: whether to measure them.
-    small_ceilings: from small operands, for tests."""
+    """repeats: timed turns. seconds: a case starts no further turn after this time. rounds: passes
+    over all cases, each with new heads and an equal part of the turns. only: keep contenders whose
+    names contain one of these. memory, accuracy: whether to measure them. small_ceilings: measure
+    ceilings with small operands, for tests."""
 
     repeats: int = 9
     seconds: float = 15.0
@@ -36,11 +36,11 @@ class Settings:
 
 
 Tell = Callable[[str], None]
-"""Called before every piece of work with what it is."""
+"""Called with a description before each piece of work."""
 
 
 def pieces(cases: list[Case], device: torch.device, settings: Settings) -> int:
-    """How often :func:`run` will tell."""
+    """How often :func:`run` will call ``tell``."""
     count = 2
     for case in cases:
         able = [c for c in _takers(case, device, settings) if c.refuses(case, device) is None]
@@ -52,7 +52,7 @@ def pieces(cases: list[Case], device: torch.device, settings: Settings) -> int:
 def run(
     cases: list[Case], device: torch.device, settings: Settings, tell: Tell = lambda what: None
 ) -> dict:
-    """Measures; the report without provenance. What fails is a row that says so."""
+    """Measures; returns the report without provenance. Failures become rows with a reason."""
     clock = timing.clock_for(device)
     canary = timing.canary_for(device, clock)
     canary.sing()
@@ -60,7 +60,7 @@ def run(
     ceilings = roofline.measure(device, clock, settings.small_ceilings)
     bench = _Bench(device, settings, clock, canary, ceilings, tell)
     entries = [bench.enter(case) for case in cases]
-    # far apart, so that the spread holds what changes in a machine from minute to minute
+    # far apart, so that the spread includes variation of the machine from minute to minute
     for turn in range(settings.rounds):
         for entry in entries:
             bench.round(entry, turn == 0)
@@ -84,7 +84,7 @@ def run(
 
 @dataclass
 class _Entry:
-    """What is known of a case: rows and times by contender, and who is still in it."""
+    """A case: rows and times by contender, and the contenders still taking part."""
 
     case: Case
     rows: dict[str, dict]
@@ -99,7 +99,7 @@ class _Bench:
         self.verdicts: dict[tuple[str, Case], gate.Verdict | Exception] = {}
 
     def enter(self, case: Case) -> _Entry:
-        """Gates; rows come in the order of the contenders."""
+        """Runs the gate; rows are in the order of the contenders."""
         takers = _takers(case, self.device, self.settings)
         entry = _Entry(case, {taker.name: _row(case, taker) for taker in takers}, [], {})
         for taker in takers:
@@ -111,18 +111,18 @@ class _Bench:
         return entry
 
     def round(self, entry: _Entry, first: bool) -> None:
-        """Times of everybody with new heads; in the first round memory, too."""
+        """Times all contenders with new heads; in the first round also measures memory."""
         if entry.case.world > 1:
             self.tell(f"{entry.case.name}: {entry.case.world} processes")
             self._shared_out(entry)
         elif self.device.type == "cuda":
-            for taker in list(entry.able):  # one at a time: several would not fit together
+            for taker in list(entry.able):  # one at a time: several might not fit together
                 self._memory_and_times(entry, [taker], first)
         else:
             self._memory_and_times(entry, list(entry.able), first)
 
     def finished(self, entry: _Entry) -> list[dict]:
-        """The rows, with all times."""
+        """The rows, with times of all rounds."""
         for taker in entry.able:
             self._fill(entry.rows[taker.name], entry.case, entry.times[taker.name])
         self._ratios(entry.rows)
@@ -135,7 +135,7 @@ class _Bench:
             try:
                 self.verdicts[key] = gate.check(taker, case, self.device)
             except Exception as error:
-                self.verdicts[key] = error.with_traceback(None)  # whose frames hold tensors
+                self.verdicts[key] = error.with_traceback(None)  # its frames hold tensors
             _let_go(self.device)
         verdict = self.verdicts[key]
         if isinstance(verdict, Exception):
@@ -147,7 +147,7 @@ class _Bench:
         return verdict.passed
 
     def _out(self, entry: _Entry, taker: Contender, problem: dict) -> None:
-        """It takes no further part, and what was timed does not count."""
+        """Removes a contender; its times so far are dropped."""
         entry.rows[taker.name] |= problem
         entry.able.remove(taker)
 
@@ -157,7 +157,7 @@ class _Bench:
         for taker in takers:
             row = entry.rows[taker.name]
             try:
-                if want_memory and on_cpu:  # first, since a process may die of it
+                if want_memory and on_cpu:  # first, since the process may run out of memory
                     self.tell(f"{case.name}: memory of {taker.name}")
                     threads = torch.get_num_threads()
                     row |= asdict(memory.in_fresh_process(case, taker.name, threads))
@@ -168,7 +168,7 @@ class _Bench:
             except Exception as error:
                 self._out(entry, taker, _failure(error))
                 head = own = None
-            if head is None:  # what the error held is free by now
+            if head is None:  # what the error referenced is free by now
                 _let_go(self.device)
                 continue
             heads[taker.name], batches[taker.name] = head, own
@@ -230,7 +230,7 @@ class _Bench:
         }
 
     def _ratios(self, rows: dict[str, dict]) -> None:
-        """Of every step to the baseline's, turn by turn where they took turns."""
+        """Ratio of each step to the baseline's, turn by turn."""
         base = next(
             (
                 rows[name]
@@ -245,7 +245,7 @@ class _Bench:
                 row["ratio"] = {"to": base["contender"], **asdict(ratio)}
 
     def accuracy(self, cases: list[Case]) -> list[dict]:
-        """Errors by gap of everybody who takes part with ArcFace, or else the first margin."""
+        """Errors by gap of all contenders, with ArcFace if a case has it, else the first margin."""
         margins = [case.margin for case in cases]
         margin = "arcface" if "arcface" in margins else margins[0]
         case = Case("accuracy", **accuracy.SIZE, margin=margin)
@@ -284,7 +284,7 @@ def _failure(error: BaseException) -> dict:
 
 
 def _with_marks(row: dict, canary: timing.Canary) -> dict:
-    """With the share of disturbed turns, now that the best canary is known."""
+    """Adds the fraction of disturbed turns, now that the best canary is known."""
     around = row.pop("around", None)
     if around is not None:
         share = timing.disturbed_share(timing.Times(around=around), canary)
@@ -294,7 +294,7 @@ def _with_marks(row: dict, canary: timing.Canary) -> dict:
 
 def _let_go(device: torch.device) -> None:
     if "torch._dynamo" in sys.modules:
-        # a function that was compiled for eight other heads would run uncompiled
+        # after eight recompilations a function would run uncompiled
         torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":

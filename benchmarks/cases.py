@@ -1,4 +1,4 @@
-"""The cases: one row each, by name and by suite."""
+"""The table of cases, selected by name or by suite."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Case:
     """A problem that heads are timed on.
 
     batch, classes, dim: B, C, D. margin: one of MARGINS, at its usual setting. dtype: of the
-    centres; embeddings are float32. rate: share of the classes that take part, in (0, 1]. state:
-    "none" for forward and backward alone, "sgd" for a whole step with momentum and weight decay,
-    "sgd-16-bit" for one with momentum in 16 bits, as the centres (ours: stochastic rounding),
-    "sgd-16-bit-plain" for the same without momentum. world: processes that share out the classes,
+    centres; embeddings are float32. rate: fraction of classes sampled, in (0, 1]. state: "none":
+    forward and backward only; "sgd": a whole step with momentum and weight decay; "sgd-16-bit":
+    the same with momentum in 16 bits, as the centres (ours: stochastic rounding);
+    "sgd-16-bit-plain": the same without momentum. world: processes the classes are sharded over,
     each with ``batch`` rows.
     """
 
@@ -60,20 +60,20 @@ CASES = (
     Case("smoke-arc", 16, 500, 32, suites=SMOKE),
     Case("smoke-ada", 16, 300, 32, "adaface", suites=SMOKE),
     Case("smoke-pfc", 16, 600, 32, "cosface", rate=0.2, state="sgd", suites=SMOKE),
-    # growing numbers of identities, otherwise alike
+    # growing numbers of identities, otherwise equal
     Case("arc-5k", 256, 5_000, 128, state="sgd", suites=CPU),
     Case("arc-20k", 256, 20_000, 128, state="sgd", suites=CPU),
     Case("arc-80k", 256, 80_000, 128, state="sgd", suites=CPU),
     Case("arc-200k", 256, 200_000, 128, state="sgd", suites=LARGE),
     Case("ada-20k", 256, 20_000, 128, "adaface", suites=CPU),
     Case("arc-20k-d512", 256, 20_000, 512, suites=LARGE),
-    # a whole step at falling sample rates
+    # a whole step at decreasing sample rates
     Case("pfc-50k-r1", 256, 50_000, 128, "cosface", state="sgd", suites=CPU),
     Case("pfc-50k-r0.3", 256, 50_000, 128, "cosface", rate=0.3, state="sgd", suites=CPU),
     Case("pfc-50k-r0.1", 256, 50_000, 128, "cosface", rate=0.1, state="sgd", suites=CPU),
     Case("pfc-1m-r0.1", 256, 1_000_000, 128, "cosface", rate=0.1, state="sgd", suites=LARGE),
     Case("world2-20k", 128, 20_000, 128, "cosface", state="sgd", world=2, suites=LARGE),
-    # a GPU, what matters most first: gpu-check stops when its time is up
+    # a GPU; most important first, since gpu-check stops when its time is up
     Case("gpu-100k", 512, 100_000, 512, state="sgd", suites=GPU),
     Case("gpu-1m", 1024, 1_000_000, 512, state="sgd", suites=GPU),
     Case("gpu-10m", 1024, 10_000_000, 512, state="sgd", suites=GPU),
@@ -96,7 +96,7 @@ SUITES = tuple(dict.fromkeys(suite for case in CASES for suite in case.suites))
 
 
 def of_suites(suites: list[str]) -> list[Case]:
-    """The cases of some suites, in the order of the table."""
+    """The cases of these suites, in the order of the table."""
     for suite in suites:
         if suite not in SUITES:
             raise ValueError(f"suite must be one of {SUITES}, got {suite!r}")
@@ -113,7 +113,7 @@ def of_names(names: list[str]) -> list[Case]:
 
 
 def of_values(base: Case, **values: list) -> list[Case]:
-    """Every combination of some fields' values, the rest as in ``base``, named by them."""
+    """Every combination of the fields' values, otherwise as ``base``, with descriptive names."""
     found = []
     for chosen in itertools.product(*values.values()):
         own = dict(zip(values, chosen, strict=True))
@@ -123,7 +123,7 @@ def of_values(base: Case, **values: list) -> list[Case]:
 
 
 def gate_case(case: Case) -> Case:
-    """The same regime in a size that float64 solves at once; 16-bit kernels get whole tiles."""
+    """The same case, small enough for float64; 16-bit kernels still get whole tiles."""
     small = {"batch": min(case.batch, 128), "classes": min(case.classes, 4097)}
     return replace(case, **small, world=1)
 
@@ -136,7 +136,7 @@ def _name(case: Case) -> str:
 
 
 def from_dict(values: dict) -> Case:
-    """A case out of JSON."""
+    """A case from JSON."""
     known = {field.name for field in fields(Case)}
     found = Case(**{name: value for name, value in values.items() if name in known})
     return replace(found, suites=tuple(found.suites))

@@ -1,7 +1,7 @@
 """Two reports: ratios of the second to the first, with the spread of both.
 
-Between two runs the machine changes too: clocks, neighbours, where pages lie. The peers of a case
-run the same code both times, so what the others of them do is taken off a row's ratio.
+Between two runs the machine changes, too: clocks, other load, placement of pages. The peers of a
+case run the same code both times, so each row's ratio is divided by that of its other peers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from benchmarks.spread import Spread, ratio_of_runs
 
 @dataclass(frozen=True)
 class Difference:
-    """step: ratio of the second report's step to the first's, over ``machine``.
+    """step: ratio of the second report's step time to the first's, divided by ``machine``.
 
-    machine: the median of that ratio over the peers of the case, without this one; 1 if there is
-    none. memory: ratio of the peaks, or None.
+    machine: median of that ratio over the case's peers, without this one; 1 if there are none.
+    memory: ratio of the peaks, or None.
     """
 
     case: str
@@ -33,14 +33,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """ "same" where the spreads overlap."""
+        """ "same" if the spread of the ratio includes 1."""
         if self.step.low <= 1 <= self.step.high:
             return "same"
         return "slower" if self.step.low > 1 else "faster"
 
 
 def differences(first: dict, second: dict) -> list[Difference]:
-    """Of every row that was measured in both."""
+    """Of each row measured in both."""
     old = {_key(row): row for row in first["rows"] if row["status"] == "measured"}
     both = [
         (row, old[_key(row)])
@@ -71,7 +71,7 @@ def _key(row: dict) -> tuple:
 
 
 def warnings(first: dict, second: dict) -> list[str]:
-    """What makes the two hard to compare."""
+    """Reasons why the two are hard to compare."""
     one, two = first["provenance"], second["provenance"]
     found = [
         f"{what}: {a}, then {b}"

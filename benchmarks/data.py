@@ -11,11 +11,11 @@ from benchmarks.cases import Case
 CHUNK = 1 << 28
 """Numbers drawn at a time."""
 BATCHES = 4
-"""Batches that a run takes in turn, so that none is served from a cache."""
+"""Batches that a run rotates through, so that none stays in a cache."""
 
 
 def centres(case: Case, device: torch.device, unit: bool = False, seed: int = 0) -> Tensor:
-    """(C, D) of the case's dtype, N(0, 0.01^2) as training starts; ``unit``: of unit length."""
+    """(C, D) centres in the case's dtype, N(0, 0.01^2) as initialised; ``unit``: of unit length."""
     g = torch.Generator(device).manual_seed(seed)
     weight = torch.empty(case.classes, case.dim, device=device, dtype=getattr(torch, case.dtype))
     for rows in weight.split(max(1, CHUNK // case.dim)):  # float32 of all might not fit
@@ -27,7 +27,7 @@ def centres(case: Case, device: torch.device, unit: bool = False, seed: int = 0)
 def batches(
     case: Case, device: torch.device, unit: bool = False, seed: int = 1
 ) -> list[tuple[Tensor, Tensor]]:
-    """BATCHES of embeddings (B, D) float32, lengths about 20, and labels (B,) of all classes."""
+    """BATCHES of embeddings (B, D) float32 with norms about 20 (``unit``: 1), and labels (B,)."""
     g = torch.Generator(device).manual_seed(seed)
     found = []
     for _ in range(BATCHES):

@@ -1,9 +1,9 @@
-"""Every drop-in head beside its original's sequence of operations: time and memory of a step.
+"""Drop-in heads against their originals' operations: time and memory of a step.
 
-The classes of ``fastmargin.compat`` as they are, against the same with ``faithful=True``, which is
-our own writing of what the original does, in plain PyTorch. Forward and backward, turn by turn in
-one process; peak memory each in a process of its own. No time is taken before the loss and both
-gradients of the two agree. Writes ``results/dropins_cpu.json`` beside this file.
+The classes of ``fastmargin.compat`` by default and with ``faithful=True``, our own implementation
+of the original's operations in plain PyTorch. Forward and backward, taking turns in one process;
+peak memory in separate processes. Timed only if the loss and both gradients of the two agree.
+Writes ``results/dropins_cpu.json`` beside this file.
 
     python -m benchmarks.dropins
     python -m benchmarks.dropins --classes 20000 --repeats 3 --only adaface --output -
@@ -41,7 +41,7 @@ from fastmargin.compat import (
 
 CPU = torch.device("cpu")
 ALLOWED = 1e-3
-"""Largest relative difference between the two in float32, where rounding alone differs."""
+"""Largest allowed relative difference between the two in float32, due to rounding."""
 BOTH = {"default": False, "faithful": True}
 
 
@@ -86,7 +86,7 @@ def _kappaface(case: Case, faithful: bool) -> Head:
     def loss(x: Tensor, labels: Tensor) -> Tensor:
         features = F.normalize(x)
         x_grad, value = head.forward_backward(labels, features, optimiser, weights)
-        # what the training script does by features.backward(x_grad)
+        # the equivalent of the training script's features.backward(x_grad)
         carried = (features * x_grad).sum()
         return value.detach() + carried - carried.detach()
 
@@ -135,7 +135,7 @@ DROPINS: dict[str, Callable[[Case, bool], Head]] = {
     "wespeaker ArcMarginProduct": _wespeaker,
     "speechbrain Classifier, AdditiveAngularMargin": _speechbrain,
 }
-"""Name -> what makes the head of a case, as it is or faithful."""
+"""Name -> function that makes the head of a case, default or faithful."""
 
 
 def both(name: str, case: Case) -> dict[str, Head]:
@@ -149,7 +149,7 @@ def both(name: str, case: Case) -> dict[str, Head]:
 
 
 def near_their_centres(name: str, case: Case) -> tuple[dict[str, Head], Tensor, Tensor]:
-    """Heads, embeddings and labels in the regime of training: losses below the originals' caps."""
+    """Heads, embeddings and labels as in training, with losses below the originals' caps."""
     heads = both(name, case)
     x, labels = data.batches(case, CPU)[0]
     weight = heads["default"].weight.detach()
@@ -172,7 +172,7 @@ def difference(heads: dict[str, Head], x: Tensor, labels: Tensor) -> float:
 
 
 def peak(name: str, key: str, case: Case) -> int:
-    """Bytes at the peak of a step beyond what stays, of which the centres' gradient is a part."""
+    """Peak bytes of a step beyond persistent memory and the centres' gradient."""
     command = [sys.executable, "-m", "benchmarks.dropins", "--peak-of", name, key]
     sizes = ["--batch", case.batch, "--classes", case.classes, "--dim", case.dim]
     done = subprocess.run(
@@ -183,7 +183,7 @@ def peak(name: str, key: str, case: Case) -> int:
 
 
 def measure(name: str, case: Case, repeats: int) -> dict:
-    """Everything about one drop-in."""
+    """All measurements of one drop-in."""
     error = difference(*near_their_centres(name, Case("gate", case.batch, 2_000, case.dim)))
     if not error <= ALLOWED:
         return {"dropin": name, "status": "wrong", "difference": error}
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", help="drop-ins whose name has this in it")
+    parser.add_argument("--only", help="drop-ins whose name contains this")
     parser.add_argument("--output", default=str(RESULTS / "dropins_cpu.json"), help="or - to print")
     parser.add_argument("--peak-of", nargs=2, metavar=("NAME", "WHICH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

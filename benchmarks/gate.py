@@ -1,8 +1,8 @@
-"""Right first: the loss and both gradients of every contender against float64.
+"""The gate: compares the loss and both gradients of each contender with float64.
 
 The truth is the formula that the contender claims, over the centres it used, in float64 with
-PyTorch's autograd (``fastmargin.testing.plain_loss``); the margins' formulas are tested against
-their papers by the tests of the package. A contender that fails gets no number.
+PyTorch's autograd (``fastmargin.testing.plain_loss``); the package's tests compare the margins with
+their papers. A contender that fails is not timed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from benchmarks.contenders.base import SCALE
 from fastmargin import testing
 
 REGIMES = {"start": None, "confident": 5.0}
-"""Name -> target logit less the log-sum-exp of the others, or None for random embeddings.
+"""Name -> target logit minus the log-sum-exp of the others, or None for random embeddings.
 
-5 is a row whose loss is 0.007, where training ends up: 1 - p is small, and plain softmax in a
-short format loses it.
+5 gives a loss of 0.007, as at the end of training: 1 - p is small, and plain softmax in a short
+format loses it.
 """
 FLOOR_16BIT = 4e-3
-"""Allowed where gradients of the centres come back in 16 bits: half a unit in the last place."""
+"""Allowed if gradients of the centres are in 16 bits: half a unit in the last place."""
 PARTS = ("loss", "d_embeddings", "d_weight")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """errors: regime -> part -> relative error. allowed: the largest."""
+    """errors: regime -> part -> relative error. allowed: the largest that passes."""
 
     errors: dict[str, dict[str, float]]
     allowed: float
@@ -58,13 +58,13 @@ class Verdict:
 
 
 def allowed(contender: Contender, case: Case) -> float:
-    """Largest relative error that is rounding."""
+    """Largest relative error attributed to rounding."""
     found = ALLOWED[contender.computes]
     return found if case.dtype == "float32" else max(found, FLOOR_16BIT)
 
 
 def truth_margin(contender: Contender, case: Case, x: Tensor):
-    """The margin in float64, with its statistics as they stand after this batch; or None."""
+    """The margin in float64, with its statistics after this batch; or None."""
     if contender.prenormalised:
         return None
     margin = contender.margin(case.margin).to(x.device).double()
@@ -80,7 +80,7 @@ def truth_margin(contender: Contender, case: Case, x: Tensor):
 
 
 def plain(x: Tensor, weight: Tensor, labels: Tensor, margin) -> Tensor:
-    """(B,) losses in the operands' own type, over all (B, C) logits."""
+    """(B,) losses in the operands' dtype, from all (B, C) logits."""
     if margin is not None:
         return testing.plain_loss(x, weight, labels, margin, reduction="none", stable=True)
     logits = SCALE * x @ weight.t()
@@ -90,7 +90,7 @@ def plain(x: Tensor, weight: Tensor, labels: Tensor, margin) -> Tensor:
 
 
 def gaps(x: Tensor, weight: Tensor, labels: Tensor, margin) -> Tensor:
-    """(B,) target logit less the log-sum-exp of the other logits."""
+    """(B,) target logit minus the log-sum-exp of the other logits."""
     x, weight = (x, weight) if margin is None else (F.normalize(x), F.normalize(weight))
     cos, own = x @ weight.t(), labels[:, None]
     target = cos.gather(1, own).squeeze(1)
@@ -100,17 +100,17 @@ def gaps(x: Tensor, weight: Tensor, labels: Tensor, margin) -> Tensor:
 
 
 def at_gap(weight: Tensor, labels: Tensor, margin, gap: float, seed: int = 0) -> Tensor:
-    """(B, D) float64 embeddings, of length 20 before a margin and 1 without, at a gap.
+    """(B, D) float64 embeddings with this logit gap, of length 20 (1 without a margin).
 
-    Between the own centre and a random direction, by bisection on the angle; the nearest there is
-    where the gap asked for is beyond cos = 1.
+    Between the own centre and a random direction, by bisection on the angle; the closest possible
+    if the gap cannot be reached.
     """
     g = torch.Generator(weight.device).manual_seed(seed)
     own = F.normalize(weight[labels])
     noise = torch.randn(own.shape, generator=g, device=weight.device, dtype=weight.dtype)
     noise = F.normalize(noise - (noise * own).sum(1, keepdim=True) * own)
     low = torch.zeros(len(labels), 1, device=weight.device, dtype=weight.dtype)
-    high = torch.full_like(low, torch.pi)  # angles; the gap falls as the angle grows
+    high = torch.full_like(low, torch.pi)  # angles in radians; the gap decreases with the angle
     for _ in range(50):
         angle = (low + high) / 2
         x = angle.cos() * own + angle.sin() * noise
@@ -120,7 +120,7 @@ def at_gap(weight: Tensor, labels: Tensor, margin, gap: float, seed: int = 0) ->
 
 
 def solve(head: Head, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients of embeddings and centres (C, D), by the head."""
+    """The head's loss, and gradients of embeddings (B, D) and centres (C, D)."""
     x = x.detach().requires_grad_()
     head.zero_grad()
     loss = head.loss(x, labels)
@@ -133,7 +133,7 @@ def solve(head: Head, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 def solve_truth(
     contender: Contender, case: Case, weight: Tensor, x: Tensor, labels: Tensor, columns
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in float64, over the rows of ``weight`` that took part."""
+    """The same in float64, over the sampled rows of ``weight``."""
     x, weight = x.detach().double().requires_grad_(), weight.double().requires_grad_()
     margin, used = truth_margin(contender, case, x.detach()), weight
     cap = torch.inf if contender.loss_cap is None else contender.loss_cap
@@ -149,7 +149,7 @@ def solve_truth(
 def errors(
     contender: Contender, case: Case, head: Head, weight: Tensor, x: Tensor, labels: Tensor
 ) -> dict[str, float]:
-    """Relative error of every part."""
+    """Relative error of each part."""
     found = solve(head, x, labels)
     truth = solve_truth(contender, case, weight, x, labels, head.columns())
     pairs = zip(PARTS, found, truth, strict=True)
@@ -157,13 +157,13 @@ def errors(
 
 
 def check(contender: Contender, case: Case, device: torch.device) -> Verdict:
-    """Runs the contender in small on both regimes; what it raises is for the caller."""
+    """Runs the contender on a small case in both regimes; passes on what it raises."""
     small = gate_case(case)
     unit = contender.prenormalised
     weight = data.centres(small, device, unit)
     found, head = {}, None
     for regime, gap in REGIMES.items():
-        if head is None or case.margin == "adaface":  # whose statistics a batch moves
+        if head is None or case.margin == "adaface":  # a batch changes its statistics
             head = contender.make(small, weight.clone())
         x, labels = data.batches(small, device, unit)[0]
         if gap is not None:

@@ -1,10 +1,10 @@
 """The check on a GPU: build, tests, then a short benchmark, in one command under ten minutes.
 
-Writes ``benchmarks/results/<gpu>.json``, anew after every step: a report of ``fastmargin bench``
-with what became of build and tests beside it. Contenders that are wrong get no time, and what fails
-or no longer fits into the time is a row that says so. Every case is a process of its own, so that
-a device in disorder costs that case alone. ``make gpu-check`` runs it. With ``--tune`` tile shapes
-are measured last, and ``<gpu>_tuned.json`` is their table, which nothing uses.
+Writes ``benchmarks/results/<gpu>.json``, updated after each step: a report of ``fastmargin bench``
+plus the outcome of build and tests. Contenders with wrong results are not timed; failures, and
+cases for which no time is left, become rows with a reason. Each case runs in its own process, so
+that a device error costs only that case. ``make gpu-check`` runs it. With ``--tune`` tile shapes
+are measured last and written to ``<gpu>_tuned.json``, which is not used automatically.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ TEST_FILES = ("gpu", "rounding", "backends", "ops", "margins", "head")
 TEST_FILES += ("sampling", "hinge_loss", "row_normals")
 SELECTED = "triton or cuda or gpu"
 WORKERS = 6
-"""Of pytest, where xdist is there. Each may hold some 20 GB in tests of large offsets."""
+"""Of pytest, with xdist. Each may use about 20 GB in tests of large offsets."""
 MOST_FAILURES = 30
 TEST_SHARE = 0.5
-"""Of the time that the build leaves, for the tests."""
+"""Fraction of the time left after the build that the tests may take."""
 RESERVE = 60
-"""Seconds at the end: no case is begun in them."""
+"""No case is started in the last seconds."""
 CASE_LIMIT = 150
-"""Seconds after which a case is held to hang."""
+"""Seconds after which a case counts as hanging."""
 GRACE = 15
-"""Seconds that a command has to say how far it came, after its limit."""
+"""Seconds for a command to report its progress after its limit."""
 WORKER = (sys.executable, "-m", "benchmarks.one_case")
 
 
 def run(command: list[str], limit: float) -> dict:
-    """Exit status, seconds and the end of the output. Nothing that it started outlives it."""
+    """Exit status, seconds and the end of the output. Kills all processes that it started."""
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -54,7 +54,7 @@ def run(command: list[str], limit: float) -> dict:
             status: int | str = process.wait(max(limit, 1))
         except subprocess.TimeoutExpired:
             status = "timeout"
-            process.send_signal(signal.SIGINT)  # pytest then lists what has failed
+            process.send_signal(signal.SIGINT)  # pytest then lists its failures
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
@@ -72,7 +72,7 @@ def run(command: list[str], limit: float) -> dict:
 
 
 def test_command() -> list[str]:
-    """Of the tests that have a kernel to run. One that dies is one failure among others."""
+    """Runs the tests that use kernels. With xdist, a crash is one failure among others."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", f"--maxfail={MOST_FAILURES}"]
     command += ["--continue-on-collection-errors", "-k", SELECTED]
     if importlib.util.find_spec("xdist"):
@@ -81,7 +81,7 @@ def test_command() -> list[str]:
 
 
 def alone(case, device: str, settings, limit: float) -> dict:
-    """The report of one case out of its own process; a row alone that tells how it ended."""
+    """Runs a case in its own process; the report, or a single row that says how it ended."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         words = json.dumps(asdict(case)), device, json.dumps(asdict(settings)), str(file)
@@ -92,7 +92,7 @@ def alone(case, device: str, settings, limit: float) -> dict:
     ended = f"was stopped after {limit:.0f} s" if late else f"ended with {done['status']}"
     at, end = at[-1] if at else "its start", " ".join(done["tail"].split())[-300:]
     row = _row(case, f"its process {ended} at {at}: {end}")
-    if not late or limit >= CASE_LIMIT:  # less was the end of the time
+    if not late or limit >= CASE_LIMIT:  # else the time was up
         row |= {"ours": True, "status": "failed"}
     return {"rows": [row]}
 
@@ -103,7 +103,7 @@ def _row(case, reason: str) -> dict:
 
 
 def joined(whole: dict, found: dict) -> dict:
-    """Two reports as one. Ceilings and settings are those of the first."""
+    """Merges two reports. Ceilings and settings are those of the first."""
     rows = whole["rows"] + found["rows"]
     if "schema" not in whole or "schema" not in found:
         return whole | found | {"rows": rows}
@@ -118,16 +118,17 @@ def joined(whole: dict, found: dict) -> dict:
 def benchmark(
     cases, device: str, settings, end: float, keep: Callable[[dict], None], clock=time.monotonic
 ) -> dict:
-    """One report of case after case; rows of those that died, or that time is up for, say so.
+    """One report of all cases; crashed cases, and those without time left, become rows that say so.
 
-    end: by the clock; no case is begun in the last RESERVE seconds. keep: gets what is there.
+    end: by ``clock``; no case starts in the last RESERVE seconds. keep: called with each interim
+    report.
     """
     whole: dict = {"rows": []}
     for place, case in enumerate(cases):
         if clock() > end - RESERVE:
             whole = joined(whole, {"rows": [_row(case, "no time left")]})
             continue
-        # once is enough, and what two cases die of is not tried again
+        # once is enough, and it is not tried after two cases
         wanted = settings.accuracy and place < 2 and not whole.get("accuracy")
         limit = min(CASE_LIMIT, end - GRACE - clock())
         whole = joined(whole, alone(case, device, replace(settings, accuracy=wanted), limit))
@@ -136,12 +137,12 @@ def benchmark(
 
 
 def file_name(gpu: str) -> str:
-    """Of the results: letters and digits of the GPU's name."""
+    """Name of the results file: letters and digits of the GPU's name."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
 def write(path: Path, report: dict) -> None:
-    """The file is whole whenever the program ends."""
+    """Writes atomically: the file is complete whenever the program ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(report, indent=1) + "\n")
@@ -149,9 +150,10 @@ def write(path: Path, report: dict) -> None:
 
 
 def tuning(cases, seconds: float, table) -> list[list[str]]:
-    """Commands that tune for each width of the suite, in so many seconds altogether.
+    """Commands that tune each width of the suite, in ``seconds`` altogether.
 
-    On the middle one of its problems: a tile is chosen by the width, not by rows and classes.
+    Each on the median problem of its width, since tiles are chosen by width, not by rows and
+    classes.
     """
     from fastmargin.backends.triton.tuned import KERNELS
 
@@ -184,17 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--minutes", type=float, default=9, help="for everything")
+    add("--minutes", type=float, default=9, help="for everything together")
     add("--skip-tests", action="store_true", help="benchmark only")
-    add(
-        "--tune", type=float, default=0, metavar="SECONDS", help="measure tile shapes so long, last"
-    )
-    add("--output", type=Path, default=RESULTS, help="the report, a .json, or a folder for it")
+    add("--tune", type=float, default=0, metavar="SECONDS", help="then measure tile shapes so long")
+    add("--output", type=Path, default=RESULTS, help="a .json file for the report, or a folder")
     options = parser.parse_args(arguments)
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("gpu-check needs a CUDA device; there is none here")
+        sys.exit("gpu-check needs a CUDA device, and torch sees none")
     end = time.monotonic() + 60 * options.minutes - options.tune
     path = options.output.absolute()
     if path.suffix != ".json":
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep({"build": run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], 240)})
     if not options.skip_tests:
         keep({"tests": run(test_command(), (end - time.monotonic()) * TEST_SHARE)})
-    # after the build, which these load
+    # imported after the build, whose results they load
     import fastmargin as fm
     from benchmarks import bench, cases, provenance
 
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_summary(report: dict, path) -> None:
-    """Tables, and the end of what failed."""
+    """Prints tables, and the end of failures' output."""
     from rich.console import Console
 
     from benchmarks.report import print_report
@@ -241,7 +241,7 @@ def print_summary(report: dict, path) -> None:
         console.print(f"{name}: status {part['status']}, {part['seconds']} s")
     if "ceilings" in report:
         print_report(console, report)
-    else:  # no case came to its end
+    else:  # no case was completed
         console.print_json(data=report["rows"])
     console.print(f"written: {path}")
 

@@ -1,4 +1,4 @@
-"""Tables of the pages."""
+"""Markdown tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ NOT_YET = "Not measured yet on this version"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, numbers to the right."""
+    """A table with the first column aligned left, the others right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,6 +1,6 @@
-"""Peak memory of a step beyond what stays: centres, optimiser state, embeddings.
+"""Peak memory of a step beyond persistent memory: centres, optimiser state, embeddings.
 
-On a CPU the resident set of a process that does nothing else, on a GPU torch's own count.
+On a CPU the resident set of a process that does nothing else; on a GPU torch's own count.
 
     python -m benchmarks.memory '{"name": ..., "batch": ...}' 'fastmargin cpu fp32'
 """
@@ -27,14 +27,14 @@ class OutOfMemory(RuntimeError):
 
 @dataclass(frozen=True)
 class Peak:
-    """peak_bytes: on top of what stays, of which gradient_bytes are the centres' gradient."""
+    """peak_bytes: beyond persistent memory; includes gradient_bytes, the centres' gradient."""
 
     peak_bytes: int
     gradient_bytes: int
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on either device."""
+    """Whether an error means that memory ran out, on either device."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemory)) or (
         "can't allocate memory" in text or "out of memory" in text.lower()
@@ -42,11 +42,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_fresh_process(case: cases.Case, contender: str, threads: int) -> Peak:
-    """Measures in a process of its own.
+    """Measures in a new process.
 
     Raises:
-        OutOfMemory: it was killed, or could not allocate.
-        RuntimeError: anything else, with the end of what it said.
+        OutOfMemory: the process was killed, or could not allocate.
+        RuntimeError: it failed otherwise; with the last line of its output.
     """
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(asdict(case)), contender]
     done = subprocess.run([*command, str(threads)], cwd=ROOT, capture_output=True, text=True)
@@ -59,7 +59,7 @@ def in_fresh_process(case: cases.Case, contender: str, threads: int) -> Peak:
 
 
 def of_step(head: contenders.Head, batches, device: torch.device) -> Peak:
-    """Of one step after two others, in this process."""
+    """Of one step after two warm-up steps, in this process."""
     for turn in range(WARM_UP):
         _step(head, *batches[turn % len(batches)])
     if device.type == "cuda":
@@ -71,13 +71,13 @@ def of_step(head: contenders.Head, batches, device: torch.device) -> Peak:
         return Peak(torch.cuda.max_memory_allocated() - before, gradient)
     _give_back()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     gradient = _step(head, *batches[WARM_UP % len(batches)])
     return Peak(max(0, resident("VmHWM") - before), gradient)
 
 
 def _step(head: contenders.Head, x: torch.Tensor, labels: torch.Tensor) -> int:
-    """Bytes of the gradient of the centres."""
+    """Runs one step; returns the bytes of the centres' gradient."""
     x.grad = None
     head.loss(x, labels).backward()
     size = head.gradient_bytes()
@@ -88,7 +88,7 @@ def _step(head: contenders.Head, x: torch.Tensor, labels: torch.Tensor) -> int:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: now ("VmRSS") or at most ("VmHWM"). Linux."""
+    """Resident bytes of this process: now ("VmRSS") or at the peak ("VmHWM"). Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -96,7 +96,7 @@ def resident(field: str) -> int:
 
 
 def _give_back() -> None:
-    """Returns what the warm-up freed to the system (glibc): reused, it would not be counted."""
+    """Returns memory freed by the warm-up to the system (glibc): if reused, it would not count."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
@@ -104,7 +104,7 @@ def _give_back() -> None:
 
 
 def main(case: str, name: str, threads: str) -> None:
-    """The fresh process; prints a line of JSON."""
+    """Runs in the new process; prints a line of JSON."""
     torch.set_num_threads(int(threads))
     device, case = torch.device("cpu"), cases.from_dict(json.loads(case))
     contender = contenders.by_name(name, device)

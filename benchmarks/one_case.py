@@ -1,8 +1,8 @@
-"""One case in a process of its own, which may die or hang and take nothing else along.
+"""Runs one case in its own process, which may crash or hang without affecting others.
 
     python -m benchmarks.one_case '{"name": ..., "batch": ...}' cuda '{"repeats": 9}' found.json
 
-Lines of stdout say what it is at; the report without provenance into the file, once it is whole.
+Prints its progress; writes the report without provenance to the file when it is complete.
 """
 
 from __future__ import annotations

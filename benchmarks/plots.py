@@ -1,6 +1,6 @@
-"""The pictures of a report, as PNG and SVG that can be read on light and on dark pages.
+"""Plots of a report, as PNG and SVG, readable on light and dark pages.
 
-Backgrounds are transparent, and every colour has a contrast of at least 3 to white and to a dark
+Backgrounds are transparent, and each colour has a contrast of at least 3 with white and with a dark
 page. The same report gives the same SVG.
 """
 
@@ -38,7 +38,7 @@ STYLE = {
 }
 DPI = 150
 Picture = Callable[[dict], Figure | None]
-"""Of a report; None where it has no figures for it."""
+"""Plots a report; None if it has no data for the plot."""
 
 
 def draw(
@@ -47,14 +47,14 @@ def draw(
     formats: tuple[str, ...] = ("png", "svg"),
     pictures: dict[str, Picture] | None = None,
 ) -> list[Path]:
-    """Writes what the report has figures for; the files. pictures: by the stem of their file,
-    those of ``fastmargin bench`` unless given."""
+    """Writes the plots that the report has data for; returns the files. pictures: by file stem;
+    default: those of ``fastmargin bench``."""
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, make in (PICTURES if pictures is None else pictures).items():
         for kind in formats:
             with matplotlib.rc_context(STYLE):
-                figure = make(report)  # anew: a layout remembers the last drawing
+                figure = make(report)  # a new figure, since a layout depends on the last drawing
                 if figure is None:
                     break
                 path = folder / f"{name}.{kind}"
@@ -65,15 +65,15 @@ def draw(
 
 
 def digest(report: dict) -> str:
-    """Names what a picture was drawn from."""
+    """Hash of the report that a plot was drawn from."""
     return "sha256:" + hashlib.sha256(json.dumps(report, sort_keys=True).encode()).hexdigest()
 
 
-# ---- the pictures; each returns None without figures for it ----
+# ---- the plots; each returns None without data ----
 
 
 def identities(report: dict) -> Figure | None:
-    """Step time and peak memory against the number of classes, everything else alike."""
+    """Step time and peak memory against the number of classes, all else equal."""
     rows = _largest_family(report, "classes")
     if not rows:
         return None
@@ -93,7 +93,7 @@ def identities(report: dict) -> Figure | None:
     label = "gradient of the centres alone"
     right.plot(*zip(*sorted(set(gradient)), strict=True), color=INK, ls=":", label=label)
     left.set(title=f"Step time: {_setting(case)}", ylabel="seconds")
-    right.set(title="Peak memory beyond what stays", ylabel="bytes")
+    right.set(title="Extra peak memory of a step", ylabel="bytes")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="identities")
     _legend_below(figure, right)
@@ -101,7 +101,7 @@ def identities(report: dict) -> Figure | None:
 
 
 def rates(report: dict) -> Figure | None:
-    """Step time against the share of classes that takes part."""
+    """Step time against the fraction of classes sampled."""
     rows = [row for row in _largest_family(report, "rate") if row["status"] == "measured"]
     if not rows:
         return None
@@ -111,7 +111,7 @@ def rates(report: dict) -> Figure | None:
     for name, look in _looks(rows).items():
         own = [row for row in rows if row["contender"] == name]
         _line(axes, [(_of(row, "rate"), row["summary"]["step"]["median"]) for row in own], look)
-    axes.set(xscale="log", yscale="log", xlabel="share of the classes that takes part")
+    axes.set(xscale="log", yscale="log", xlabel="fraction of classes sampled")
     axes.set(ylabel="seconds", title=f"Whole step, {case.classes:,} classes, {_setting(case)}")
     _legend_below(figure, axes)
     return figure
@@ -133,7 +133,7 @@ def roofline(report: dict) -> Figure | None:
         own = [row for row in rows if row["contender"] == name]
         points = sorted((_intensity(row), row["flops_per_s"]) for row in own)
         axes.plot(*zip(*points, strict=True), **look, ls="none")
-    axes.set(xscale="log", yscale="log", title="Roofline: what a step needs at least, per second")
+    axes.set(xscale="log", yscale="log", title="Roofline: FLOP/s, counting only what a step needs")
     axes.set(xlabel="FLOP per byte that the case needs", ylabel="FLOP/s, counting 6 B K D")
     _legend_below(figure, axes)
     return figure
@@ -166,11 +166,11 @@ PICTURES: dict[str, Picture] = {
     "error": error,
 }
 
-# ---- what they share ----
+# ---- shared helpers ----
 
 
 def _largest_family(report: dict, field: str) -> list[dict]:
-    """Rows of the cases that differ in one field only, of which there are most (two at least)."""
+    """Rows of the largest set of cases (at least two) that differ only in ``field``."""
     plain = {"name": "", "suites": ()}
     families: dict[Case, list[dict]] = {}
     for row in report["rows"]:
@@ -197,7 +197,7 @@ def _setting(case: Case) -> str:
 
 
 def _looks(rows: list[dict]) -> dict[str, dict]:
-    """Colour, marker and label of every contender, in order of appearance."""
+    """Colour, marker and label of each contender, in order of appearance."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     return {
         name: {

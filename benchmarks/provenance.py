@@ -1,4 +1,4 @@
-"""Where numbers come from: hardware, versions, commit, command."""
+"""Provenance of results: hardware, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def git(*arguments: str) -> str:
 
 
 def cpu_model() -> str:
-    """Of /proc/cpuinfo."""
+    """From /proc/cpuinfo."""
     file = Path("/proc/cpuinfo")
     for line in file.read_text().splitlines() if file.exists() else ():
         if line.startswith("model name"):
@@ -83,7 +83,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def provenance(command: str, device: torch.device) -> dict[str, object]:
-    """Everything that one needs to run it again."""
+    """Everything needed to reproduce a run."""
     return {
         "device": device_name(device),
         "machine": machine(device),
@@ -103,7 +103,7 @@ def provenance(command: str, device: torch.device) -> dict[str, object]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the numbers are of, in words."""
+    """Name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{cpu_model()}, {torch.get_num_threads()} threads"

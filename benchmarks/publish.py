@@ -1,9 +1,9 @@
-"""Writes the tables of README.md and of pages in docs, and the pictures, from committed reports.
+"""Writes the tables of README.md and docs, and the plots, from committed reports.
 
     python -m benchmarks.publish           (make docs)
-    python -m benchmarks.publish --check   exits with 1 if something is not up to date
+    python -m benchmarks.publish --check   exits with 1 if something is out of date
 
-A table stands between ``<!-- bench: name -->`` and ``<!-- end -->``; what is there is replaced.
+Replaces the text between ``<!-- bench: name -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGES = (
 PICTURES = ROOT / "docs" / "benchmarks"
 BLOCK = re.compile(r"(<!-- bench: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADLINES = ("arc-200k", "pfc-1m-r0.1")
-"""Cases that README shows."""
+"""Cases shown in README."""
 GLYPHS = "glyphs_cpu"
 ONE_BIT = "glyphs_one_bit_cpu"
 MANY_GLYPHS = "glyphs_19k_cpu"
@@ -42,7 +42,7 @@ def reports() -> dict[str, dict]:
 
 
 def committed(name: str) -> dict | None:
-    """Any one file of results, by its stem."""
+    """A results file by its stem, or None."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -51,12 +51,12 @@ def committed(name: str) -> dict | None:
 
 
 def share(value: float) -> str:
-    """Two digits after the point, or the first that is not 0."""
+    """Two decimals, or one significant digit if below 0.01."""
     return f"{value:.2f}" if value >= 0.01 else f"{value:.1g}"
 
 
 def headlines(found: dict[str, dict]) -> str:
-    """Both heads of the cases that README shows, beside each other."""
+    """The cases of HEADLINES, plain PyTorch beside fastmargin."""
     rows, where = [], []
     for report in found.values():
         for name, (case, own) in by_case(report).items():
@@ -96,7 +96,7 @@ def headlines(found: dict[str, dict]) -> str:
 
 
 def sampling() -> str:
-    """Sampling alone, of benchmarks/sampling.py."""
+    """Results of benchmarks/sampling.py."""
     found = committed("sampling_cpu")
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.sampling`.\n"
@@ -116,7 +116,7 @@ def sampling() -> str:
 
 
 def dropins() -> str:
-    """Drop-in heads beside their originals' operations, of benchmarks/dropins.py."""
+    """Results of benchmarks/dropins.py."""
     found = committed("dropins_cpu")
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.dropins`.\n"
@@ -149,11 +149,11 @@ READING = {
     "first_labels": "labels alone",
     "scan": "scan of a file without an index",
 }
-"""Tasks of benchmarks/record_reading.py, from memory."""
+"""In-memory tasks of benchmarks/record_reading.py."""
 
 
 def record_reading() -> str:
-    """Both readers and both orders, of benchmarks/record_reading.py."""
+    """Results of benchmarks/record_reading.py: both readers, and both orders."""
     found = committed("record_reading")
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.record_reading`.\n"
@@ -189,7 +189,7 @@ def record_reading() -> str:
 
 
 def glyphs() -> str:
-    """Everything of benchmarks/glyphs: pictures, accuracies, curves and costs."""
+    """Results of benchmarks/glyphs: plots, accuracies, curves and costs."""
     found = committed(GLYPHS)
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.glyphs`.\n"
@@ -220,7 +220,7 @@ def many_glyphs() -> str:
 
 
 def glyphs_summary() -> str:
-    """Of the same in a few lines."""
+    """Summary of :func:`glyphs`."""
     found = committed(GLYPHS)
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.glyphs`.\n"
@@ -228,7 +228,7 @@ def glyphs_summary() -> str:
 
 
 def glyphs_rounding() -> str:
-    """How much of a difference of accuracies rounding makes."""
+    """How much rounding alone changes accuracies."""
     found = committed(ONE_BIT)
     if found is None:
         return f"{NOT_YET}: `python -m benchmarks.glyphs --one-bit`.\n"
@@ -241,7 +241,7 @@ def glyphs_rounding() -> str:
 
 
 def results(found: dict[str, dict]) -> str:
-    """A section for every report: where it is from, its pictures, a table for every case."""
+    """A section per report: its provenance, plots, and a table per case."""
     if not found:
         return f"{NOT_YET}: `make results`.\n"
     return "\n".join(_section(name, report) for name, report in found.items())
@@ -274,7 +274,7 @@ def _section(name: str, report: dict) -> str:
 
 
 def case_table(rows: list[dict]) -> str:
-    """Of one case; who did not run is told below all of them."""
+    """The table of one case; contenders not run are listed below all tables."""
     head = ["", "step", "forward, backward, update", "ratio", "peak", "of floor", "error"]
     body = []
     for row in rows:
@@ -300,7 +300,7 @@ def case_table(rows: list[dict]) -> str:
 
 
 def peers() -> str:
-    """Settings and limits of everybody."""
+    """Settings and limits of all contenders."""
     import torch
 
     from benchmarks.contenders import everybody
@@ -314,7 +314,7 @@ def peers() -> str:
 
 
 def not_measured(found: dict[str, dict]) -> str:
-    """Cases of the table that no committed report has."""
+    """Cases that no committed report contains."""
     have = {row["case"]["name"] for report in found.values() for row in report["rows"]}
     missing = [case for case in CASES if case.name not in have and "smoke" not in case.suites]
     if not missing:
@@ -330,7 +330,7 @@ def _listed(case: Case) -> str:
 
 
 def blocks() -> dict[str, str]:
-    """Text by the name of its place."""
+    """Text by block name."""
     found = reports()
     return {
         "headlines": headlines(found),
@@ -348,10 +348,10 @@ def blocks() -> dict[str, str]:
 
 
 def documents() -> Iterator[tuple[Path, str]]:
-    """Every page and what it should be.
+    """Each page and its up-to-date text.
 
     Raises:
-        KeyError: a page has a place for a table that is not made here.
+        KeyError: a page has a block that is not made here.
     """
     made = blocks()
     for page in PAGES:
@@ -359,7 +359,7 @@ def documents() -> Iterator[tuple[Path, str]]:
 
 
 def drawn() -> Iterator[tuple[str, dict, dict]]:
-    """Folder of pictures, the report that they show, and the pictures by their names."""
+    """Folder of plots, the report they show, and the plots by name."""
     from benchmarks import plots
     from benchmarks.glyphs.plots import PICTURES as OF_GLYPHS
 
@@ -375,7 +375,7 @@ def _pictures(name: str) -> list[Path]:
 
 
 def pictures_match(name: str, report: dict) -> bool:
-    """Whether the committed pictures were drawn from this report."""
+    """Whether the committed plots were drawn from this report."""
     from benchmarks.plots import digest
 
     found = _pictures(name)
@@ -383,7 +383,7 @@ def pictures_match(name: str, report: dict) -> bool:
 
 
 def stale() -> list[str]:
-    """What is not as the reports say."""
+    """Pages and plots that are out of date."""
     found = [str(page.relative_to(ROOT)) for page, text in documents() if page.read_text() != text]
     for name, report, _ in drawn():
         if not pictures_match(name, report):
@@ -394,7 +394,7 @@ def stale() -> list[str]:
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         for what in (found := stale()):
-            print(f"not up to date: {what}; run make docs", file=sys.stderr)
+            print(f"out of date: {what}; run make docs", file=sys.stderr)
         return int(bool(found))
     from benchmarks import plots
 

@@ -1,9 +1,9 @@
-"""Reading a RecordIO file: the compiled reader and the one in Python, and orders on a cold disk.
+"""Reading a RecordIO file: compiled reader against Python, and reading orders on a cold disk.
 
-Records of random sizes around a JPEG of 112 x 112 pixels. Both readers take the same records in
-turns in one process, from memory: all in the order of the file, batches at random, labels only, and
-a scan without an index. Then batches at random against ``BlockShuffleSampler``, each with nothing
-of the file in memory. Writes ``results/record_reading.json`` beside this file.
+Records of random sizes, about those of a JPEG of 112 x 112 pixels. Both readers take turns reading
+the same records in one process, from memory: all in file order, random batches, labels only, and a
+scan without an index. Then random batches against ``BlockShuffleSampler``, each with the file
+dropped from the page cache. Writes ``results/record_reading.json`` beside this file.
 
     python -m benchmarks.record_reading
     python -m benchmarks.record_reading --records 2000 --repeats 3 --output -
@@ -40,7 +40,7 @@ READERS = {"compiled": _host.records, "python": plain_records}
 
 
 def make_file(path: Path, count: int, mean_bytes: int) -> None:
-    """Sizes uniform between half and one and a half of the mean."""
+    """Writes records with sizes uniform between 0.5 and 1.5 times the mean."""
     generator = random.Random(0)
     with RecordWriter(path) as writer:
         for i in range(count):
@@ -86,14 +86,14 @@ def warm(path: Path, batch: int, repeats: int) -> dict[str, dict]:
 
 
 def forget(path: Path) -> None:
-    """Takes a file out of the system's cache."""
+    """Drops a file from the page cache."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Neighbours:
-    """What BlockShuffleSampler asks of a data set."""
+    """The data set interface that BlockShuffleSampler needs."""
 
     def __init__(self, records: RecordFile) -> None:
         self.records = records
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--window", type=int, default=16_384)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--folder", help="where the file is made; default: the temporary folder")
+    parser.add_argument("--folder", help="where to write the file; default: the temporary folder")
     parser.add_argument("--output", help="a file, or - to print")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,12 +1,12 @@
-"""The working tree against another version, in turns in one run: ``make bench-cpu``.
+"""The working tree against another version, taking turns in one run: ``make bench-cpu``.
 
     python -m benchmarks.regression               against the merge base with main
     python -m benchmarks.regression --ref v0.1.0 --threshold 1.05
 
-The other version is checked out into a temporary worktree and built there, or takes the working
-tree's compiled files where the sources are the same. Exits with 1 if a case takes longer than the
-threshold in the median of the turns, and longer at all in nine of ten, and both again when it is
-measured once more.
+The other version is checked out into a temporary worktree and built there, or uses the working
+tree's compiled files if the sources are the same. Exits with 1 if in some case the median ratio of
+times exceeds the threshold and the ratio exceeds 1 in nine of ten turns, and both again in a second
+measurement.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.report import ratio, seconds, title
 from benchmarks.spread import Spread, paired_ratio
 
 CASES = (
-    Case("launch", 32, 100, 64),  # what a step costs besides the passes
+    Case("launch", 32, 100, 64),  # the overhead of a step besides the passes
     Case("arc", 256, 20_000, 128),
     Case("arc-d512", 128, 10_000, 512),
     Case("ada", 256, 10_000, 128, "adaface"),
@@ -49,8 +49,8 @@ class VersionError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """ratio: of the working tree's time to the other version's, turn by turn; or why there is
-    none. seconds: median of the working tree."""
+    """ratio: the working tree's time over the other version's, turn by turn; if None, see error.
+    seconds: median of the working tree."""
 
     case: Case
     ratio: Spread | None = None
@@ -81,7 +81,7 @@ class Version:
             raise VersionError(f"fastmargin was imported from {loaded}, not from {tree}")
 
     def ask(self, **line) -> dict:
-        """Raises VersionError with what went wrong there."""
+        """Sends a request and returns the answer; raises VersionError if the request failed."""
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
         found = self._answer()
@@ -101,7 +101,7 @@ class Version:
 
 
 def default_ref() -> str:
-    """The merge base with main, here or at origin; else HEAD."""
+    """The merge base with main or origin/main; else HEAD."""
     for branch in ("main", "origin/main"):
         if found := git("merge-base", "HEAD", branch):
             return found
@@ -129,7 +129,7 @@ def checked_out(ref: str) -> Iterator[Path]:
 
 
 def build(tree: Path, commit: str) -> None:
-    """Compiles a version for the CPU, or copies what is compiled here from the same sources."""
+    """Compiles a version for the CPU, or copies files compiled from the same sources."""
     same = subprocess.run(["git", "diff", "--quiet", commit, "--", *COMPILED], cwd=ROOT)
     new = git("ls-files", "--others", "--exclude-standard", "--", *COMPILED)
     if same.returncode == 0 and not new:
@@ -147,7 +147,7 @@ def _run(command: list[str], folder: Path, environment: dict | None = None) -> N
 
 
 def compare(here: Version, there: Version, case: Case, turns: int) -> Outcome:
-    """Both in turns, each first in every other one, after two steps that do not count."""
+    """Times both in alternating order, after two warm-up steps."""
     try:
         for version in (here, there):
             version.ask(case=asdict(case))
@@ -163,7 +163,7 @@ def compare(here: Version, there: Version, case: Case, turns: int) -> Outcome:
 
 
 def confirmed(here: Version, there: Version, case: Case, turns: int, threshold: float) -> Outcome:
-    """:func:`compare`, once more where it came out slower: a neighbour may have been busy."""
+    """:func:`compare`, repeated if slower, since other load may have been the cause."""
     found = compare(here, there, case, turns)
     return compare(here, there, case, turns) if found.slower(threshold) else found
 
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def judge(found: list[Outcome], threshold: float) -> int:
-    """Prints a line for every case; 1 if one is slower than allowed."""
+    """Prints a line per case; 1 if one is slower than allowed, 2 if none could be compared."""
     for outcome in found:
         if outcome.ratio is None:
             print(f"      not compared: {outcome.error}  {title(outcome.case)}")

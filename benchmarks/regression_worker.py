@@ -1,9 +1,9 @@
-"""One version of fastmargin at work; run by path, so that its tree alone is imported from.
+"""Worker that runs one version of fastmargin; started by path, to import only from its tree.
 
     python benchmarks/regression_worker.py TREE THREADS
 
-Reads lines of JSON: ``{"case": {...}}`` makes a head, ``{"steps": n}`` takes n steps of it and
-answers their seconds. Answers are lines of JSON, ``{"error": ...}`` where something failed.
+Reads lines of JSON: ``{"case": {...}}`` makes a head, ``{"steps": n}`` runs n steps and returns
+their seconds. Answers are lines of JSON, ``{"error": ...}`` on failure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Work:
         self.turn = 0
 
     def step(self) -> float:
-        """Seconds."""
+        """Runs one step; returns its seconds."""
         x, labels = self.batches[self.turn % len(self.batches)]
         self.turn += 1
         x.grad = self.head.weight.grad = None

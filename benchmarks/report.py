@@ -1,4 +1,4 @@
-"""A report as tables on a console, and two reports side by side."""
+"""A report as tables on a console, and its numbers and cases as text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from benchmarks.cases import Case, from_dict
 
 
 def digits(value: float) -> str:
-    """Three of them, or all before the point."""
+    """Three significant digits, or all before the decimal point."""
     return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def seconds(value: float) -> str:
     """Three digits and a unit."""
     for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if value >= 0.9995 * unit or name == "us":  # what rounds to 1000 ms is 1 s
+        if value >= 0.9995 * unit or name == "us":  # 1000 ms after rounding is 1 s
             return f"{digits(value / unit)} {name}"
     raise AssertionError
 
@@ -64,7 +64,7 @@ def title(case: Case) -> str:
     if case.rate < 1:
         text += f", {case.sampled:,} classes sampled"
     if case.world > 1:
-        text += f", shared out among {case.world} processes"
+        text += f", sharded over {case.world} processes"
     return f"{text}, {UPDATES[case.state]}"
 
 
@@ -83,7 +83,7 @@ def by_case(report: dict) -> dict[str, tuple[Case, list[dict]]]:
 
 
 def print_report(console: Console, report: dict) -> None:
-    """One table a case; who did not run is listed below, once for each reason."""
+    """One table per case; contenders not run are listed below, by reason."""
     idle: dict[str, list[str]] = {}
     for case, rows in by_case(report).values():
         shown = [row for row in rows if row["status"] != "not run"]
@@ -103,12 +103,12 @@ def print_report(console: Console, report: dict) -> None:
         console.print(f"not run: {', '.join(names)}: {reason}", highlight=False, markup=False)
     ceilings = report["ceilings"]
     console.print(
-        "Step: median (10th to 90th percentile); ratio: turn by turn; peak: beyond what stays; "
-        "floor: least time by the ceilings of this run, "
+        "Step: median (10th to 90th percentile); ratio: turn by turn; peak: beyond persistent "
+        "memory; floor: least time by the ceilings of this run, "
         f"{ceilings['flops'] / 1e9:,.0f} GFLOP/s ({ceilings['dtype']} matrix product) and "
         f"{ceilings['bytes'] / 1e9:.1f} GB/s (copy); error: largest in the gate. The canary was "
-        f"disturbed {report['canary']['disturbed_share']:.0%} of the times; * marks rows where "
-        "that was so in more than a quarter of the turns.",
+        f"disturbed {report['canary']['disturbed_share']:.0%} of the times; * marks rows with more "
+        "than a quarter of the turns disturbed.",
         highlight=False,
     )
 

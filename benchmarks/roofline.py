@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run, and the least that a case costs."""
+"""Ceilings of the machine, measured in the same run, and the minimal cost of a case."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ REPEATS = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """flops: of a large matrix product in ``dtype``, 1/s. bytes: of a large copy, read and
-    written, 1/s. The best of REPEATS."""
+    """flops: FLOP/s of a large matrix product in ``dtype``. bytes: bytes/s of a large copy, read
+    plus written. The best of REPEATS."""
 
     flops: float
     bytes: float
@@ -23,12 +23,11 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Floor:
-    """flops and bytes that every implementation of a case has to spend in a step.
+    """flops and bytes that every implementation of a case needs in a step.
 
-    Products: cosines, gradient of the embeddings, gradient of the centres, 2 B K D each; one that
-    keeps no logits multiplies a fourth time. Bytes: the K centres that take part read and their
-    gradient written, or with an optimiser centres, and momentum if it has any, read and written
-    once.
+    Products: cosines, gradient of the embeddings, gradient of the centres, 2 B K D each; an
+    implementation that keeps no logits needs a fourth. Bytes: the K centres of the step read and
+    their gradient written; or, with an optimiser, centres and any momentum read and written once.
     """
 
     flops: float
@@ -40,7 +39,7 @@ class Floor:
 
 
 def floor(case: Case) -> Floor:
-    """Of one process's share."""
+    """For one process."""
     rows, columns = case.batch * case.world, case.sampled / case.world
     item = getattr(torch, case.dtype).itemsize
     touched = 4 if case.momentum else 2
@@ -48,7 +47,7 @@ def floor(case: Case) -> Floor:
 
 
 def measure(device: torch.device, clock, small: bool = False) -> Ceilings:
-    """Both ceilings, on all threads of a CPU or in fp16 on a GPU."""
+    """Measures both ceilings, with all threads of a CPU, or in fp16 on a GPU."""
     gpu = device.type == "cuda"
     dtype = torch.float16 if gpu else torch.float32
     n = 8192 if gpu else 512 if small else 2048

@@ -1,12 +1,12 @@
 """``fastmargin bench``: margin heads and their peers, side by side in one run.
 
-    fastmargin bench                                      the suite of this machine
+    fastmargin bench                                      the suite for this machine
     fastmargin bench --suite cpu-large --repeats 15
     fastmargin bench --classes 20000 50000 --dim 512 --only fastmargin insightface
     fastmargin bench --compare before.json after.json
 
-No contender gets a number before its loss and gradients agree with float64. Inputs are random;
-nothing is downloaded. How it is measured: docs/benchmarks.md.
+A contender is timed only if its loss and gradients agree with float64. Inputs are random; nothing
+is downloaded. Method: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -61,28 +61,28 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PART",
-        help="contenders whose name contains one of these, the reference backend too",
+        help="only contenders whose name contains one of these; includes the reference backend",
     )
-    what.add_argument("--list", action="store_true", help="list cases and contenders, and stop")
+    what.add_argument("--list", action="store_true", help="list cases and contenders, then exit")
     how = found.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    how.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
-    how.add_argument("--repeats", type=int, default=9, help="turns that count (default 9)")
+    how.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    how.add_argument("--repeats", type=int, default=9, help="timed turns (default 9)")
     how.add_argument(
         "--rounds",
         type=int,
         default=3,
-        help="go through all cases so often, each time with new heads and a share of the turns "
+        help="number of passes over all cases, each with new heads and a part of the turns "
         "(default 3)",
     )
     how.add_argument(
         "--seconds",
         type=float,
         default=15.0,
-        help="after so many of a case no further turn starts, but there are three (default 15)",
+        help="start no further turn of a case after this time, but run at least three (default 15)",
     )
-    how.add_argument("--no-memory", action="store_true", help="no peak memory")
-    how.add_argument("--no-accuracy", action="store_true", help="no error by logit gap")
+    how.add_argument("--no-memory", action="store_true", help="skip peak memory")
+    how.add_argument("--no-accuracy", action="store_true", help="skip the error by logit gap")
     how.add_argument(
         "--profile",
         type=Path,
@@ -90,41 +90,41 @@ def parser() -> argparse.ArgumentParser:
         help="instead of times: a torch "
         "profiler trace of two steps of every contender, for Perfetto",
     )
-    out = found.add_argument_group("what comes of it")
+    out = found.add_argument_group("output")
     out.add_argument(
         "--output",
         type=Path,
         default=Path("bench"),
         metavar="FOLDER",
-        help="for bench.json and the pictures (default bench/)",
+        help="for bench.json and the plots (default bench/)",
     )
     out.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
-        help="the report, instead of bench.json in the folder; - prints it and nothing else",
+        help="write the report here instead of bench.json; - prints it and nothing else",
     )
-    out.add_argument("--no-plots", action="store_true", help="no pictures")
+    out.add_argument("--no-plots", action="store_true", help="write no plots")
     out.add_argument(
         "--compare",
         nargs=2,
         type=Path,
         metavar=("A.json", "B.json"),
-        help="measure nothing: ratios of two reports",
+        help="measure nothing; print the ratios of two reports",
     )
     return found
 
 
 def chosen_cases(options: argparse.Namespace, device: torch.device) -> list[cases.Case]:
-    """What the options ask for.
+    """The cases selected by the options.
 
     Raises:
-        ValueError: a value that no case can have, or flags beside names.
+        ValueError: an invalid value, or --case together with --suite or flags.
     """
     default = "gpu" if device.type == "cuda" else "cpu"
     values = {name: getattr(options, name) for name in FLAGS if getattr(options, name)}
     if options.case and (values or options.suite):
-        raise ValueError("--case names whole cases: leave out --suite and the flags beside it")
+        raise ValueError("--case selects whole cases: leave out --suite and the other flags")
     if options.case:
         return cases.of_names(options.case)
     found = cases.of_suites(options.suite or [default])
@@ -203,12 +203,12 @@ def measure(
 
 
 def draw(found: dict, folder: Path, console: Console) -> None:
-    """The pictures, or what is missing for them."""
+    """Writes the plots, or says what is missing for them."""
     try:
         from benchmarks import plots
     except ImportError as error:
         console.print(
-            f"no pictures ({error}): pip install 'fastmargin[bench]'", highlight=False, markup=False
+            f"no plots ({error}): pip install 'fastmargin[bench]'", highlight=False, markup=False
         )
         return
     for path in plots.draw(found, folder):
@@ -216,7 +216,7 @@ def draw(found: dict, folder: Path, console: Console) -> None:
 
 
 def profile(chosen: list[cases.Case], device: torch.device, options, console: Console) -> int:
-    """One trace for every case and contender that can run it."""
+    """Writes one trace per case and contender that can run it."""
     from torch.profiler import ProfilerActivity
 
     options.profile.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def profile(chosen: list[cases.Case], device: torch.device, options, console: Co
 
 
 def profiled_step(head: contenders.Head, x: torch.Tensor, labels: torch.Tensor) -> None:
-    """A step whose phases have names in the trace."""
+    """A step with named phases in the trace."""
     with torch.profiler.record_function("forward"):
         loss = head.loss(x, labels)
     with torch.profiler.record_function("backward"):

@@ -1,6 +1,6 @@
-"""ClassSampler against rand + topk + sort over all classes, as insightface's partial FC samples.
+"""ClassSampler against rand + topk + sort over all classes, as in insightface's partial FC.
 
-Both draw in turns in one process, so that a busy machine slows both. Writes
+Both take turns in one process, so that other load slows both. Writes
 ``results/sampling_<cpu or cuda>.json`` beside this file.
 
     python -m benchmarks.sampling
@@ -26,12 +26,12 @@ from fastmargin.sampling import ClassSampler
 
 
 def check(labels, sample, index, column) -> None:
-    """Both took as many distinct rows, and every label finds its own."""
+    """Checks that both took the same number of distinct rows, and map each label to its row."""
     ours, n = sample.index, index.numel()
     if not ours.numel() == n == ours.unique().numel() == index.unique().numel():
         raise SystemExit("the samplers took different numbers of rows")
     if not (torch.equal(ours[sample.column], labels) and torch.equal(index[column], labels)):
-        raise SystemExit("a label's own row is not where it should be")
+        raise SystemExit("a label is not mapped to its own row")
 
 
 def compare(batch: int, classes: int, sampled: int, repeats: int, device: str) -> dict:
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[10**6, 10**7, 10**8])
     parser.add_argument("--sampled", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", help="a file, or - to print")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""A model, not a measurement: bytes, time and memory of a head whose classes GPUs share out.
+"""A model, not a measurement: bytes, time and memory of a head with classes sharded over GPUs.
 
-Prints the tables of the scaling section of docs/distributed.md, as Markdown. Every assumption is a
-constant below; replace them by measurements where there are any.
+Prints the tables of the scaling section of docs/distributed.md, as Markdown. All assumptions are
+constants below; replace them by measurements if you have any.
 
     python benchmarks/scaling_model.py
 """
@@ -11,29 +11,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-# one H200; rates are what large operations get, not what the data sheet says
+# one H200; rates that large operations achieve, not those of the data sheet
 FLOPS = 600e12  # matrix products of 16-bit operands, inner dimension 512
 HBM = 4.3e12  # bytes/s
 MEMORY = 141e9  # bytes
-# links of a GPU, bytes/s in each direction, and seconds a hop
+# links of a GPU, bytes/s in each direction, and seconds per hop
 NODE = 8
 NVLINK, NVLINK_HOP = 350e9, 2e-6  # of 450e9
 INFINIBAND, INFINIBAND_HOP = 40e9, 5e-6  # of 400 Gb/s = 50e9
 
 DIM = 512
-ROWS = 128  # of each GPU in a step
-EMBEDDING = 2  # bytes of a number that is gathered: 16 bits, as autocast makes it
+ROWS = 128  # per GPU and step
+EMBEDDING = 2  # bytes per gathered number: 16 bits, as with autocast
 FLOAT, DOUBLE, LABEL = 4, 8, 8
-FLOPS_PER_PAIR = 8 * DIM  # of a row and a class: cosine and pull forward, cosine and dW backward
-ROW_TRAFFIC = 62 * DIM  # bytes a gathered row reads and writes outside the passes, as the code is
-ROW_WORKSPACE = (EMBEDDING + 6 * FLOAT) * DIM  # bytes a gathered row takes at most, as the code is
+FLOPS_PER_PAIR = 8 * DIM  # per row and class: cosine and pull forward, cosine and dW backward
+ROW_TRAFFIC = 62 * DIM  # bytes read and written per gathered row outside the passes, in the code
+ROW_WORKSPACE = (EMBEDDING + 6 * FLOAT) * DIM  # peak bytes per gathered row, in the code
 OPTIMISER_WORKSPACE = 6 * 32e6  # RowSGD
-LIVE_LOGITS = 4 * FLOAT  # bytes of a (row, class) pair at the peak of an eager head, traced
+LIVE_LOGITS = 4 * FLOAT  # bytes per (row, class) pair at the peak of an eager head, traced
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a GPU receives in one collective, over each kind of link."""
+    """Bytes a GPU receives in one collective, over each kind of link."""
 
     nvlink: float
     infiniband: float
@@ -41,14 +41,14 @@ class Exchange:
 
     @property
     def seconds(self) -> float:
-        """One kind of link after the other."""
+        """Time, using one kind of link after the other."""
         return self.hops + self.nvlink / NVLINK + self.infiniband / INFINIBAND
 
 
 def gather(gpus: int, own: float) -> Exchange:
-    """All-gather of ``own`` bytes of each, or reduce-scatter that leaves each with ``own``.
+    """All-gather of ``own`` bytes from each GPU, or reduce-scatter to ``own`` bytes each.
 
-    Among the GPUs of one place in all nodes first, then inside the node.
+    First between the GPUs with the same index in all nodes, then within the node.
     """
     inside, nodes = min(gpus, NODE), max(1, gpus // NODE)
     hops = (inside - 1) * NVLINK_HOP + (nodes - 1) * INFINIBAND_HOP
@@ -56,51 +56,51 @@ def gather(gpus: int, own: float) -> Exchange:
 
 
 def total(gpus: int, size: float) -> Exchange:
-    """All-reduce of ``size`` bytes: scattered in the node, trees over the nodes, gathered."""
+    """All-reduce of ``size`` bytes: reduce-scatter in the node, trees over nodes, all-gather."""
     inside, nodes = min(gpus, NODE), max(1, gpus // NODE)
     hops = 2 * (inside - 1) * NVLINK_HOP + 2 * math.log2(nodes) * INFINIBAND_HOP
     return Exchange(2 * (inside - 1) / inside * size, 2 * (nodes - 1) / nodes * size / inside, hops)
 
 
 def with_embeddings(labels: Exchange) -> Exchange:
-    """Bytes that travel in an exchange which is under way anyhow."""
+    """Bytes that travel along in another exchange, without further hops."""
     return replace(labels, hops=0)
 
 
 def exchanges(gpus: int) -> dict[str, Exchange]:
-    """The collectives of a step of a head whose classes all GPUs share out."""
+    """The collectives of a step with the classes sharded over all GPUs."""
     rows = gpus * ROWS
     return {
-        "embeddings, gathered": gather(gpus, ROWS * DIM * EMBEDDING),
-        "labels, in the same exchange": with_embeddings(gather(gpus, ROWS * LABEL)),
-        "(B, 2) float64, added": total(gpus, rows * 2 * DOUBLE),
+        "embeddings, all-gathered": gather(gpus, ROWS * DIM * EMBEDDING),
+        "labels, in the same all-gather": with_embeddings(gather(gpus, ROWS * LABEL)),
+        "(B, 2) float64, all-reduced": total(gpus, rows * 2 * DOUBLE),
         "(B,) float32, maximum": total(gpus, rows * FLOAT),
-        "dX float32, added and scattered": gather(gpus, ROWS * DIM * FLOAT),
+        "dX float32, reduce-scattered": gather(gpus, ROWS * DIM * FLOAT),
     }
 
 
 def passes(rows: int, centres: float) -> tuple[float, float]:
-    """Seconds of the forward and of the backward pass over the centres of one GPU."""
+    """Seconds of the forward and the backward pass over the centres of one GPU."""
     flops = rows * centres * FLOPS_PER_PAIR / 2
     read = centres * DIM * FLOAT
     return max(flops / FLOPS, read / HBM), max(flops / FLOPS, 2 * read / HBM)
 
 
 def flat(gpus: int, classes: float, rate: float) -> tuple[float, float]:
-    """Seconds of a step whose classes all GPUs share out, and of its useful part.
+    """Seconds of a step with the classes sharded over all GPUs, and of its useful part.
 
-    Useful: the passes, and what the GPU's own rows need besides.
+    Useful: the passes, and the other work for the GPU's own rows.
     """
     forward, backward = passes(gpus * ROWS, classes * rate / gpus)
     by_row = ROWS * ROW_TRAFFIC / HBM
     *before, last = (exchange.seconds for exchange in exchanges(gpus).values())
-    # the scatter is under way while the backward pass runs
+    # the reduce-scatter overlaps with the backward pass
     whole = sum(before) + gpus * by_row + forward + max(backward, last)
     return whole, by_row + forward + backward
 
 
 def meshed(gpus: int, classes: float, rate: float) -> float:
-    """Seconds of a step whose classes are shared out in each node and repeated over the nodes."""
+    """Seconds of a step with classes sharded within each node and replicated over the nodes."""
     whole, _ = flat(NODE, classes, rate)
     nodes = gpus // NODE
     gradient = classes * rate / NODE * DIM * FLOAT
@@ -109,7 +109,7 @@ def meshed(gpus: int, classes: float, rate: float) -> float:
 
 
 def break_even(gpus: int) -> float:
-    """Classes that take part at which a mesh is as fast as sharing out over all GPUs."""
+    """Number of classes per step at which a mesh is as fast as sharding over all GPUs."""
     low, high = 1.0, 1e9
     for _ in range(100):
         classes = math.sqrt(low * high)
@@ -165,7 +165,7 @@ def bytes_table() -> str:
 
     rows = [[name, *(cell(name, gpus) for gpus in GPUS)] for name in names]
     seconds = [sum(e.seconds for e in exchanges(gpus).values()) for gpus in GPUS]
-    rows.append(["time of all, ms", *(f"{1e3 * s:.2f}" for s in seconds)])
+    rows.append(["total time, ms", *(f"{1e3 * s:.2f}" for s in seconds)])
     return table(["exchange", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
 
 
@@ -194,7 +194,7 @@ def mesh_table() -> str:
     head = ["64 GPUs", "8 nodes x 8", "1024 GPUs", "128 nodes x 8"]
     few, many = (float(f"{break_even(gpus):.2g}") for gpus in (64, 1024))
     equal = (
-        f"Both take as long at {few:,.0f} classes that take part on 64 GPUs, and at "
+        f"Both take equally long with {few:,.0f} classes per step on 64 GPUs, and with "
         f"{many:,.0f} on 1024."
     )
     return f"{table(['identities', 'sampled', *head], rows)}\n\n{equal}"
@@ -220,7 +220,7 @@ def memory_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    """By the name of the place in the document."""
+    """The tables by the name of their block in the document."""
     return {
         "bytes": bytes_table(),
         "time": time_table(),

@@ -1,4 +1,4 @@
-"""Cases whose classes several processes share out: started here, gated and timed together.
+"""Cases with classes sharded over several processes: starts, gates and times them together.
 
 python -m torch.distributed.run ... -m benchmarks.sharded <case as JSON> <contender> ...
 """
@@ -23,7 +23,7 @@ from fastmargin import testing
 def measure(
     case: cases.Case, contender: str, device: torch.device, repeats: int
 ) -> tuple[gate.Verdict, timing.Times]:
-    """Starts the processes; a phase of a turn takes as long as in the slowest of them.
+    """Starts the processes; each phase of a turn counts with the slowest process.
 
     Raises:
         RuntimeError: a process failed, or there are fewer GPUs than processes.
@@ -45,7 +45,7 @@ def measure(
 
 
 def main(case: str, name: str, kind: str, repeats: str, file: str) -> None:
-    """One of the processes; the first one writes."""
+    """Runs in each process; the first one writes the result."""
     rank = int(os.environ["RANK"])
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -59,9 +59,9 @@ def main(case: str, name: str, kind: str, repeats: str, file: str) -> None:
 
 
 def _check(contender, case: cases.Case, device: torch.device) -> gate.Verdict:
-    """Loss, own embeddings' gradient and own centres' gradient against one float64 process.
+    """Loss and gradients of this process's embeddings and centres against one float64 process.
 
-    The gradient of embeddings is times the number of processes, as DDP's mean wants it.
+    The gradient of the embeddings is multiplied by the number of processes, as DDP averages.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     small = cases.gate_case(case)
@@ -103,6 +103,6 @@ def _times(contender, case: cases.Case, device: torch.device, repeats: int) -> d
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    # Gloo's threads may yet let go of the last tensors, for which they want Python's lock; where
-    # Python shuts down meanwhile, that aborts the process
+    # Gloo's threads may still release the last tensors, which needs Python's lock; if Python shuts
+    # down meanwhile, that aborts the process
     os._exit(0)

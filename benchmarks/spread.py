@@ -1,4 +1,4 @@
-"""Median and spread, and ratios of them."""
+"""Median and spread of measurements, and of ratios."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 def quantile(values: list[float], share: float) -> float:
-    """Linear between neighbours of the sorted values."""
+    """Quantile ``share``, with linear interpolation between the sorted values."""
     values = sorted(values)
     place = share * (len(values) - 1)
     low = int(place)
@@ -16,7 +16,7 @@ def quantile(values: list[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """median, and low and high: the 10th and 90th percentile of what was measured."""
+    """The median, and low and high: the 10th and the 90th percentile."""
 
     median: float
     low: float
@@ -32,11 +32,11 @@ class Spread:
 
 
 def paired_ratio(values: list[float], others: list[float]) -> Spread:
-    """Of the i-th value to the i-th other: of turns next to each other, so drift cancels."""
+    """Ratios of the i-th values: of neighbouring turns, so that drift cancels."""
     return Spread.of([a / b for a, b in zip(values, others, strict=False)])
 
 
 def ratio_of_runs(values: list[float], others: list[float]) -> Spread:
-    """Of the medians of two runs; low and high as far as both spreads allow."""
+    """Ratio of the medians of two runs; low and high are the extremes within both spreads."""
     a, b = Spread.of(values), Spread.of(others)
     return Spread(a.median / b.median, a.low / b.high, a.high / b.low)

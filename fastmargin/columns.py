@@ -1,4 +1,4 @@
-"""What a pass over the centres is about: which of them take part, and where the others are."""
+"""Which centres take part in a pass, and how they are sharded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ GRAD_REDUCES = ("mean", "sum")
 class Columns:
     """Centres that take part in a pass.
 
-    index: (K,) rows of the weight, -1 in an empty place; None for all of them. labels: (B,) where
-    the own centre of each row is, counted from ``class_start``: among the rows of the weight, or
-    in ``index``. log_weight: scalar added to the logits of these centres, or None.
+    index: (K,) int64 rows of the weight, -1 in a padding slot; None for all rows. labels: (B,)
+    int64; ``labels - class_start`` is the position of each row's own centre, in ``index`` or else
+    in the weight. log_weight: scalar added to the logits of these centres, or None.
     """
 
     labels: Tensor
@@ -32,18 +32,18 @@ class Columns:
 
     @staticmethod
     def of(sample: Sample, rows: slice, log_weight: Tensor | None) -> list[Columns]:
-        """The sampled centres; with ``log_weight``, of the negatives, they are two parts.
+        """The sampled centres; with a ``log_weight`` in two parts, since positives have none.
 
-        ``rows`` are those of the labels it was drawn for that the pass is about. Positives are
-        always there and keep the weight 1.
+        rows: which of the labels that the sample was drawn for belong to this pass. log_weight: of
+        the negatives.
         """
         labels = sample.column[rows]
         if log_weight is None:
             return [Columns(labels, index=sample.index)]
         place = torch.arange(sample.index.shape[0], device=sample.index.device)
         positive = place < sample.num_positives
-        # no more positives than rows: a short pass, though which places they take is not known here
-        # an empty place names a row that takes part, as its complement: see ops.spread_rows
+        # there are at most as many positives as rows, which keeps the first part short
+        # padding slots hold the complement of a row that takes part: see ops.spread_rows
         empty = ~sample.index[:1]
         first = torch.where(positive, sample.index, empty)[: sample.column.shape[0]]
         rest = torch.where(positive | (sample.index < 0), empty, sample.index)
@@ -58,9 +58,9 @@ class Columns:
 class Classes:
     """Which classes the weight holds and which of them take part in a step; by default all.
 
-    shard: a :class:`fastmargin.distributed.shard.ClassShard`, where the weight is this process's
-    part of the classes. sampler: draws those that take part. The others are as in
-    :class:`fastmargin.MarginHead`.
+    shard: the :class:`fastmargin.distributed.shard.ClassShard` that the weight is, or None for all
+    classes. sampler: draws the classes of a training step, or None for all. The other fields are as
+    in :class:`fastmargin.MarginHead`.
     """
 
     shard: ClassShard | None = None
@@ -73,7 +73,8 @@ class Classes:
 
     @property
     def grad_factor(self) -> int:
-        """What makes a mean over the processes the sum that is the gradient."""
+        """Factor on the embeddings' gradient that undoes DDP's averaging: the number of processes
+        for "mean", else 1."""
         if self.shard is None or self.grad_reduce == "sum":
             return 1
         return self.shard.ranks * self.shard.num_replicas
@@ -81,10 +82,10 @@ class Classes:
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over the centres, besides its tensors.
+    """Settings of a pass over the centres.
 
-    columns: disjoint parts of the centres that are here; targets are among the first part's.
-    batch: where the rows come from, with ``classes.shard``; else None.
+    columns: disjoint parts of this process's centres; the first one contains the targets.
+    batch: layout of the gathered rows with ``classes.shard``, else None.
     """
 
     columns: Sequence[Columns]
@@ -104,9 +105,9 @@ class Pass:
 
 
 def merge(parts: Sequence[RowStats], columns: Sequence[Columns]) -> RowStats:
-    """The statistics of disjoint parts of the centres as one; differentiable.
+    """Merges the statistics of disjoint parts of the centres; differentiable.
 
-    Targets are in the first part, whose ``log_weight`` is None.
+    The first part contains the targets and has no ``log_weight``.
     """
     if len(parts) == 1:
         return parts[0]

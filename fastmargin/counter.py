@@ -1,4 +1,4 @@
-"""Random numbers that follow from a key: every process that has the key draws the same ones."""
+"""Counter-based random numbers: every process with the same key draws the same numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHIFTS = (30, 27, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right."""
+    """Logical right shift."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -25,19 +25,20 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def row_normals(seed: Tensor, step: Tensor, labels: Tensor, place: int = 0) -> Tensor:
-    """:func:`counter_normal` for every row of a batch, labels (B,) int64: (B,) float32.
+    """One :func:`counter_normal` per row of a batch, labels (B,) int64: (B,) float32.
 
-    The number of a row is how many rows with a class there are up to it, itself included. So rows
-    without one, label < 0, do not change what the others draw; what they get is not to be used.
+    Rows with label >= 0 are numbered from 1. Ignored rows (label < 0) thus do not change the draws
+    of the others; their own values must not be used.
     """
     return counter_normal(seed, step, (labels >= 0).cumsum(0), place)
 
 
 def counter_normal(seed: Tensor, step: Tensor, number: Tensor, place: int = 0) -> Tensor:
-    """(n,) float32, standard normal: the draws ``number`` (n,) int64 of a step at a place.
+    """(n,) float32 standard normal numbers: draws ``number`` (n,) int64 of one step and replica.
 
-    seed, step: (1,) int64, the second how many steps came before. On their device, without waiting
-    for it; a replayed CUDA graph whose step has advanced draws anew.
+    seed, step: (1,) int64; step counts the earlier steps. place: index of the replica. Computed on
+    their device, without synchronisation: a replayed CUDA graph whose step has advanced makes new
+    draws.
     """
     stream = _mix(_mix(_mix(seed + GOLDEN_GAMMA) + place) + (step + 1))
     counter = torch.stack([2 * number + 1, 2 * number + 2])

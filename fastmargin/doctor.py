@@ -1,4 +1,4 @@
-"""What ``fastmargin doctor`` finds out: environment, backends, a self-test, compiled kernels."""
+"""``fastmargin doctor``: environment, backends, a self-test, and compiled kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastmargin.backends.triton import tuned
 from fastmargin.build_info import build_info
 
 ALLOWED = {"fp32": 3e-5, "fp16": 3e-3}
-"""Largest relative error of loss and gradients against float64, by operand type."""
+"""Largest allowed relative error of loss and gradients against float64, by operand type."""
 
 
 def environment() -> dict[str, object]:
@@ -42,7 +42,7 @@ def environment() -> dict[str, object]:
 
 
 def self_test(backend: str) -> dict[str, object]:
-    """Loss and gradients of hard and confident rows against float64, on the backend's device.
+    """Compares loss and gradients with float64, in several regimes, on the backend's device.
 
     Returns ``errors`` (relative, by operand type) and ``passed``.
     """
@@ -72,9 +72,9 @@ def _solve(case: testing.Case, loss_of):
 
 
 def kernels() -> list[dict]:
-    """Registers, stack, shared memory and products of the Triton kernels, sm_80, sm_90, sm_100.
+    """Registers, stack, shared memory and products of the Triton kernels on sm_80, sm_90, sm_100.
 
-    Needs Triton and no GPU; minutes the first time.
+    Needs Triton but no GPU; takes minutes the first time.
 
     Raises:
         RuntimeError: Triton is missing, or a kernel does not compile.
@@ -88,17 +88,17 @@ def kernels() -> list[dict]:
 
 
 def cuda_kernels() -> list[dict] | str:
-    """Registers, stack, spills and shared memory of the compiled CUDA kernels; no GPU is needed.
+    """Registers, stack, spills and shared memory of the compiled CUDA kernels; needs no GPU.
 
-    One record for every kernel, its operand types and an architecture, sizes in bytes; or the
-    reason why they cannot be read.
+    One record per kernel, operand types and architecture, sizes in bytes; or the reason why they
+    cannot be read.
     """
     compiled = sorted(Path(fm.__file__).parent.glob("_cuda*.so"))
     if not compiled:
         return "the CUDA extension is not compiled"
     tool = _cuobjdump()
     if tool is None:
-        return "there is no cuobjdump, which CUDA and Triton bring"
+        return "cuobjdump is missing; CUDA and Triton include it"
     command = [tool, "--dump-resource-usage", str(compiled[0])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -119,7 +119,7 @@ _TYPES = {"f": "fp32", "d": "fp64", "4Half": "fp16", "8BFloat16": "bf16"}
 
 
 def read_resource_usage(text: str) -> list[dict]:
-    """What ``cuobjdump --dump-resource-usage`` says of the kernels of this package."""
+    """Parses ``cuobjdump --dump-resource-usage`` for the kernels of this package."""
     found, arch, name = [], "", ""
     for line in text.splitlines():
         if hit := re.match(r"arch = sm_(\w+)", line):
@@ -139,9 +139,9 @@ def read_resource_usage(text: str) -> list[dict]:
 
 
 def _kernel_name(mangled: str) -> str:
-    """E.g. ``unit_rows_kernel fp16 x8`` of a mangled name; a foreign one as it is."""
+    """E.g. ``unit_rows_kernel fp16 x8`` from a mangled name; other names are not changed."""
     rest, name = mangled.removeprefix("_ZN"), ""
-    while hit := re.match(r"\d+", rest):  # namespaces and the name, each after its length
+    while hit := re.match(r"\d+", rest):  # namespaces and name, each preceded by its length
         start, length = hit.end(), int(hit[0])
         name, rest = rest[start : start + length], rest[start + length :]
     hit = re.match(r"I(?:NS_)?(f|d|4Half|8BFloat16)E?(?:Li(\d+)E)?", rest)
@@ -151,7 +151,7 @@ def _kernel_name(mangled: str) -> str:
 
 
 def examine(with_kernels: bool = False) -> dict[str, object]:
-    """Everything, as ``fastmargin doctor --json`` prints it. ``healthy`` is the verdict."""
+    """The whole report, as ``fastmargin doctor --json`` prints it; ``healthy`` is the verdict."""
     reasons = fm.backends.available()
     tests = {name: self_test(name) for name, reason in reasons.items() if reason is None}
     compiled = kernels() if with_kernels else None
@@ -172,30 +172,30 @@ def examine(with_kernels: bool = False) -> dict[str, object]:
 
 
 def advice(reasons: dict[str, str | None]) -> list[str]:
-    """What would make it faster here."""
+    """What would make training faster here."""
     found = []
     if reasons["cpu"] is not None:
-        found.append("Training on the CPU runs on plain PyTorch: " + reasons["cpu"])
+        found.append("Training on the CPU uses plain PyTorch: " + reasons["cpu"])
     if torch.cuda.is_available() and reasons["triton"] is not None:
-        found.append("The GPU is not used by a fused backend: " + reasons["triton"])
+        found.append("No fused backend uses the GPU: " + reasons["triton"])
     threads, cores = torch.get_num_threads(), _cores()
     if threads < cores:
         found.append(
-            f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or "
+            f"torch uses {threads} of {cores} cores: unset OMP_NUM_THREADS, or call "
             f"torch.set_num_threads({cores})"
         )
     return found
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def tile_shapes(table: dict) -> list[str]:
-    """What is to be said of the user's table of tile shapes; see ``tuned.describe``."""
+    """Lines about the user's table of tile shapes; see ``tuned.describe``."""
     if table["file"] is None:
         return [f"Tile shapes of the Triton kernels: as shipped; {tuned.why_none()}"]
     if not table["exists"]:

@@ -1,4 +1,4 @@
-"""Class centres to a safetensors file, in pieces and from all processes."""
+"""Writes the class centres of all processes to a safetensors file, piece by piece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmargin.distributed.shard import ClassShard
 from fastmargin.norms import unit
 
 PIECE = 1 << 14
-"""Rows that are in memory at a time."""
+"""Rows in memory at a time."""
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -25,9 +25,9 @@ DTYPES = {
 
 
 class CentersFile:
-    """A safetensors file of one tensor (C, D), whose rows come one after the other.
+    """A safetensors file with one tensor (C, D), "centers", written row by row.
 
-    metadata: words that the file keeps beside it.
+    metadata: further entries of the file's metadata.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class CentersFile:
         if self.error is None:
             try:
                 self.file.write(data)
-            except OSError as error:  # a full disk: the others are still sending
+            except OSError as error:  # e.g. a full disk; the other processes are still sending
                 self.error = error
 
     def add(self, rows: Tensor) -> None:
         self._put(rows.cpu().contiguous().view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """The file takes its name once it is whole."""
+        """Renames the complete file to its final name; raises the first error of writing."""
         if self.error is not None:
             raise self.error
         self.file.flush()
@@ -72,10 +72,10 @@ class CentersFile:
 
 @torch.no_grad()
 def write_centers(path: Path, weight: Tensor, normalized: bool, shard: ClassShard | None) -> None:
-    """All (C, D) centres into a file, as the tensor "centers"; the first process writes.
+    """Writes all (C, D) centres to a file, as the tensor "centers"; the first process writes.
 
     Raises:
-        OSError: the file cannot be written; one of that name stays as it is.
+        OSError: the file cannot be written; an existing one stays as it is.
         ProcessError: the first process could not write it, or another one has died.
     """
     if shard is not None and shard.replica > 0:

@@ -1,4 +1,4 @@
-"""Backward passes that have no derivative of their own, and say so where one is asked for."""
+"""Backward passes that raise when differentiated again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.autograd.function import once_differentiable
 
 
 def first_order(backward):
-    """For the ``backward`` of an autograd.Function: a gradient through its gradients is an error.
+    """Decorates the ``backward`` of an autograd.Function: differentiating its result raises.
 
-    torch's ``once_differentiable`` makes it one where the incoming gradient is part of a graph.
-    That of a loss is not, it is 1, and a penalty on the gradients would be left out in silence.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires grad. That of a
+    loss is a constant 1, so a gradient penalty would silently be ignored.
     """
     once = once_differentiable(backward)
 

@@ -1,4 +1,4 @@
-"""The loss as a function: checks, the rows' losses, the reduction."""
+"""The loss as a function: checks, the loss of each row, the reduction."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ ALL = Classes()
 
 @dataclass(frozen=True)
 class LossRows:
-    """The loss of every row and what it was made of, each (B,); rows with label < 0 cost 0.
+    """The loss of each row and the values behind it, each (B,); rows with label < 0 have loss 0.
 
     ``margin`` is ``cos_y - psi`` in cosine units; zero for losses on the nearest negatives. With
-    sharded classes the rows are those of all shards, alike on each, and ``batch`` and ``shard``
+    sharded classes the rows are those of all shards, the same on each; ``batch`` and ``shard``
     say which are this process's.
     """
 
@@ -62,35 +62,36 @@ def margin_loss(
 ) -> Tensor:
     """Margin loss of a batch against all class centres, without the (B, C) logits in memory.
 
-    Equivalent to ``F.cross_entropy(s * edited, labels, ignore_index=-1)`` where ``edited`` is
-    ``F.normalize(embeddings) @ F.normalize(weight).T`` with the margin on the target's entry.
+    With a softmax margin: ``F.cross_entropy(s * edited, labels, ignore_index=-1)``, where
+    ``edited`` is ``F.normalize(embeddings) @ F.normalize(weight).T`` with the margin applied to
+    the target entries.
 
     Args:
         embeddings: (B, D) raw, float16, bfloat16, float32 or float64; B >= 1.
         weight: (C, D) raw class centres, any strides. A DTensor placed ``[Shard(0)]`` or
-            ``[Replicate(), Shard(0)]`` is a classifier shared out among processes, see
-            :class:`fastmargin.MarginHead`; every process then passes its own rows.
-        labels: (B,) or (B, 1) int64 or int32 in [-1, C); -1 is a row to ignore.
+            ``[Replicate(), Shard(0)]`` holds sharded classes, see :class:`fastmargin.MarginHead`;
+            every process then passes its own rows.
+        labels: (B,) or (B, 1) int64 or int32 in [-1, C); rows with -1 are ignored.
         margin: e.g. ``fm.ArcFace()``; its running state advances in training mode.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (B,).
         backend: "auto", or one of ``fm.backends.available()``.
-        precision: operand type of the matrix products; sums and per-row values are float32
-            always. "auto" is "fp32" on a CPU and "fp16" on a GPU, which for unit vectors has
-            three bits more than "bf16" at the same speed; also "tf32".
-        validate: check that labels are in range and embeddings finite. Default: the labels, where
-            that costs no synchronisation (on CPU). On a GPU an unchecked label >= C makes the
-            loss NaN.
+        precision: operand type of the matrix products: "fp32", "tf32", "bf16", "fp16" or "auto",
+            which is "fp32" on a CPU and "fp16" on a GPU: for unit vectors three bits more accurate
+            than "bf16" at the same speed. Sums and per-row values are at least float32.
+        validate: check that labels are in range and embeddings finite. Default: only the labels,
+            and only on a CPU, where that needs no synchronisation. An unchecked label >= C makes
+            the loss NaN.
         grad_reduce: with sharded classes, as :class:`fastmargin.MarginHead`.
-        row_tolerance: leaves rows with ``1 - p_y`` up to it out of the gradient of ``weight``, in
-            [0, 1); 0 is exact. docs/math.md bounds the error; on the Triton backend these rows then
-            cost next to nothing in the pass over the centres.
+        row_tolerance: in [0, 1); leaves rows with ``1 - p_y`` up to it out of the gradient of
+            ``weight``; 0 is exact. docs/math.md bounds the error; on the Triton backend such rows
+            cost next to nothing in the centre pass.
 
     Returns:
         Scalar, or (B,) for "none"; float32 (float64 for float64 embeddings).
 
     Raises:
-        TypeError, ValueError: an argument is not as above. Nothing has changed then.
-        fm.backends.BackendError: the backend asked for cannot run.
+        TypeError, ValueError: an argument is not as above. No state has changed then.
+        fm.backends.BackendError: the requested backend cannot run.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("grad_reduce", grad_reduce, GRAD_REDUCES)
@@ -115,7 +116,7 @@ def loss_and_rows(
     validate: bool | None = None,
     classes: Classes = ALL,
 ) -> tuple[Tensor, LossRows]:
-    """:func:`margin_loss`, and what it was made of, without gradient."""
+    """:func:`margin_loss`, and the values behind it, without gradient."""
     shard = classes.shard
     start, count = (0, weight.shape[0]) if shard is None else (shard.start, shard.num_classes)
     with batches.announced(shard, weight.device, classes.batch_size):
@@ -125,7 +126,7 @@ def loss_and_rows(
         _check_parameters(margin, shard)
         _check_kept(weight, shard)
         margin.bind(count, weight.shape[1], weight.device, (start, start + weight.shape[0]))
-        if not torch.compiler.is_compiling():  # before a draw or anything else that lasts
+        if not torch.compiler.is_compiling():  # before any state changes
             k = margin.top_k if isinstance(margin, NearestMargin) else 1
             ops.check_backend(embeddings, precision, backend, k)
     x, y, batch = embeddings, labels, None
@@ -153,8 +154,8 @@ def loss_and_rows(
     pass_over_centres = _all_negatives if softmax else _nearest_negatives
     negatives, norm = pass_over_centres(embeddings, weight, x_hat, norm, y, margin, task)
 
-    # state changes after the passes that can still fail, and before the margin that uses it, or
-    # after it where it is for later
+    # state changes after the passes, which may still fail; before the margin uses it, or after
+    # the loss if only later steps use it
     states = None
     if ema is not None:
         states = [(mean, std)] if whole else _statistics(norm, y, ema, margin.stats, peers, batch)
@@ -181,17 +182,17 @@ def loss_and_rows(
             loss = loss + torch.where(rows.valid, penalty, 0)
     if margin.training and margin.observes_for_later:
         margin.observe(x_hat.detach(), y)
-    # a label out of range that was not checked: seen at once, at no synchronisation
+    # makes an unchecked label out of range visible, without synchronisation
     loss = torch.where(y < count, loss, torch.nan)
     rows = replace(rows, loss=loss, batch=batch, shard=shard)
     return _reduce(rows, reduction), rows.detached()
 
 
 def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
-    """The kernel form of a margin whose loss is one step (``fused.py``), else None.
+    """The kernel form if the fused path (``fused.py``) applies, else None.
 
-    What a margin does between the passes and the loss, or other processes do, stands in the way.
-    Compiled, the operators one by one are as good.
+    Not when compiled, sharded, split into two parts, or if the margin overrides hard, penalty,
+    set_norm_ema, or an observe used in the same step.
     """
     hooks = ["penalty", "set_norm_ema"]
     if not margin.observes_for_later:
@@ -209,16 +210,16 @@ def _form_of_one_step(margin: Margin, task: Pass) -> MarginForm | None:
 
 
 def _hinge_form(margin: NearestMargin, task: Pass) -> HingeForm | None:
-    """The kernel form of a loss on the nearest negatives that is then reduced, else None.
+    """The kernel form if one operator may compute and reduce the nearest-negative loss, else None.
 
-    What comes between loss and mean, and rows of other processes, stand in the way.
+    Not when sharded, or if the margin overrides penalty or sets observes_for_later.
     """
     after = margin.observes_for_later or _own_hook(margin, "penalty")
     return None if after or task.classes.shard is not None else margin.kernel_form()
 
 
 def drawn(form: MarginForm, labels: Tensor, backend: str) -> MarginForm:
-    """A form whose table is what it draws for these rows, if it draws."""
+    """Fills in the random table of a form that draws; returns other forms unchanged."""
     if form.draw is None:
         return form
     draw = form.draw
@@ -227,24 +228,24 @@ def drawn(form: MarginForm, labels: Tensor, backend: str) -> MarginForm:
 
 
 def _own_hook(margin: Margin, name: str) -> bool:
-    """Whether a margin has a method of its own, of its class or set on it, for a hook."""
+    """Whether a margin overrides this hook, in its class or on the instance."""
     return getattr(getattr(margin, name), "__func__", None) is not getattr(Margin, name)
 
 
 def check_row_tolerance(row_tolerance: float, margin: Margin) -> None:
-    """Raises ValueError unless the tolerance is in [0, 1), and 0 where there is no 1 - p_y."""
+    """Raises ValueError unless the tolerance is in [0, 1), and 0 for a loss without 1 - p_y."""
     if not 0 <= row_tolerance < 1:
-        raise ValueError(f"row_tolerance must be in [0, 1), got {row_tolerance}: 1 - p_y below it")
+        raise ValueError(f"row_tolerance must be in [0, 1), got {row_tolerance}: bounds 1 - p_y")
     if row_tolerance > 0 and isinstance(margin, NearestMargin):
         raise ValueError(
-            "row_tolerance compares 1 - p_y, and this margin has no probability: leave it out"
+            "row_tolerance bounds 1 - p_y, but this margin has no probability: leave it out"
         )
 
 
 def _reduce(rows: LossRows, reduction: str) -> Tensor:
-    """Mean over the valid rows (0 without one), sum, or the rows themselves.
+    """Mean over the valid rows (0 if there are none), sum, or the rows themselves.
 
-    With sharded classes, mean and sum are over the rows of all processes and alike on each.
+    With sharded classes, mean and sum are over the rows of all processes, the same on each.
     """
     if reduction == "none":
         if rows.batch is None:
@@ -257,41 +258,41 @@ def _reduce(rows: LossRows, reduction: str) -> Tensor:
 
 
 def _check_parameters(margin: Margin, shard: ClassShard | None) -> None:
-    """Raises where the gradient of a margin's own parameters would be that of some rows only."""
+    """Raises if the gradient of the margin's own parameters would miss the rows of replicas."""
     if shard is not None and shard.replicas is not None:
         if any(parameter.requires_grad for parameter in margin.parameters()):
             raise ValueError(
-                "a margin with learnable parameters sees the rows of one replica only: share the "
-                "classes out among all processes, with a group or a mesh of one dimension"
+                "a margin with learnable parameters sees the rows of one replica only: shard the "
+                "classes over all processes, with a group or a mesh of one dimension"
             )
 
 
 def _check_kept(weight: Tensor, shard: ClassShard | None) -> None:
-    """Raises where an optimiser would step each process's centres by the rows of some only."""
+    """Raises if a fused optimiser would update the centres from this process's rows alone."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not factors.is_kept(weight):
         return
     if shard is None and collectives.world() is not None:
         raise ValueError(
             "an optimiser made with fused=True leaves DDP no gradient to average: use fused=False, "
-            "or share the classes out among the processes (group=...)"
+            "or shard the classes over the processes (group=...)"
         )
     if shard is not None and shard.replicas is not None:
         raise ValueError(
             "an optimiser made with fused=True sees the rows of one replica only: use fused=False, "
-            "or share the classes out among all processes, with a mesh of one dimension"
+            "or shard the classes over all processes, with a mesh of one dimension"
         )
 
 
 def _columns(
     labels: Tensor, classes: Classes, training: bool, start: int, backend: str
 ) -> list[Columns]:
-    """The centres that take part: all of them, or in training those that the sampler draws."""
+    """The centres that take part: all, or in training those that the sampler draws."""
     sampler = classes.sampler
     if sampler is None or not training:
         return [Columns(labels, start)]
     rows = slice(None)
     if classes.shard is not None and classes.shard.replicas is not None:
-        # replicas hold the same centres, so they draw the same ones, for the rows of all
+        # replicas hold the same centres and must draw the same ones, for the rows of all
         start = classes.shard.replica * len(labels)
         rows = slice(start, start + len(labels))
         labels = collectives.gather_stacked(labels, classes.shard.replicas).flatten()
@@ -302,11 +303,11 @@ def _columns(
 def _statistics(
     norm: Tensor, labels: Tensor, ema: NormEma, stats: str, peers, batch: Batch | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Norm statistics after this batch, the first to be kept.
+    """Norm statistics (mean, std) after this batch; the first entry is the one to keep.
 
-    "global": of the rows of all processes. "local": of each process's rows, for its own rows; one
-    entry per process where the batch is gathered. What is kept is then the first process's, as
-    DDP makes it of the official head's buffers.
+    "global": over the rows of all processes. "local": over each process's rows, for its own rows;
+    with a gathered batch the entry to keep, then one per process. The first process's are kept, as
+    DDP does with the official head's buffers.
     """
     if stats == "global":
         parts = moments(norm, labels, ema)
@@ -322,7 +323,7 @@ def _statistics(
 def _rows_by_process(
     stats: RowStats, norm, labels, margin: SoftmaxMargin, backend: str, batch: Batch, states
 ) -> LossRows:
-    """Rows of each process with its own norm statistics; the first state is the one to keep."""
+    """Rows of each process under its own norm statistics; the first state is the one to keep."""
     kept, *states = states
     tensors = [stats.lse_neg, stats.cos_y, stats.max_neg, norm, labels]
     if _has_mark(stats):
@@ -393,7 +394,7 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
     else:
         psi = margin(stats.cos_y, _safe(norm, valid), labels)
         _check_row_values(margin, psi, labels)
-        # not softplus, which drops what is below exp(-20)
+        # not softplus, which drops values below exp(-20)
         loss = -torch.nn.functional.logsigmoid(margin.s * psi - stats.lse_neg)
         loss = torch.where(valid, loss, 0)
         applied = torch.where(valid, (stats.cos_y - psi).detach(), 0)
@@ -403,7 +404,7 @@ def _softmax_rows(stats: RowStats, norm, labels, margin: SoftmaxMargin, backend)
 
 
 def _check_row_values(margin: Margin, values: Tensor, labels: Tensor) -> None:
-    """Raises ValueError unless a margin's ``forward`` gave one number for each row."""
+    """Raises ValueError unless a margin's ``forward`` returned one number for each row."""
     if not isinstance(values, Tensor) or values.shape != labels.shape:
         shape = tuple(getattr(values, "shape", ()))
         raise ValueError(
@@ -417,7 +418,7 @@ def _has_mark(stats: RowStats) -> bool:
 
 
 def _safe(norm: Tensor, valid: Tensor) -> Tensor:
-    """1 for ignored rows: a slope that is infinite at their norm of 0 would give 0 * inf."""
+    """1 for ignored rows: a derivative that is infinite at their norm of 0 would give 0 * inf."""
     return torch.where(valid, norm, 1)
 
 

@@ -1,8 +1,8 @@
-"""The loss of a softmax margin with a kernel form as one step of autograd.
+"""The loss of a softmax margin with a kernel form as one autograd function.
 
-The same numbers as the operators one by one (``functional.py``), in fewer launches: eight on the
-Triton backend from embeddings to both gradients, with the one that autograd begins with, and more
-where the centres are staged in pieces.
+The same values as the separate operators (``functional.py``) with fewer launches: eight on the
+Triton backend from embeddings to both gradients, including the one by which autograd starts the
+backward; more where the centres are staged in pieces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastmargin.spec import GradientFactors, MarginForm, NormEma, SoftmaxLoss
 
 @dataclass(frozen=True)
 class Step:
-    """What the loss is about, besides its tensors; as in ``interface.Backend.softmax_loss``."""
+    """Arguments of the loss besides its tensors, as in ``interface.Backend.softmax_loss``."""
 
     task: Pass
     num_classes: int
@@ -110,12 +110,12 @@ def softmax_loss(
     reduction: str,
     task: Pass,
 ) -> tuple[Tensor, ...]:
-    """The reduced loss, then without gradient the unit embeddings (B, D) and what
-    :class:`fastmargin.functional.LossRows` holds.
+    """The reduced loss; then, without gradient, the unit embeddings (B, D) and the tensors of
+    :class:`fastmargin.functional.LossRows`.
 
-    Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is
-    advanced in place. The other arguments are those of
-    :meth:`fastmargin.backends.interface.Backend.softmax_loss`; ``task`` has one part.
+    Differentiable once, in ``x`` (B, D) and ``weight`` (C, D). ``ema`` is advanced in place. The
+    other arguments are those of :meth:`fastmargin.backends.interface.Backend.softmax_loss`;
+    ``task`` has one part.
     """
     want_pull = torch.is_grad_enabled() and x.requires_grad
     step = Step(task, num_classes, form, ema, reduction, want_pull)

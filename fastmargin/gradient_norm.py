@@ -1,4 +1,4 @@
-"""The norm of all gradients of a model, wherever its parts are."""
+"""The norm of all gradients of a model: dense, sparse or sharded."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ from fastmargin.optim.row_chunks import merged_rows
 def total_norm(*modules: nn.Module) -> Tensor:
     """Euclidean norm () of the gradients of all parameters of these modules, on their device.
 
-    As ``torch.nn.utils.get_total_norm``, which knows dense gradients only. Here they may be sparse
-    (rows listed several times are added up first), DTensors (``fully_shard``), and those of a
-    head that shares out its classes, of :mod:`fastmargin.compat`, too, which are summed over the
-    processes, replicas counted once.
-    The number is the same on every process and that of one process with all rows and classes, if
-    the other gradients are (DDP). Then::
+    Like ``torch.nn.utils.get_total_norm``, but gradients may also be sparse (duplicate rows are
+    added up first), DTensors (``fully_shard``), or of a head with sharded classes (also of
+    :mod:`fastmargin.compat`): those are summed over the shards, replicas counted once. The result
+    is the same on every process, and equals that of one process with all rows and classes, if the
+    same holds for the other gradients (DDP). Then::
 
         norm = fm.total_norm(backbone, head)
         for module in (backbone, head):
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), 5.0, norm)
 
-    With a head whose classes are shared out, all its processes call this. Nothing waits for the
-    device.
+    With sharded classes every process calls this. The host does not wait for the device.
 
     Raises:
-        ValueError: the modules have no parameter, or one whose gradient is not formed (``fused``
-            of :class:`fastmargin.optim.RowSGD`).
+        ValueError: the modules have no parameters, or one whose gradient is never formed
+            (``fused=True`` of :class:`fastmargin.optim.RowSGD`).
     """
     shards = {
         module.get_parameter(name): shard
@@ -76,7 +74,7 @@ def _square(grad: Tensor) -> Tensor:
         return torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype)).double().square()
     total = torch.zeros((), dtype=torch.float64, device=grad.device)
     for ids, values, unfinished in merged_rows(grad, compute_dtype(grad.dtype)):
-        # a row that occurs n times comes n times, each time with its sum
+        # a row listed n times occurs n times here, each time with the sum: count it once
         counts = torch.ones_like(ids, dtype=torch.bool)
         torch.ne(ids[1:], ids[:-1], out=counts[1:])
         if unfinished is not None:

@@ -9,23 +9,23 @@ from torch import Tensor
 
 MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
-"""Odd and without pattern: multiples of it are far apart."""
+"""2**32 divided by the golden ratio, odd: its multiples are well spread."""
 SHIFTS = (16, 15, 16)
 FACTORS = (0x7FEB352D, 0x846CA68B)
 
 
 def mix(h):
-    """Of 32-bit numbers, held in int64 or in a Python integer."""
+    """Hashes 32-bit numbers, given as an int64 tensor or a Python integer."""
     h = h ^ (h >> SHIFTS[0])
     h = (h * FACTORS[0]) & MASK
     h = h ^ (h >> SHIFTS[1])
-    # less 2**32: the same 32 bits, and the product stays inside int64
+    # minus 2**32: the same low 32 bits, and the product fits in int64
     h = (h * (FACTORS[1] - 2**32)) & MASK
     return h ^ (h >> SHIFTS[2])
 
 
 def mix_(h: Tensor) -> Tensor:
-    """:func:`mix` of int32 in place: products wrap around, and shifts are made logical."""
+    """:func:`mix` in place for int32, where products wrap around and shifts are made logical."""
     for shift, factor in zip(SHIFTS, (*FACTORS, None), strict=True):
         h ^= (h >> shift) & (MASK >> shift)
         if factor is not None:
@@ -34,5 +34,5 @@ def mix_(h: Tensor) -> Tensor:
 
 
 def as_int32(number: int) -> int:
-    """The same 32 bits with a sign."""
+    """The same 32 bits as a signed number."""
     return number - (1 << 32) if number >> 31 else number

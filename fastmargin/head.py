@@ -1,4 +1,4 @@
-"""The classifier as a module: class centres, a margin, and what one asks of them."""
+"""MarginHead: class centres and a margin; returns the loss, predictions and metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREDICT_CHUNK = 1 << 14
 
 
 def _plain(method):
-    """Runs a method on (self, embeddings, ...) without gradient and without autocast."""
+    """Checks the embeddings, then runs the method without gradient and without autocast."""
 
     @functools.wraps(method)
     def run(self, embeddings, *args, **kwargs):
@@ -42,74 +42,81 @@ def _plain(method):
 
 
 def _check_margin(margin: Margin, correct_sampling: bool, row_tolerance: float) -> None:
-    """Raises TypeError or ValueError for a margin that such a head cannot have."""
+    """Raises TypeError or ValueError if a head with these settings cannot use the margin."""
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be a margin such as fm.ArcFace(), got {margin!r}")
     if correct_sampling and isinstance(margin, NearestMargin):
         raise ValueError(
-            "correct_sampling weighs a sum over classes, and this margin has none: leave it out"
+            "correct_sampling corrects a sum over classes, which this margin lacks: leave it out"
         )
     functional.check_row_tolerance(row_tolerance, margin)
 
 
 class Prediction(NamedTuple):
-    """Best classes of every row, best first: cosines (B, k) and class ids (B, k) int64."""
+    """Nearest classes of each row, nearest first: cosines (B, k), class ids (B, k) int64."""
 
     cosine: Tensor
     label: Tensor
 
 
 class MarginHead(SettledCopies, nn.Module):
-    """Class centres (C, D) under a margin loss; returns the loss.
+    """Class centres (C, D) under a margin loss; calling it returns the loss.
 
-    Equivalent to a cosine classifier, the margin and cross-entropy, without the (B, C) logits.
-    It takes raw embeddings of any float type, and autocast leaves it alone.
+    With a softmax margin: a cosine classifier, the margin and cross-entropy, without the (B, C)
+    logits. Takes raw embeddings of any float type (float64 if the centres are); ignores autocast.
 
-    In several processes, either every process holds all classes (``group=None``) and the head may
-    be wrapped in DDP, with the backbone or by itself; margins that sum over an epoch (KappaFace)
-    then need ``broadcast_buffers=False``, since DDP would overwrite their sums. Or the processes
-    share out the classes (``group=...``): the head stays outside DDP and FSDP, every process calls
-    it in every step with its own rows, and the loss is the mean over the rows of all, the same
-    number on each.
+    With several processes, either each holds all classes (``group=None``): the head may be wrapped
+    in DDP, alone or with the backbone; margins with sums over an epoch (KappaFace) then need
+    ``broadcast_buffers=False``, since DDP would overwrite the sums. Or the classes are sharded
+    (``group=...``): the head stays outside DDP and FSDP, every process calls it in every step with
+    its own rows, and the loss is the mean over the rows of all processes, the same on each.
 
     Args:
         embedding_size: D.
         num_classes: C, over all processes.
         margin: e.g. ``fm.AdaFace()``.
-        sample_rate: share of this process's classes that take part in a training step, in (0, 1]:
-            the positives of the batch, and negatives drawn without replacement to make up
-            ``int(sample_rate * classes here)``. More positives than that all take part. 1.0 is
-            the full softmax, as is ``eval()``.
-        group: None, or who shares out the classes: "world" for all processes, a ProcessGroup or a
-            DeviceMesh; in a mesh of two dimensions the last one shares out the classes, and the
-            first one repeats them for other rows. All make the head, with the same arguments.
-            (``torch.distributed.group.WORLD`` is None before ``init_process_group``.)
+        sample_rate: fraction of this process's classes that take part in a training step, in
+            (0, 1]: the positives of the batch, and negatives drawn without replacement up to
+            ``int(sample_rate * local classes)`` in total. If there are more positives, all take
+            part. 1.0 is the full softmax, as is ``eval()``.
+        group: None: all classes on this process. Otherwise the processes the classes are sharded
+            over: "world", a ProcessGroup or a DeviceMesh; in a mesh of two dimensions the last one
+            shards the classes, the first one replicates them for other rows. All these processes
+            make the head with the same arguments. (``torch.distributed.group.WORLD`` is None before
+            ``init_process_group``.)
         backend, precision, validate: as :func:`fastmargin.margin_loss`.
-        device, dtype: where the centres are made, and of which float type.
-        num_sampled: number of classes per shard to take part, instead of ``sample_rate``.
+        device, dtype: device and float type of the centres; default: torch's defaults.
+        num_sampled: number of classes per shard that take part, instead of ``sample_rate``.
         sparse_grad: ``weight.grad`` is a sparse COO tensor of the rows that took part, for
             :mod:`fastmargin.optim`; a dense (C, D) gradient is never built.
-        correct_sampling: weigh sampled negatives by how many they stand for,
-            log((C - P) / (k - P)) added to their logits with P positives and k sampled classes, so
-            that the sum over the classes is that of the full softmax on average.
+        correct_sampling: add log((N - P) / (k - P)) to the logits of sampled negatives, with N
+            classes on the shard, P positives and k sampled classes: the sum over the negatives is
+            then that of the full softmax in expectation.
         grad_reduce: how the backbone's gradients are combined over the processes: "mean" (DDP and
-            FSDP; embeddings get the gradient times the number of processes, as in insightface),
-            or "sum". Matters with ``group`` only.
-        batch_size: the most rows that any process has in a step. With ``group``, spares the
-            exchange of the numbers of rows before each step, for which the host waits. Whether
-            embeddings want a gradient must then be alike on all.
+            FSDP; the embeddings' gradient is multiplied by the number of processes, as in
+            insightface) or "sum". Has no effect without ``group``.
+        batch_size: largest number of rows any process passes. With ``group``, giving it avoids the
+            per-step exchange of row counts, which blocks the host; shorter batches are padded.
+            ``requires_grad`` of the embeddings must then be the same on every process.
         seed: of the sampling.
         row_tolerance: as :func:`fastmargin.margin_loss`.
 
     Attributes:
-        weight: parameter (C_local, D), this process's rows of the (C, D), split as
-            ``torch.chunk`` splits; drawn from N(0, 0.01^2) as insightface does, the same for any
-            number of processes.
+        weight: parameter (C_local, D), this process's rows of the (C, D), split as by
+            ``torch.chunk``; initialised from N(0, 0.01^2) as in insightface, to the same values for
+            any number of processes.
         margin: the margin module; its state is part of ``state_dict``.
-        shard: which classes are here; None for all.
+        shard: which classes this process holds; None for all.
 
-    ``state_dict`` of a shared-out head holds DTensors, which ``torch.distributed.checkpoint``
-    splits anew for any number of processes; see :mod:`fastmargin.checkpoint`.
+    Raises:
+        TypeError: ``margin`` is not a margin, ``dtype`` not a float type, or ``group`` none of the
+            above.
+        ValueError: a number or choice out of range, an option the margin does not support, a
+            ``group`` without this process or before ``init_process_group``, or arguments that are
+            not the same on every process.
+
+    ``state_dict`` of a sharded head holds DTensors, which ``torch.distributed.checkpoint`` loads
+    into any number of processes; see :mod:`fastmargin.checkpoint`.
     """
 
     def __init__(
@@ -171,11 +178,11 @@ class MarginHead(SettledCopies, nn.Module):
         self.reset_parameters()
 
     def _range(self) -> tuple[int, int]:
-        """First and one past the last class that is here."""
+        """First and one past the last class on this process."""
         return (0, self.num_classes) if self.shard is None else (self.shard.start, self.shard.stop)
 
     def shared_rows(self) -> dict[str, ClassShard]:
-        """For :func:`fastmargin.distributed.shard.shards_in`."""
+        """Parameters sharded by class, for :func:`fastmargin.distributed.shard.shards_in`."""
         return {} if self.shard is None else {"weight": self.shard}
 
     def _local_shape(self) -> tuple[int, int]:
@@ -190,7 +197,7 @@ class MarginHead(SettledCopies, nn.Module):
         names += ("sample_rate", "sparse_grad", "correct_sampling", "grad_reduce", "row_tolerance")
         own = {name: getattr(self, name) for name in names}
         own |= {"dtype": self.weight.dtype}
-        # numbers of any type, and words, as integers that are alike where they are
+        # hashes, since processes exchange tensors: equal where the values are
         hashes = [zlib.crc32(repr(value).encode()) for value in own.values()]
         own["margin"] = self.margin
         hashes.append(zlib.crc32(self.margin.fingerprint()))
@@ -200,12 +207,12 @@ class MarginHead(SettledCopies, nn.Module):
         for (name, value), values in zip(own.items(), found.t().tolist(), strict=True):
             if len(set(values)) > 1:
                 raise ValueError(
-                    f"{name} is {value!r} on this process and another on others: "
-                    "all processes of the group make the same head"
+                    f"{name} is {value!r} on this process and different on another: "
+                    "every process of the group must make the same head"
                 )
 
     def _bind(self) -> None:
-        """Tells the margin which classes are here."""
+        """Tells the margin which classes this process holds."""
         device, (start, stop) = self.weight.device, self._range()
         self.margin.processes = GroupProcesses(self.shard, self.batch_size)
         self.margin.bind(self.num_classes, self.embedding_size, device, (start, stop))
@@ -220,15 +227,15 @@ class MarginHead(SettledCopies, nn.Module):
         return ClassSampler(stop - start, count, self.seed, place, start, device)
 
     def reset_parameters(self) -> None:
-        """Draws the centres anew; with ``group`` every process calls it."""
+        """Initialises the centres again; with ``group`` every process calls it."""
         deferred.settle(self.weight)
         class_set.draw_centres_(self.weight, self._range()[0], self.shard)
 
     def forward(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Loss of raw embeddings (B, D) with labels (B,); see :func:`fastmargin.margin_loss`.
 
-        With ``group``, "mean" and "sum" are over the rows of all processes and "none" gives those
-        of this one; what every process makes of its rows is then added up.
+        With ``group``, "mean" and "sum" are over the rows of all processes; "none" gives this
+        process's rows, and the gradient is that of the sum of all processes' results.
         """
         checks.check_choice("reduction", reduction, functional.REDUCTIONS)
         check_outside_ddp(self.weight, self.shard)
@@ -249,16 +256,18 @@ class MarginHead(SettledCopies, nn.Module):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of the last forward, as scalar tensors on its device (reading them may wait).
+        """Metrics of the last forward, as scalar tensors on its device (reading one may block).
 
-        ``top1``: share of rows whose own centre is the nearest, without margin;
+        ``top1``: fraction of rows whose own centre is the nearest, without margin;
         ``target_cosine``, ``hardest_negative_cosine``, ``margin`` (``cos_y - psi``, cosine units),
-        ``norm_mean``, ``norm_std``: means, and unbiased deviation, over the rows not ignored, of
-        all processes that share out the classes. Where classes are sampled, "nearest" and
-        "hardest" are among those.
+        ``norm_mean``: means; ``norm_std``: unbiased standard deviation. All over the rows not
+        ignored, of all shards. With sampled classes, "nearest" and "hardest" are among those.
+
+        Raises:
+            RuntimeError: there was no forward yet.
         """
         if self._rows is None:
-            raise RuntimeError("metrics: there are none before the first forward")
+            raise RuntimeError("metrics: none before the first forward")
         rows = self._rows
         n = rows.valid.sum()
 
@@ -278,9 +287,9 @@ class MarginHead(SettledCopies, nn.Module):
 
     @_plain
     def logits(self, embeddings: Tensor) -> Tensor:
-        """(B, C) ``s * cos`` without margin. This is the tensor the loss avoids; see predict.
+        """(B, C) ``s * cos`` without margin: the tensor the loss avoids; see :meth:`predict`.
 
-        float32, of float64 centres float64. With ``group`` every process calls it, and gets its
+        float32, or float64 if the centres are. With ``group`` every process calls it and gets its
         rows against all classes.
         """
         x, own = self._gathered(embeddings)
@@ -297,6 +306,9 @@ class MarginHead(SettledCopies, nn.Module):
         """The ``topk`` nearest centres of embeddings (B, D), streamed over the classes.
 
         With ``group`` every process calls it, with its own rows.
+
+        Raises:
+            ValueError: topk outside [1, C].
         """
         if not 1 <= topk <= self.num_classes:
             raise ValueError(f"topk must be in [1, {self.num_classes}], got {topk}")
@@ -316,7 +328,7 @@ class MarginHead(SettledCopies, nn.Module):
         return Prediction(*(part[own] for part in merged))
 
     def _gathered(self, embeddings: Tensor) -> tuple[Tensor, slice]:
-        """The rows of all processes of the group, and where the own ones are."""
+        """The rows of all shards, and the slice of this process's rows."""
         if self.shard is None:
             return embeddings, slice(None)
         no_label = torch.full(embeddings.shape[:1], -1, dtype=torch.int64, device=embeddings.device)
@@ -324,7 +336,7 @@ class MarginHead(SettledCopies, nn.Module):
         return x, batch.own
 
     def _predict_many(self, x_hat: Tensor, topk: int) -> Prediction:
-        """More than the kernels keep in registers: chunks of classes, merged as they come."""
+        """For a ``topk`` beyond the kernels' limit: chunks of classes, merged one by one."""
         best = Prediction(x_hat[:, :0], torch.empty_like(x_hat[:, :0], dtype=torch.int64))
         for start in range(0, self.weight.shape[0], PREDICT_CHUNK):
             centers = unit(self.weight[start : start + PREDICT_CHUNK].to(x_hat.dtype))
@@ -343,11 +355,14 @@ class MarginHead(SettledCopies, nn.Module):
     def export_centers(
         self, normalized: bool = True, path: str | Path | None = None
     ) -> Tensor | None:
-        """The class centres, of unit length by default: a copy, or into a file.
+        """The class centres, of unit length by default: as a copy, or written to a file.
 
-        Without ``path`` a copy (C_local, D) of the rows that are here. With it, all (C, D) go to a
-        safetensors file, as the tensor "centers", in pieces; with ``group`` every process calls
-        it and the first one writes. A file of that name is replaced once the new one is whole.
+        Without ``path``, returns a copy (C_local, D) of this process's rows. With it, writes all
+        (C, D) piece by piece to a safetensors file, as the tensor "centers"; with ``group`` every
+        process calls it and the first one writes. An existing file is replaced at the end.
+
+        Raises:
+            OSError, ProcessError: writing failed; an existing file stays as it is.
         """
         deferred.settle(self.weight)
         if path is not None:
@@ -355,16 +370,16 @@ class MarginHead(SettledCopies, nn.Module):
         centers = self.weight.detach()
         return unit(centers) if normalized else centers.clone()
 
-    # ---- another margin, another set of classes ----
+    # ---- changing the margin or the classes ----
 
     def change_margin(self, margin: Margin) -> None:
-        """Trains with another margin from the next step on, e.g. in a fine-tuning stage.
+        """Trains with another margin from the next step on, e.g. for fine-tuning.
 
-        The centres stay, and with them the optimiser; the state of the new margin begins anew.
-        With ``group`` every process calls it.
+        Centres and optimiser stay; the old margin's state is not carried over. With ``group`` every
+        process calls it.
 
         Raises:
-            TypeError, ValueError: as when the head is made; the margin stays as it was.
+            TypeError, ValueError: as the constructor; the head then keeps its margin.
         """
         _check_margin(margin, self.correct_sampling, self.row_tolerance)
         before, self.margin = self.margin, margin.to(self.weight.device).train(self.training)
@@ -378,16 +393,19 @@ class MarginHead(SettledCopies, nn.Module):
 
     @torch.no_grad()
     def extend_classes(self, n: int, init: Tensor | None = None) -> None:
-        """Appends ``n`` classes, with the ids ``num_classes ... num_classes + n - 1``.
+        """Appends ``n`` classes, with the ids ``num_classes`` to ``num_classes + n - 1``.
 
-        ``weight`` becomes another parameter: make the optimiser anew, since one that holds the
-        old raises in its next step. With ``group`` every process calls it, and rows move between
-        them.
+        ``weight`` becomes a new parameter: make a new optimiser, since one that holds the old
+        parameter raises in its next step. With ``group`` every process calls it, and rows move
+        between processes.
 
         Args:
             n: at least 1.
-            init: (n, D) centres of the new classes, the same on every process; default: drawn as
-                :meth:`reset_parameters` does.
+            init: (n, D) centres of the new classes, the same on every process; default: as
+                :meth:`reset_parameters`.
+
+        Raises:
+            ValueError: n below 1, or init of another shape.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
@@ -402,19 +420,23 @@ class MarginHead(SettledCopies, nn.Module):
     def select_rows(self, index: Tensor) -> None:
         """Keeps the classes ``index`` (M,) int64, in this order: ``index[i]`` becomes class i.
 
-        As :meth:`extend_classes` otherwise; ``index`` is the same on every process.
+        Otherwise as :meth:`extend_classes`; ``index`` is the same on every process.
+
+        Raises:
+            ValueError: index is empty, of another shape or dtype, out of range, or lists a class
+                twice.
         """
         index = torch.as_tensor(index).cpu()
         if index.dim() != 1 or index.numel() == 0 or index.dtype != torch.int64:
             raise ValueError("index must be (M,) int64 with M >= 1: the classes to keep")
         if index.unique().numel() != index.numel():
-            raise ValueError("index names a class twice: every class is kept once")
+            raise ValueError("index lists a class twice: list each class once")
         if int(index.min()) < 0 or int(index.max()) >= self.num_classes:
             raise ValueError(f"index must be in [0, {self.num_classes})")
         self._reorder(index, None)
 
     def _reorder(self, index: Tensor, init: Tensor | None) -> None:
-        """Class i becomes what class ``index[i]`` was, or new where that is -1."""
+        """The new class i is the old class ``index[i]``, or newly drawn where that is -1."""
         deferred.settle(self.weight)
         change = class_set.Change(self.num_classes, index, self.shard)
         weight = self.weight.new_empty((change.stop - change.start, self.embedding_size))
@@ -423,7 +445,7 @@ class MarginHead(SettledCopies, nn.Module):
             if init is not None:
                 change.fill_new_(weight, init.to(weight))
         change.move_(self.weight.detach(), weight)
-        self.margin.change_classes(change)  # the last that may fail
+        self.margin.change_classes(change)  # last, of the steps that may fail
         class_set.replaced(self.weight)
         self.num_classes, self.shard = len(index), change.after
         self.weight = nn.Parameter(weight, self.weight.requires_grad)
@@ -434,7 +456,7 @@ class MarginHead(SettledCopies, nn.Module):
         self._rows = None
 
     def freeze(self, frozen: bool = True) -> None:
-        """Stops (or, with False, resumes) learning the centres: the centre pass is left out."""
+        """Stops (with False: resumes) training the centres; frozen, the centre pass is skipped."""
         self.weight.requires_grad_(not frozen)
 
     def extra_repr(self) -> str:
@@ -445,24 +467,24 @@ class MarginHead(SettledCopies, nn.Module):
 
 
 def _rows_by_class(head: MarginHead, prefix: str) -> list[str]:
-    """Names in a state_dict of what holds a row for each class that is here."""
+    """Names in a state_dict of the tensors with one row per class of this process."""
     return [f"{prefix}weight", *(f"{prefix}margin.{name}" for name in head.margin.per_class)]
 
 
 def _share_out(head: MarginHead, state: dict, prefix: str, _metadata) -> None:
-    """Tensors of this process's rows become DTensors of all rows."""
+    """Replaces tensors of this process's rows by DTensors of all rows."""
     if head.shard is not None:
         for name in _rows_by_class(head, prefix):
             if name in state:
                 state[name] = head.shard.to_dtensor(state[name])
-                state[name].first_row = head.shard.start  # a file of another process shows
+                state[name].first_row = head.shard.start  # to refuse another process's file
 
 
 def _take_own(head: MarginHead, state: dict, prefix: str, *_) -> None:
-    """This process's rows of what is loaded: a DTensor, or all rows.
+    """Takes this process's rows from the loaded tensors: DTensors, or tensors of all rows.
 
-    A head that does not sample takes no sampler's state, and one that does keeps its own where
-    none is loaded: whether to sample is a setting.
+    Whether to sample is a setting: a head that does not ignores a loaded sampler state, and one
+    that does keeps its own if none is loaded.
     """
     for name in _rows_by_class(head, prefix):
         if name in state:

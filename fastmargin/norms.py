@@ -1,4 +1,4 @@
-"""Norms: the type they are computed in, their inverse, and running statistics that merge."""
+"""Norms: the dtype they are computed in, their inverse, and mergeable running statistics."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from fastmargin.spec import NormEma
 
 NORM_FLOOR = 1e-12
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Types that class centres and what is kept beside them may have."""
+"""Dtypes allowed for class centres and optimiser state."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; every other float type is computed in float32."""
+    """The dtype to compute in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / ||row|| over the last axis, keeping it; 0, and no gradient, for a (nearly) zero row."""
+    """1 / ||row|| over the last axis, which is kept; 0 with zero gradient for norms up to 1e-12."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     known = norm > NORM_FLOOR
-    # divided where it is 0, the branch not taken would send NaN back
+    # dividing by 0 would give NaN gradients even in the branch not taken
     return torch.where(known, 1 / torch.where(known, norm, 1), 0)
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows of unit length in their own type; norms are taken in float32, or float64."""
+    """Rows scaled to unit length, in their own dtype; computed in float32 or float64."""
     wide = rows.to(compute_dtype(rows.dtype))
     return (wide * inverse_norm(wide)).to(rows.dtype)
 
 
 def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:
-    """(3,): count, mean and sum of squared deviations of the clipped norms with label >= 0.
+    """(3,): count, mean and sum of squared deviations of the clipped norms of rows with label >= 0.
 
-    Norms of NaN are left out: one would stay in the running statistics for good.
+    NaN norms are left out, since one would stay in the running statistics forever.
     """
     norm = norm.detach()
     valid = (labels >= 0) & ~norm.isnan()
@@ -46,10 +46,10 @@ def moments(norm: Tensor, labels: Tensor, ema: NormEma) -> Tensor:
 
 
 def advance(ema: NormEma, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The running mean and unbiased standard deviation (1,), (1,) after this batch.
+    """The running mean (1,) and unbiased standard deviation (1,) after this batch.
 
-    parts: (R, 3) moments of R disjoint parts of the batch, one per rank. The mean needs one row
-    and the standard deviation two; with fewer the old value stays.
+    parts: (R, 3) :func:`moments` of R disjoint parts of the batch, one per process. The mean needs
+    one row, the standard deviation two; with fewer the old value stays.
     """
     n_part, mean_part, deviation_part = parts.unbind(1)
     n = n_part.sum()

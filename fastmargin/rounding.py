@@ -1,9 +1,9 @@
-"""Stochastic rounding to 16 bits, whose noise is a function of where a number stands.
+"""Stochastic rounding to 16 bits, with noise that is a function of key, row and column.
 
-A step that is smaller than half the distance to the next 16-bit number is lost if every sum is
-rounded to nearest. Rounded up or down at random, with odds by the distance, it arrives on average.
-Noise that depends on nothing but key, row and column is the same on every backend, however the
-rows are cut up, and again after a checkpoint. Numbers that 16 bits hold stay as they are.
+An update below half the distance to the next 16-bit number is lost when rounding to nearest.
+Rounding up or down at random, with probabilities by distance, keeps it in expectation. The noise is
+the same on every backend, for any chunking of the rows, and after resuming from a checkpoint.
+Numbers that 16 bits can represent do not change.
 
 ``backends/triton/rounding.py`` computes the same.
 """
@@ -23,14 +23,14 @@ SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LEAST_NORMAL = 2.0**-14  # of float16
 STEPS = 2.0**24  # of float16 below LEAST_NORMAL, per unit
 AT_ONCE = 1 << 21
-"""Numbers rounded at a time, which bounds temporaries."""
+"""Numbers rounded at a time, which bounds temporary buffers."""
 
 
 @dataclass(frozen=True)
 class Rounding:
     """Stochastic rounding of an optimiser's writes to one parameter.
 
-    place: of the parameter among the optimiser's, so that each has noise of its own.
+    place: index of the parameter in the optimiser, so that each has its own noise.
     """
 
     seed: int
@@ -38,17 +38,17 @@ class Rounding:
 
     @staticmethod
     def of(seed: int) -> Rounding:
-        """With a seed of the caller's.
+        """From a seed.
 
         Raises:
-            TypeError: it is no integer.
+            TypeError: it is not an integer.
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         return Rounding(seed)
 
     def key(self, step: int) -> int:
-        """31 bits, others in every step."""
+        """A 31-bit key, different in each step."""
         found = 0
         for number in (self.seed, self.seed >> 32, self.place, step):
             found = mix((found + (number & MASK) * GOLDEN + 1) & MASK)
@@ -56,14 +56,14 @@ class Rounding:
 
 
 def noise(rows: Tensor, width: int, key: int) -> Tensor:
-    """(K, width) int32, 32 random bits for each column of the rows (K,) int64."""
+    """(K, width) int32: 32 random bits for each column of the rows (K,) int64."""
     first = mix_(rows.to(torch.int32) ^ key)
     columns = torch.arange(width, dtype=torch.int32, device=rows.device) * as_int32(GOLDEN)
     return mix_(first[:, None] + columns)
 
 
 def stochastic(values: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 ``values`` in bfloat16 or float16, up if the low 16 ``bits`` say so."""
+    """Rounds float32 ``values`` to bfloat16 or float16, up or down by the low 16 ``bits``."""
     bits = bits & 0xFFFF
     raw = values.view(torch.int32)
     if dtype == torch.bfloat16:
@@ -79,10 +79,10 @@ def stochastic(values: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def narrowed(
     values: Sequence[Tensor], like: Sequence[Tensor], rows: Tensor, key: int | None
 ) -> list[Tensor]:
-    """A weight and its states (K, ...), in the types of ``like``; as they are where those fit.
+    """Rows of a weight and its states (K, ...), in the dtypes of ``like``; not copied if equal.
 
-    With a key 16-bit ones are rounded stochastically, those of rows (K,) of the whole; the first
-    two by noise of their own. Without one, to nearest.
+    With a key, 16-bit ones are rounded stochastically, with noise by their row numbers ``rows``
+    (K,); weight and first state get independent noise. Without a key, to nearest.
     """
     found = []
     for place, (value, tensor) in enumerate(zip(values, like, strict=True)):
@@ -108,7 +108,7 @@ def _rounded(value: Tensor, dtype: torch.dtype, rows: Tensor, key: int, shift: i
 def write_back(
     tensors: Sequence[Tensor], values: Sequence[Tensor], rows: Tensor, key: int | None
 ) -> None:
-    """Copies rows (K, ...) to where they are from, unless they were never a copy."""
+    """Writes updated rows (K, ...) back to ``tensors``, rounded; skips those updated in place."""
     for tensor, value in zip(tensors, narrowed(values, tensors, rows, key), strict=True):
         if value is not tensor:
             tensor.copy_(value)

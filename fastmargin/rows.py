@@ -1,4 +1,4 @@
-"""Rows of a tensor by an index that may have empty places."""
+"""Rows of a tensor by an index that may have padding slots."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def inside(index: Tensor, count: int) -> Tensor:
-    """Which entries of ``index`` are one of ``count`` rows; the others are empty places."""
+    """Which entries of ``index`` are in ``[0, count)``; the others are padding slots."""
     return (index >= 0) & (index < count)
 
 
 def take(values: Tensor, index: Tensor, fill: float) -> Tensor:
-    """``values[index]`` with ``fill`` at the empty places.
+    """``values[index]`` with ``fill`` in the padding slots.
 
     values: (N, ...). index: int64 of any shape. The result has ``index.shape + values.shape[1:]``.
     """
@@ -24,10 +24,10 @@ def take(values: Tensor, index: Tensor, fill: float) -> Tensor:
 
 
 def stand_ins(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For writing to rows at the places of ``index`` (K,), K >= 1, without waiting for a mask.
+    """For writing to the rows ``index`` (K,), K >= 1, without synchronising on a mask.
 
-    Returns ``place`` (K,), for an empty place another one whose row takes part, so that what is
-    taken from there can be written twice; and whether any row takes part, a bool scalar.
+    Returns ``place`` (K,), the slot itself, or for a padding slot one that holds a row, so that
+    the same values are written twice; and a bool scalar: whether any slot holds a row.
     """
     known = inside(index, count)
     place = torch.arange(index.shape[0], device=index.device)

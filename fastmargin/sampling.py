@@ -1,8 +1,8 @@
-"""Which classes take part in a step of partial FC: all positives, and negatives at random.
+"""Which classes take part in a step of partial FC: all positives, and random negatives.
 
 Exactly k rows without replacement, at a cost that does not grow with the number of classes (An et
-al., "Killing Two Birds with One Stone", CVPR 2022, sorts a random number per class). Nothing waits
-for the device, shapes are static, and a replayed CUDA graph draws anew.
+al., "Killing Two Birds with One Stone", CVPR 2022, sorts one random number per class). The host
+does not wait for the device, shapes are static, and a replayed CUDA graph makes new draws.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastmargin.spec import MAX_SHARDS
 class Sample:
     """The rows of one shard that take part in a step.
 
-    index: (K,) int64, distinct rows of this shard's weight; -1 in an empty place. The first
-        ``num_positives`` are the positives, ascending, the rest sampled negatives in random order.
+    index: (K,) int64, distinct rows of this shard's weight, -1 in a padding slot. The first
+        ``num_positives`` are the positives, ascending; then the negatives, in random order.
     column: (B,) int64, the position in ``index`` of each row's own centre; -1 where that is on
         another shard or the row is ignored.
     num_positives: () int64.
@@ -33,20 +33,20 @@ class Sample:
 
 
 class ClassSampler(nn.Module):
-    """Draws :class:`Sample` after :class:`Sample`, reproducibly from (seed, step, shard).
+    """Draws one :class:`Sample` per step, reproducibly from (seed, step, shard).
 
-    A draw fills k = min(num_sampled, num_classes) places with the P positives and a uniform choice
-    of k - P other rows. If P is larger than k, all positives are kept and nothing is added.
-    ``index`` has K = max(k, min(B, num_classes)) places whatever P is.
+    A draw consists of the P positives and k - P uniformly chosen other rows, with
+    k = min(num_sampled, num_classes). If P exceeds k, it is all positives and nothing else.
+    ``index`` has K = max(k, min(B, num_classes)) slots whatever P is.
 
-    The buffers ``seed`` and ``step`` (1,) int64 are saved; ``step`` advances in place. A scratch
-    byte per class tells positives from the others; it is not saved, and draws must not overlap.
+    The buffers ``seed`` and ``step`` (1,) int64 are saved; ``step`` advances in place. One byte per
+    class of scratch memory marks the positives: not saved, and not for concurrent draws.
 
     Args:
         num_classes: rows of this shard's weight; may be 0.
-        num_sampled: k; with ``num_classes`` or more, every row takes part in every step.
+        num_sampled: k; from ``num_classes`` on, every row takes part in every step.
         seed: the same on all shards.
-        shard: number of this shard, below 2**16; shards draw independently.
+        shard: index of this shard, below 2**16; shards draw independently.
         class_start: global id of this shard's first row.
 
     Raises:
@@ -80,21 +80,21 @@ class ClassSampler(nn.Module):
         self.num_sampled = min(num_sampled, num_classes)
         self.register_buffer("seed", torch.tensor([seed], device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
-        # one more than there are classes, for rows whose centre is not here
+        # the extra one is for rows whose centre is on another shard
         marks = torch.zeros(num_classes + 1, dtype=torch.uint8, device=device)
         self.register_buffer("marks", marks, persistent=False)
 
     @torch.no_grad()
     def draw(self, labels: Tensor, backend: str = "auto") -> Sample:
-        """The rows for this batch; the next call draws others.
+        """The sample for this batch; advances ``step``.
 
         Args:
-            labels: (B,) int64 global class ids; -1 for a row to ignore.
+            labels: (B,) int64 global class ids; rows with -1 are ignored.
             backend: "auto" or a backend's name; all draw the same.
 
         Raises:
-            TypeError, ValueError: ``labels`` of another dtype, shape or device; nothing has
-                changed then.
+            TypeError, ValueError: ``labels`` of another dtype, shape or device; ``step`` has not
+                advanced then.
         """
         self._check(labels)
         drawn = ops.sample(
@@ -114,11 +114,11 @@ class ClassSampler(nn.Module):
         return self.draw(labels, backend)
 
     def log_weight(self, sample: Sample) -> Tensor:
-        """() float32: log of how many negatives of the shard a sampled one stands for.
+        """() float32: log of the number of negatives that a sampled one stands for.
 
-        Added to the logits of the sampled negatives it makes their sum of exponentials an unbiased
-        estimate of the sum over all N - P negatives: ``log((N - P) / (k - P))``. It is 0 where no
-        negative was sampled, k <= P, since there is none to weigh and the quotient has no value.
+        ``log((N - P) / (k - P))``, with N classes on the shard. Added to the logits of the sampled
+        negatives, it makes their sum of exponentials an unbiased estimate of the sum over all
+        N - P. 0 if no negative was sampled (k <= P).
         """
         sampled = (self.num_sampled - sample.num_positives).double()
         others = (self.num_classes - sample.num_positives).double()

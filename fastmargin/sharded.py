@@ -1,8 +1,8 @@
-"""Passes over class centres that several processes share out, and their gradients.
+"""Passes over class centres sharded over several processes, and their gradients.
 
-Forward: the batch is gathered, every process sees all rows and its own classes, and one sum of
-(B, 2) over the processes makes the whole. Backward: one summing scatter brings each process the
-gradient of its embeddings, under way while the centre pass runs.
+Forward: the batch is gathered, every process computes all rows against its own classes, and one
+all-reduce of (B, 2) combines the shards. Backward: one reduce-scatter gives each process the
+gradient of its embeddings, and overlaps with the centre pass.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastmargin.distributed import collectives
 from fastmargin.spec import GradientFactors, HardRule, RowStats
 
 MOST_LOGIT = 709.0
-"""exp of it is still a float64."""
+"""Its exp is still finite in float64."""
 
 
 def _embedding_gradient(
     task: Pass, arrived: Tensor, x_hat: Tensor, norm: Tensor, d_norm: Tensor | None
 ) -> Tensor:
-    """Gradient (n, D) of the own embeddings, from that of their unit rows (b, D)."""
+    """Gradient (n, D) of this process's embeddings, from that of their padded unit rows (b, D)."""
     own = task.batch.own
     arrived = arrived[: own.stop - own.start]
     # every process has the whole gradient of the norms, so they are not summed
@@ -37,7 +37,7 @@ def _embedding_gradient(
 def _centre_gradient(
     weight: Tensor, parts: list[GradientFactors], task: Pass, node
 ) -> Tensor | None:
-    """Gradient of the own centres from its parts, over all replicas; None where it is left."""
+    """Gradient of this process's centres, over all replicas; None if stored as factors instead."""
     if task.classes.shard.replicas is None and factors.wanted(weight, node):
         for part in parts:
             factors.add(weight, part)
@@ -88,7 +88,7 @@ class _Softmax(torch.autograd.Function):
         weight, x_hat, norm, lse_neg, share, pull, *rule = ctx.saved_tensors
         task, d_x, d_weight = ctx.task, None, None
         d_lse, d_cos = (torch.zeros_like(norm) if d is None else d for d in (d_lse, d_cos))
-        # what the processes agreed upon, not what this one needs: others would wait
+        # what the processes agreed on, not what this one needs: else the others would wait
         if task.batch.wants_grad:
             first = task.columns[0]
             d_x_hat = ops.row_stats_backward_x(
@@ -173,7 +173,7 @@ class _Nearest(torch.autograd.Function):
         if task.batch.wants_grad:
             arrived = collectives.scatter_sum(d_x_hat, task.classes.shard.group)()
             d_x = _embedding_gradient(task, arrived, x_hat, norm, d_norm)
-        if ctx.needs_input_grad[1]:  # replicas have other rows in reach, so theirs are listed, too
+        if ctx.needs_input_grad[1]:  # replicas reach other centres: gather theirs
             rows, touched = collectives.gather_packed((rows, touched), task.classes.shard.replicas)
             d_weight = ops.spread_rows(
                 rows.flatten(0, 1),
@@ -186,7 +186,7 @@ class _Nearest(torch.autograd.Function):
 
 
 def most_logit(num_classes: int) -> float:
-    """Logits up to this add up, over so many classes, without a maximum taken off."""
+    """Largest logit for which a sum over the classes needs no maximum subtracted in float64."""
     return MOST_LOGIT - math.log(num_classes)
 
 
@@ -199,15 +199,16 @@ def row_stats(
     hard: HardRule | None,
     task: Pass,
 ) -> tuple[RowStats, Tensor]:
-    """Statistics (R * b,) of all rows against all classes, and the norms with their gradient.
+    """Statistics (R * b,) of all rows against all classes, and the norms (R * b,), differentiable.
 
     Differentiable in this process's ``embeddings`` (n, D) and ``weight`` (C_local, D).
 
     Args:
-        x_hat, norm: of the whole batch, without gradient.
+        x_hat, norm: (R * b, D) and (R * b,) of the gathered batch, without gradient.
+        scale: s. hard: rule for hard negatives, or None. task: the pass.
 
     Raises:
-        ValueError: the logits may exceed what plain sums of exponentials hold.
+        ValueError: plain sums of exponentials may overflow float64.
     """
     bound, limit = (
         scale * (1.0 if hard is None else hard.bound),
@@ -227,5 +228,5 @@ def row_stats(
 def row_topk(
     embeddings: Tensor, weight: Tensor, x_hat: Tensor, norm: Tensor, k: int, task: Pass
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k nearest negatives (R * b, k) of all rows, ``cos_y`` and norms; as :func:`row_stats`."""
+    """Cosines of the k nearest negatives (R * b, k), ``cos_y`` and norms; as :func:`row_stats`."""
     return _Nearest.apply(embeddings, weight, x_hat, norm, k, task)

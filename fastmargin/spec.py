@@ -1,4 +1,4 @@
-"""The words the layers share: small frozen records, no behaviour beyond their own arithmetic.
+"""Frozen dataclasses exchanged between the layers.
 
 ``c_ij`` is the cosine between embedding i and class centre j, ``s`` the scale, ``y_i`` the label.
 """
@@ -12,31 +12,31 @@ import torch
 from torch import Tensor
 
 GUARDS = ("none", "clip", "mm", "mmm", "easy")
-"""What a margin does where theta + m > pi; the index is the kernels' code."""
+"""What a margin does where theta + m > pi; kernels use the position as code."""
 
 GRAD_MODES = ("exact", "straight_through")
-"""Derivative of the margin by the target cosine: the true one, or 1."""
+"""Derivative of psi with respect to the target cosine: the true one, or 1."""
 
 SOURCES = ("constant", "adaface", "norm", "class", "row")
-"""Where the per-row factor ``u_i`` of a :class:`MarginForm` comes from; the index is the code."""
+"""Sources of the factor ``u_i`` of a :class:`MarginForm`; kernels use the position as code."""
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-"""Operand types of the matrix products; accumulation and per-row values are always fp32."""
+"""Operand types of the matrix products; sums and per-row values are at least fp32."""
 
 MAX_SHARDS = 2**16
-"""Of a sampler: a draw has the key ``[seed, step * MAX_SHARDS + shard]``."""
+"""Most shards of a sampler, whose draws have the key ``[seed, step * MAX_SHARDS + shard]``."""
 
 
 @dataclass(frozen=True)
 class HardRule:
-    """Rewrites negatives: where ``c_ij > threshold_i`` the logit is ``s * f(c)``, quadratic.
+    """Reweights hard negatives: where ``c_ij > threshold_i`` the logit is ``s * f(c)``.
 
     ``f(c) = a*c**2 + b*c + d``: CurricularFace is ``(1, t, 0)``, MV-Softmax ``(0, w, w - 1)``,
-    insightface's inter-class filter ``(0, 0, 0)``. Nothing here carries a gradient.
+    insightface's inter-class filter ``(0, 0, 0)``. Threshold and coefficients have no gradient.
 
-    threshold: (B,). coefficients: (3,) float32 or float64, ``a, b, d``, on the same device: one
-    that is a running value is never read back. bound: at least the largest ``|f(c)|`` for c in
-    [-1, 1], and at least 1; known on the host, it chooses the form of the sums.
+    threshold: (B,) cosines. coefficients: (3,) float32 or float64, ``a, b, d``, on the same device,
+    so that a running value need not be read back. bound: at least 1 and at least the largest
+    ``|f(c)|`` for c in [-1, 1]; a Python number, which decides how exponentials are summed.
     """
 
     threshold: Tensor
@@ -45,13 +45,13 @@ class HardRule:
 
     @staticmethod
     def of(threshold: Tensor, a: float, b: float, d: float) -> HardRule:
-        """A rule of three fixed numbers."""
+        """A rule with fixed coefficients."""
         coefficients = torch.stack([threshold.new_full((), value) for value in (a, b, d)])
         return HardRule(threshold, coefficients, max(1.0, abs(a) + abs(b) + abs(d)))
 
     @staticmethod
     def split(hard: HardRule | None) -> tuple[Tensor | None, Tensor | None, float]:
-        """Threshold, coefficients and bound, as operators take them, where there may be none."""
+        """Threshold, coefficients and bound as operators take them; (None, None, 1.0) for None."""
         if hard is None:
             return None, None, 1.0
         return hard.threshold, hard.coefficients, float(hard.bound)
@@ -68,8 +68,8 @@ class HardRule:
 class NormEma:
     """Running mean and standard deviation of embedding norms (AdaFace).
 
-    ``mean`` and ``std`` have shape (1,), fp32. Norms are clipped to [low, high]; a new value
-    weighs ``alpha``.
+    ``mean`` and ``std`` have shape (1,), fp32. Norms are clipped to [low, high]; ``alpha`` is the
+    weight of the new batch.
     """
 
     mean: Tensor
@@ -81,11 +81,11 @@ class NormEma:
 
 @dataclass(frozen=True)
 class Draw:
-    """One standard normal number for every row, see :func:`fastmargin.counter.row_normals`.
+    """One standard normal number per row, see :func:`fastmargin.counter.row_normals`.
 
-    seed, step: (1,) int64, the second how many steps came before. They are read where they are,
-    without waiting for the device, so that a replayed CUDA graph whose step has advanced draws
-    anew. place: number of the process among those that draw for other rows.
+    seed, step: (1,) int64; step counts the earlier steps. Both are read on their device, without
+    synchronisation, so a replayed CUDA graph whose step has advanced makes new draws. place: index
+    of this replica among the processes that see other rows.
     """
 
     seed: Tensor
@@ -95,23 +95,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class MarginForm:
-    """The margins that one kernel computes for all rows at once.
+    """A softmax margin that the kernels can compute.
 
     ``psi_i = G(theta_i + m2_i) - m3_i`` with ``m2_i = m2 + m2_u * u_i``,
-    ``m3_i = m3 + m3_u * u_i`` (radians and cosine units) and ``u_i`` by ``source``:
+    ``m3_i = m3 + m3_u * u_i`` (m2 in radians, m3 in cosine units) and ``u_i`` by ``source``:
 
     - ``constant``: 0
     - ``adaface``: ``clip((clip(norm_i, low, high) - mean) / (std + eps) * h, -1, 1)``, without
       gradient
-    - ``norm``: ``clip(norm_i, low, high)``, whose gradient reaches the norm inside (MagFace)
+    - ``norm``: ``clip(norm_i, low, high)``, with gradient to the norm inside that range (MagFace)
     - ``class``: ``table[y_i]``, the table indexed by *global* label
-    - ``row``: ``table[i]``, a number for every row (B,)
+    - ``row``: ``table[i]``, one number per row (B,)
 
-    The table has no gradient. With a ``draw`` the source is ``row`` and the table still to be made,
-    for the rows of the batch: :func:`fastmargin.functional.margin_loss` does.
+    The table has no gradient. With a ``draw`` the source is ``row``, and
+    :func:`fastmargin.functional.margin_loss` fills the table for the rows of the batch.
 
-    ``cos_eps`` clamps the target cosine to ``+-(1 - cos_eps)`` and ``angle_eps`` the angle of the
-    ``clip`` guard to ``[angle_eps, pi - angle_eps]``; both with zero gradient outside.
+    The target cosine is clamped to ``+-(1 - cos_eps)``, and the angle of the ``clip`` guard to
+    ``[angle_eps, pi - angle_eps]`` (radians); both have zero gradient outside.
     """
 
     scale: float
@@ -148,7 +148,7 @@ class MarginForm:
 
     @staticmethod
     def build(params, codes, mean, std, table) -> MarginForm:
-        """Inverse of :meth:`params` and :meth:`codes`; of a form whose draw is in its table."""
+        """Inverse of :meth:`params` and :meth:`codes`; a draw must already be in the table."""
         source, guard, grad = codes
         return MarginForm(
             **dict(zip(MarginForm.PARAMS, params, strict=True)),
@@ -163,10 +163,10 @@ class MarginForm:
 
 @dataclass(frozen=True)
 class HingeForm:
-    """The losses on the nearest negatives that one kernel computes for all rows at once.
+    """A loss on the k nearest negatives that the kernels can compute.
 
-    ``scale * sum_k max(0, c_k - cos_y + delta)``, cosine units. With ``zero_slot`` a constant
-    negative of cosine 0 competes with the nearest for the last of their places.
+    ``scale * sum_k max(0, c_k - cos_y + delta)``, cosine units. With ``zero_slot`` the last of the
+    k nearest cosines is replaced by the constant 0 if it is below 0.
     """
 
     scale: float
@@ -176,10 +176,10 @@ class HingeForm:
 
 @dataclass(frozen=True)
 class SgdUpdate:
-    """The numbers of one step of ``torch.optim.SGD``, which are the host's.
+    """Hyper-parameters of one ``torch.optim.SGD`` step, as Python numbers.
 
-    rounding: key of the stochastic rounding of what has 16 bits (:mod:`fastmargin.rounding`), 31
-    bits, or None to round to nearest.
+    rounding: 31-bit key for stochastic rounding of 16-bit tensors (:mod:`fastmargin.rounding`), or
+    None to round to nearest.
     """
 
     lr: float
@@ -189,7 +189,7 @@ class SgdUpdate:
     rounding: int | None = None
 
     def apply_(self, weight: Tensor, *buffer_and_grad: Tensor) -> None:
-        """Steps weight and momentum buffer in place; a buffer of zeros is torch's missing one."""
+        """Updates weight and momentum buffer in place; a zero buffer acts as a missing one."""
         *buffer, grad = buffer_and_grad
         if self.weight_decay:
             grad = grad.add(weight, alpha=self.weight_decay)
@@ -201,15 +201,15 @@ class SgdUpdate:
 
 @dataclass(frozen=True)
 class RowStats:
-    """What one pass over the class centres leaves behind, per row.
+    """Per-row results of one pass over the class centres.
 
-    lse_neg: (B,) ``logsumexp`` over ``j != y_i`` of ``s * f(c_ij)``; -inf without a negative.
+    lse_neg: (B,) ``logsumexp`` over ``j != y_i`` of ``s * f(c_ij)``; -inf without negatives.
     cos_y: (B,) target cosine; 0 for rows whose label is not in ``[class_start, class_start + C)``.
-    max_neg: (B,) largest negative cosine (before any hard rule); -inf without a negative.
+    max_neg: (B,) largest negative cosine (before any hard rule); -inf without negatives.
     pull: (B, D) ``sum_j p_ij * f'(c_ij) * w_hat_j`` with ``p_ij = exp(s*f(c_ij) - lse_neg_i)`` over
-        the negatives, so that ``d lse_neg_i / d x_hat_i = s * pull_i``; empty (0, D) if not asked.
-    mark: (B,) where rows may be left out of the centre pass, what tells it of them
-        (:func:`fastmargin.ops.marked`); else empty or None.
+        the negatives, so ``d lse_neg_i / d x_hat_i = s * pull_i``; (0, D) if not requested.
+    mark: (B,) zeros whose gradient carries 1 - p_y to the centre pass, which may then skip rows
+        (:func:`fastmargin.ops.marked`); empty or None if it may not.
     """
 
     lse_neg: Tensor
@@ -221,18 +221,16 @@ class RowStats:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFactors:
-    """What one pass's part of the gradient of the centres follows from, besides the centres.
+    """All that the centre pass needs besides the centres, for one backward pass.
 
-    d_lse, d_cos: (B,) upstream gradients of ``lse_neg`` and ``cos_y``, 0 in rows left out.
-    x_hat: (B, D) unit rows, float32 or float64.
-    labels, index, class_start: which centres take part and where the own ones are, as in
+    d_lse, d_cos: (B,) upstream gradients of ``lse_neg`` and ``cos_y``, 0 in skipped rows.
+    x_hat: (B, D) unit embeddings, float32 or float64.
+    labels, index, class_start: which centres take part and which are the targets, as in
         ``backends/interface.py``.
-    lse_neg: (B,); -inf in a row without negatives, which contributes ``d_cos`` alone.
-    skip_zero_rows: a hint: many rows have ``d_lse`` and ``d_cos`` 0, and a backend may gain by
-        leaving them out.
+    lse_neg: (B,); -inf in a row without negatives, where only ``d_cos`` counts.
+    skip_zero_rows: hint that many rows have ``d_lse`` and ``d_cos`` 0, so that skipping them pays.
     sparse_grad: whether the gradient would be a sparse tensor.
-    kept: what the backend made on its way here, from the same tensors and numbers, and can use
-        again for this pass alone.
+    kept: intermediate tensors of the same backend, reusable in this pass only.
     """
 
     d_lse: Tensor
@@ -256,7 +254,7 @@ class GradientFactors:
     )
 
     def settings(self) -> tuple:
-        """What the operators of the centre pass take besides ``d_lse, d_cos, x_hat, weight``."""
+        """Arguments of the centre pass operators besides ``d_lse, d_cos, x_hat, weight``."""
         index, labels, scale, hard, *rest = (getattr(self, name) for name in self.SETTINGS)
         return index, labels, scale, *HardRule.split(hard), *rest
 
@@ -269,7 +267,7 @@ class GradientFactors:
         return GradientFactors(d_lse=d_lse, d_cos=d_cos, x_hat=x_hat, **named)
 
     def outlasting(self) -> GradientFactors:
-        """The same without tensors of the caller's, who may put the next batch in them."""
+        """A copy without tensors of the caller, who may overwrite them with the next batch."""
         hard = self.hard
         if hard is not None:
             hard = HardRule(hard.threshold.clone(), hard.coefficients.clone(), hard.bound)
@@ -278,17 +276,17 @@ class GradientFactors:
 
 @dataclass(frozen=True)
 class SoftmaxLoss:
-    """The loss of a batch, what it was made of, and what its gradient is made of.
+    """The loss of a batch, with the intermediate values that its gradient needs.
 
-    loss: () what the rows reduce to; empty, (0,), for the reduction "none".
-    share: (1,) what the loss of a row weighs in it: 1 / (number of valid rows) for "mean", else 1.
-    rows, valid, cos_y, max_neg, norm, margin: (B,) of every row, as in
+    loss: () reduced loss; empty, (0,), for the reduction "none".
+    share: (1,) weight of a row in the reduced loss: 1 / number of valid rows for "mean", else 1.
+    rows: (B,) loss of each row. valid, cos_y, max_neg, norm, margin: (B,), as in
         :class:`fastmargin.functional.LossRows`.
-    lse_neg, by_cos, by_lse, by_norm: (B,), the slopes those of the loss of a row; ``by_lse`` is
-        ``1 - p_y``.
-    x_hat: (B, D) unit rows. pull: as in :class:`RowStats`.
-    operand, centres, inverse: what the backend made on the way and can use again in its centre
-        pass, or empty: unit rows and centres as operands, inverse norms of the centres.
+    lse_neg: (B,), as in :class:`RowStats`. by_cos, by_lse, by_norm: (B,) derivatives of a row's
+        loss with respect to ``cos_y``, ``lse_neg`` and ``norm``; ``by_lse`` is ``1 - p_y``.
+    x_hat: (B, D) unit embeddings. pull: as in :class:`RowStats`.
+    operand, centres, inverse: unit embeddings and centres as operands, and inverse norms of the
+        centres, for reuse in the centre pass of the same backend; or empty.
     """
 
     loss: Tensor
@@ -311,9 +309,9 @@ class SoftmaxLoss:
 
     @property
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is of use to the centre pass of the backend that made it."""
+        """What the centre pass of the same backend can reuse."""
         return self.operand, self.centres, self.inverse
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order above."""
+        """All fields, in the order above."""
         return tuple(getattr(self, field.name) for field in fields(self))

@@ -1,7 +1,7 @@
-"""Cases and comparisons for anyone who tests a margin or a backend against plain PyTorch.
+"""Cases and comparisons for testing a margin or a backend against plain PyTorch.
 
-A comparison is by relative size of the error, ``||a - b|| / ||b||``, against a float64 truth, and
-the yardstick is the error that plain PyTorch makes in the same dtype.
+Errors are relative, ``||a - b|| / ||b||``, against float64; the tolerance is a multiple of plain
+PyTorch's own error in the same dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REGIMES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Embeddings (B, D), centres (C, D) in float64 with float32-exact values, labels (B,)."""
+    """Embeddings (B, D), centres (C, D), labels (B,); float64 with values exact in float32."""
 
     x: Tensor
     weight: Tensor
@@ -47,9 +47,13 @@ def make_case(
 ) -> Case:
     """A batch in one of :data:`REGIMES`.
 
-    ``confident``: p_y -> 1, where training ends up. ``aligned``: target cosines of exactly +-1.
-    ``antipodal``: target cosines near -1. ``ragged``: one class more than a tile, and it is a
-    label. ``repeated``: more rows than classes. ``zero_rows``: an embedding and a centre are 0.
+    ``confident``: p_y -> 1, as at the end of training. ``aligned``: target cosines of exactly +-1.
+    ``antipodal``: target cosines near -1. ``ragged``: one class more than a multiple of 64, and it
+    is a label. ``repeated``: more rows than classes. ``zero_rows``: one embedding and one centre
+    are 0.
+
+    Raises:
+        ValueError: another regime.
     """
     g = torch.Generator().manual_seed(seed)
     if regime == "ragged":
@@ -92,10 +96,10 @@ def plain_loss(
     reduction: str = "mean",
     stable: bool = False,
 ) -> Tensor:
-    """The loss as five lines of PyTorch write it, with all (B, C) logits: independent of the ops.
+    """The loss in plain PyTorch, with all (B, C) logits: independent of fastmargin's operators.
 
-    Norm statistics of the margin are taken as they stand, not advanced. ``stable`` keeps the
-    digits of 1 - p_y where p_y -> 1, which ``F.cross_entropy`` loses in float64 too: for truths.
+    Does not advance the margin's norm statistics. ``stable`` keeps 1 - p_y accurate as p_y -> 1,
+    which ``F.cross_entropy`` does not even in float64: for reference values.
     """
     cos = F.normalize(x) @ F.normalize(weight).t()
     valid = labels >= 0
@@ -128,7 +132,7 @@ def plain_loss(
 
 
 def shape_table(margin: Margin, classes: int, dim: int, seed: int = 0) -> Margin:
-    """Gives a per-class margin uneven weights, and binds it; returns it."""
+    """Binds a margin, and gives KappaFace random class weights in [0, 1); returns the margin."""
     margin.bind(classes, dim)
     if isinstance(margin, KappaFace):
         g = torch.Generator().manual_seed(seed)
@@ -139,7 +143,7 @@ def shape_table(margin: Margin, classes: int, dim: int, seed: int = 0) -> Margin
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """``||actual - truth|| / ||truth||``; infinite if actual is not finite.
 
-    Differences below 1e-30 count as none: float32 cannot hold losses of e.g. exp(-200).
+    Differences below 1e-30 count as 0, since float32 cannot represent e.g. exp(-200).
     """
     actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
     if not bool(torch.isfinite(actual).all()):
@@ -158,12 +162,13 @@ def assert_close_as_torch(
     floor: float = 0.0,
     name: str = "value",
 ) -> None:
-    """Raises AssertionError if ``actual`` is farther from ``truth`` than plain PyTorch.
+    """Raises AssertionError if the error of ``actual`` exceeds ``factor`` times plain PyTorch's.
 
     Args:
-        actual: what is tested. plain: plain PyTorch in the same dtype. truth: float64.
-        factor: how many times plain PyTorch's relative error is allowed.
-        floor: relative error allowed anyway, where plain PyTorch happens to be exact.
+        actual: the result under test. plain: plain PyTorch in the same dtype. truth: float64.
+        factor: allowed multiple of plain PyTorch's relative error.
+        floor: relative error that is always allowed, in case plain PyTorch happens to be exact.
+        name: of the value, for the message.
     """
     if actual.shape != truth.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(truth.shape)}")

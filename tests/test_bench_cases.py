@@ -82,7 +82,7 @@ def test_errors_of_the_command_line_name_the_remedy(capsys, tmp_path):
 def test_the_command_lists_and_an_installed_copy_says_what_it_needs(monkeypatch, tmp_path):
     listed = CliRunner().invoke(cli.app, ["bench", "--list", "--device", "cpu"])
     assert listed.exit_code == 0
-    for words in ("arc-20k", "fastmargin cpu fp32", "liger-kernel", "our own writing"):
+    for words in ("arc-20k", "fastmargin cpu fp32", "liger-kernel", "our own implementation"):
         assert words in listed.stdout
     assert CliRunner().invoke(cli.app, ["bench", "--help"]).exit_code == 0
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastmargin" / "cli.py"))

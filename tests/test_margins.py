@@ -632,10 +632,10 @@ def test_filtered_state_is_the_margins():
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: fm.Filtered(KappaFace(), 0.4), ValueError, "state per class"),
+        (lambda: fm.Filtered(KappaFace(), 0.4), ValueError, "per-class state"),
         (lambda: fm.Filtered(fm.NPT(), 0.4), TypeError, "softmax margin"),
         (lambda: fm.Filtered(ArcFace(), 0), ValueError, "threshold"),
-        (lambda: fm.Filtered(fm.Filtered(ArcFace(), 0.4), 0.4), ValueError, "rule of its own"),
+        (lambda: fm.Filtered(fm.Filtered(ArcFace(), 0.4), 0.4), ValueError, "its own rule"),
     ],
 )
 def test_filtered_refuses(make, error, message):

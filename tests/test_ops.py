@@ -216,8 +216,8 @@ def test_a_table_of_other_rows_is_refused(backend):
         (rows[0, :5], None, r"shape \(5,\), expected one number for each row, \(6,\)"),
         (torch.rand(7, device=on), None, r"shape \(7,\)"),
         (rows[:1], None, r"shape \(1, 6\)"),
-        (None, None, "needs its table"),
-        (None, draw, "comes from ops.row_normals"),
+        (None, None, "needs a table"),
+        (None, draw, "draw it with ops.row_normals"),
     ):
         form = MarginForm(8.0, m2_u=0.5, source="row", table=table, draw=drawing)
         with pytest.raises(ValueError, match=says):

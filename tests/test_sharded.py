@@ -153,7 +153,7 @@ def test_parameters_of_a_margin():
     for found in run(3, learnable, False):
         torch.testing.assert_close(found, expected)
     for found in run(4, learnable, True):
-        assert "share the classes out among all processes" in found
+        assert "shard the classes over all processes" in found
 
 
 def test_batch_size_spares_the_exchange_before():

@@ -1,4 +1,4 @@
-"""Who takes part: fastmargin's backends and their peers."""
+"""The contenders: fastmargin's backends and their peers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from benchmarks.contenders.base import ALLOWED, Contender, Head
 __all__ = ["ALLOWED", "BASELINE", "Contender", "Head", "by_name", "contenders", "everybody"]
 
 BASELINE = ("insightface-like", "AdaFace-like")
-"""What others are compared with, the first that takes part in a case."""
+"""Others are compared with the first of these that takes part in a case."""
 
 
 def everybody(device: torch.device) -> tuple[Contender, ...]:
-    """All that could take part on a device, ours first; by default without the reference."""
+    """All contenders for a device, ours first; the reference takes part only if named."""
     if device.type == "cuda":
-        # a GPU's own way to compile the float32 head is under autocast
+        # on a GPU the compiled head is measured under autocast only
         plain = [head for head in heads.FLOAT32 if head.name != "insightface-like, compiled"]
         return (*ours.GPU, *plain, *heads.AMP, *libraries.CONTENDERS, *ours.REFERENCE)
     return (*ours.CPU, *heads.FLOAT32, *libraries.CONTENDERS, *ours.REFERENCE)
 
 
 def contenders(case: Case, device: torch.device, only: list[str] | None) -> list[Contender]:
-    """Who takes part in a case.
+    """The contenders of a case.
 
-    ``only`` keeps the names that contain one of these; a whole name means that one alone.
+    ``only`` keeps those whose names contain one of these; a full name selects that one only.
     """
     found = [contender for contender in everybody(device) if contender.applies(case)]
     if only:

@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: a contender makes a head for a case."""
+"""Contenders of a benchmark: each makes a head for a case."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from benchmarks.cases import Case
 SCALE = 64.0
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 ALLOWED = {"fp32": 3e-4, "fp16": 2e-3, "tf32": 2e-3, "bf16": 8e-3, "bf16 stored": 0.3}
-"""Largest relative error of loss and gradients against float64, by what a contender computes in.
+"""Largest allowed relative error of loss and gradients against float64, by arithmetic.
 
-In float32 the loss of a confident row is a small difference of logits near 64, and plain PyTorch
-keeps 1e-4 of it. Rounding the operands of the gate's cases (512 dimensions, 4,097 classes) to fp16
-or tf32 gives errors of 3e-4, to bf16 3e-3. "bf16 stored": logits or probabilities are rounded to
-bfloat16 on the way, where logits near 64 lie 0.25 apart, so p and 1 - p are off by up to
+In float32 the loss of a confident row is a small difference of logits near 64, with a relative
+error of 1e-4 in plain PyTorch. Rounding the operands of the gate's cases (512 dimensions, 4,097
+classes) to fp16 or tf32 gives errors of 3e-4, to bf16 3e-3. "bf16 stored": logits or probabilities
+are rounded to bfloat16, whose spacing near 64 is 0.25, so p and 1 - p have relative errors of up to
 exp(0.25) - 1.
 """
 
 
 @dataclass
 class Head:
-    """A contender at work on one case.
+    """A contender's head for one case.
 
-    loss: embeddings (B, D) and labels (B,) to the mean loss. weight: the centres' parameter,
-    (C, D), or (D, C) if ``transposed``. optimiser: None if the case has no state. columns: the
-    rows of the centres that the last loss was over, in order, or None for all. left: what the
-    optimiser would take the gradient (C, D) for, where the backward pass leaves it to that.
+    loss: from embeddings (B, D) and labels (B,) to the mean loss. weight: the centres' parameter,
+    (C, D), or (D, C) if ``transposed``. optimiser: None if the case has no state. columns: returns
+    the rows of the centres used by the last loss, in order, or None for all. left: returns the
+    gradient (C, D) if the backward pass leaves it to the optimiser.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ class Head:
         return grad.t() if self.transposed else grad
 
     def gradient_bytes(self) -> int:
-        """Bytes of the gradient as it is held after the backward pass."""
+        """Bytes of the gradient stored by the backward pass."""
         grad = self.weight.grad
         if grad is None:
             return 0
@@ -61,11 +61,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do it.
+    """One implementation.
 
-    ours: of this package. computes: key of ALLOWED. margin: fastmargin's name and arguments of
-    what it computes for a margin, for the truth; None where it is the normalised softmax on inputs
-    that are of unit length already, so that it does less. settings and limits are for the reader.
+    ours: of this package. computes: key of ALLOWED. margin: the fastmargin margin equivalent to
+    what it computes, for the float64 truth; None if it computes softmax on inputs that are already
+    of unit length, which is less work. settings and limits are for the reader.
     """
 
     name: str
@@ -76,11 +76,11 @@ class Contender:
     limits: str = ""
     ours: bool = False
     loss_cap: float | None = None
-    """The most that it reports for a row; its gradient does not know of it."""
+    """Largest loss it reports for a row; its gradient is not capped."""
     refuses: Callable[[Case, torch.device], str | None] = lambda case, device: None
     """Why it cannot run a case, or None."""
     applies: Callable[[Case], bool] = lambda case: True
-    """Whether the case is one for it at all; False makes no row."""
+    """Whether the case concerns it at all; False makes no row."""
 
     @property
     def prenormalised(self) -> bool:
@@ -88,17 +88,17 @@ class Contender:
 
 
 def sgd_numbers(case: Case) -> dict[str, float]:
-    """Of the case's optimiser."""
+    """Hyper-parameters of the case's optimiser."""
     return SGD if case.momentum else SGD | {"momentum": 0.0}
 
 
 def sgd(case: Case, parameters) -> torch.optim.Optimizer | None:
-    """torch's own, over all rows; foreach or fused as torch chooses."""
+    """torch's SGD over all rows; foreach or fused as torch chooses."""
     return None if case.state == "none" else torch.optim.SGD(parameters, **sgd_numbers(case))
 
 
 def missing(package: str, distribution: str) -> str | None:
-    """Why a package cannot be imported, if it is not there."""
+    """A message if a package is not installed, else None."""
     if importlib.util.find_spec(package) is None:
         return f"not installed: pip install {distribution}, or the extra fastmargin[peers]"
     return None

@@ -1,4 +1,4 @@
-"""Margin heads in the order of operations that public repositories have; our own writing.
+"""Margin heads with the operations of public repositories; our own implementation.
 
 insightface: ``PartialFC_V2`` with ``CombinedMarginLoss`` and its cross-entropy in place, one
 process. AdaFace: the head of the authors' repository. Both also under ``torch.compile``.
@@ -23,7 +23,7 @@ LEAST_P = 1e-30
 
 
 class _SoftmaxInPlace(torch.autograd.Function):
-    """Cross-entropy whose softmax overwrites the logits; a second backward is not possible."""
+    """Cross-entropy whose softmax overwrites the logits; allows only one backward."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _combined_margin(logits: Tensor, labels: Tensor, margin: str) -> Tensor:
     row = torch.where(labels >= 0)[0]
     own = labels[row]
     if margin == "arcface":
-        with torch.no_grad():  # which makes the gradient straight-through
+        with torch.no_grad():  # makes the gradient straight-through
             target = logits[row, own].arccos()
             logits.arccos_()
             logits[row, own] = target + ARC
@@ -112,7 +112,7 @@ ADA, H, EPS, T_ALPHA = 0.4, 0.333, 1e-3, 0.01
 
 
 class _AdaFace(nn.Module):
-    """kernel (D, C); embeddings come normalised, with their norms."""
+    """kernel (D, C); takes normalised embeddings and their norms."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def _adaface_margin(name: str) -> nn.Module:
     return fm.AdaFace(m=ADA, h=H, s=SCALE, t_alpha=T_ALPHA, guard="clip", cos_eps=EPS)
 
 
-# ---- who takes part where ----
+# ---- which cases each takes part in ----
 
 
 def _float32(case: Case) -> str | None:
@@ -165,7 +165,7 @@ def _eager_refuses(case: Case, device: torch.device) -> str | None:
 def _compiled_refuses(case: Case, device: torch.device) -> str | None:
     found = one_process(case) or _float32(case)
     if found is None and case.rate < 1:
-        found = "not compiled where classes are sampled: the number of positives is read back"
+        found = "not compiled with sampled classes: the number of positives is read back"
     return found
 
 
@@ -181,7 +181,7 @@ def _adaface_refuses(case: Case, device: torch.device) -> str | None:
     return one_process(case) or not_sampled(case) or _float32(case)
 
 
-OWN_WRITING = "our own writing of the same sequence of operations"
+OWN_WRITING = "our own implementation of the same sequence of operations"
 FLOAT32 = (
     Contender(
         "insightface-like",
@@ -190,8 +190,8 @@ FLOAT32 = (
         _insightface_margin,
         settings=f"{OWN_WRITING}; float32 as shipped, softmax in place",
         limits="(B, C) logits and probabilities in memory; dense gradient and update of all rows; "
-        "ArcFace's gradient is straight-through; the loss of a row is capped at 69; the host waits "
-        "for the device in every step",
+        "ArcFace's gradient is straight-through; the loss of a row is capped at 69; synchronises "
+        "with the device in every step",
         loss_cap=-math.log(LEAST_P),
         refuses=_eager_refuses,
         applies=_other_margins,
@@ -202,8 +202,8 @@ FLOAT32 = (
         _compiled_insightface,
         _insightface_margin,
         settings="torch.compile(dynamic=False) of the same formula with F.cross_entropy and the "
-        "margin on the target alone: one graph, without the value that is read back",
-        limits="(B, C) logits in memory; compiled anew for every shape (not timed)",
+        "margin on the target only: one graph, without synchronisation",
+        limits="(B, C) logits in memory; recompiled for each shape (not timed)",
         refuses=_compiled_refuses,
         applies=_other_margins,
     ),
@@ -213,7 +213,7 @@ FLOAT32 = (
         _adaface,
         _adaface_margin,
         settings=f"{OWN_WRITING}; float32",
-        limits="(B, C) tensors in memory for every operation; no sampling",
+        limits="a (B, C) tensor in memory for each operation; no sampling",
         refuses=_adaface_refuses,
         applies=_adaface_only,
     ),
@@ -223,7 +223,7 @@ FLOAT32 = (
         functools.partial(_adaface, compiled=True),
         _adaface_margin,
         settings="torch.compile(dynamic=False) of the same module",
-        limits="(B, C) logits in memory; compiled anew for every shape (not timed)",
+        limits="(B, C) logits in memory; recompiled for each shape (not timed)",
         refuses=_adaface_refuses,
         applies=_adaface_only,
     ),

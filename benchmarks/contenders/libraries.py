@@ -1,7 +1,7 @@
 """Peers from PyPI and from torch itself.
 
-Those without a margin compute the normalised softmax on embeddings and centres that are of unit
-length already, scaled by s: less work than a margin head does, and said so in their names.
+Those without a margin compute softmax on embeddings and centres that are already of unit length,
+scaled by s: less work than a margin head, as their names say.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from benchmarks.contenders.base import (
 )
 
 CHUNKS = 8
-"""Pieces of a batch, where a peer asks; their own rules for language models give one row each
-where there are a thousand times more classes than dimensions."""
+"""Chunks of a batch, for peers with that option; their defaults for language models would be one
+row per chunk if there are a thousand times more classes than dimensions."""
 
 
 def _softmax_head(case: Case, weight: Tensor, dtype: torch.dtype | None, loss_of) -> Head:
-    """``loss_of(x, weight, labels)`` on operands of a type; gradients in that of the parameter."""
+    """``loss_of(x, weight, labels)`` on operands of ``dtype``; gradients in the parameter's."""
     weight = nn.Parameter(weight)
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def _torch_refuses(case: Case, device: torch.device, bf16: bool = False) -> str 
     if bf16 and device.type != "cuda":
         return "bfloat16 operands: measured on a GPU only"
     if not bf16 and case.dtype != "float32":
-        return "centres and embeddings of one type: see its bfloat16 row"
+        return "needs centres and embeddings of the same type: see its bfloat16 row"
     return one_process(case) or not_sampled(case)
 
 
@@ -192,8 +192,8 @@ CONTENDERS = (
         "bf16 stored",
         _liger,
         None,
-        settings=f"bfloat16, accum_dtype=float32, about {CHUNKS} chunks of the batch where its "
-        "version takes chunk_mem_const",
+        settings=f"bfloat16, accum_dtype=float32, about {CHUNKS} chunks of the batch if its "
+        "version has chunk_mem_const",
         limits=f"{NO_MARGIN}; logits stored in bfloat16",
         refuses=_refuses("liger_kernel", "liger-kernel"),
         applies=_no_adaface,
@@ -204,7 +204,7 @@ CONTENDERS = (
         _quack,
         None,
         settings="bfloat16, chunked_linear_cross_entropy, chunks of 4096 rows, its own tuning",
-        limits=f"{NO_MARGIN}; its fast path wants Hopper and C divisible by 128",
+        limits=f"{NO_MARGIN}; its fast path needs Hopper and C divisible by 128",
         refuses=_refuses("quack", "quack-kernels"),
         applies=_no_adaface,
     ),

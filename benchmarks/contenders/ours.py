@@ -13,7 +13,7 @@ LOW = {"momentum_dtype": torch.bfloat16, "stochastic_rounding": True}
 
 
 def margin(name: str) -> fm.margins.Margin:
-    """The margins at their usual setting."""
+    """A margin with its usual settings."""
     if name == "cosface":
         return fm.CosFace(m=0.4, s=SCALE)
     if name == "adaface":
@@ -22,7 +22,7 @@ def margin(name: str) -> fm.margins.Margin:
 
 
 def _head(case: Case, weight: torch.Tensor, options: dict) -> fm.MarginHead:
-    """A head on these centres, without others beside them: one may fill the device."""
+    """A head with these centres, without allocating others: one set may fill the device."""
     size, own = (case.dim, case.classes), margin(case.margin)
     if case.rate == case.world == 1:
         head = fm.MarginHead(*size, own, device="meta", **options)
@@ -38,7 +38,7 @@ def _head(case: Case, weight: torch.Tensor, options: dict) -> fm.MarginHead:
 
 
 def contender(backend: str, precision: str) -> Contender:
-    """MarginHead; with an optimiser the step inside the centre pass, and lazy rows if sampled."""
+    """MarginHead; its optimiser is fused into the centre pass, and lazy with sampled classes."""
 
     def make(case: Case, weight: torch.Tensor) -> Head:
         options = {"backend": backend, "precision": precision, "sparse_grad": case.rate < 1}
@@ -53,7 +53,7 @@ def contender(backend: str, precision: str) -> Contender:
             optimiser = RowSGD([head.weight], **sgd_numbers(case), **low, fused=True)
 
             def left() -> torch.Tensor:
-                # whose first momentum is the gradient itself; in float32, so that it is not rounded
+                # its first momentum is the gradient itself; in float32, so that it is not rounded
                 still = RowSGD([head.weight], 0.0, 0.9, unsampled="frozen", fused=True)
                 still.step()
                 return still.state[head.weight]["momentum_buffer"]
@@ -72,7 +72,7 @@ def contender(backend: str, precision: str) -> Contender:
 
     def refuses(case: Case, device: torch.device) -> str | None:
         if case.world > 1 and case.rate < 1:
-            return "the gate has no truth for classes sampled in several processes: rate 1 only"
+            return "the gate has no truth for sampled classes in several processes: rate 1 only"
         found = fm.backends.get(backend)
         return found.unavailable() or found.refuses(device, torch.float32)
 
@@ -83,8 +83,8 @@ def contender(backend: str, precision: str) -> Contender:
         make,
         margin,
         settings=f"MarginHead, backend={backend!r}, precision={precision!r}; row-sparse gradients "
-        "where classes are sampled; RowSGD with fused=True, where the state has 16 bits with "
-        "stochastic rounding",
+        "with sampled classes; RowSGD with fused=True, and stochastic rounding if the state has "
+        "16 bits",
         limits=note,
         ours=True,
         refuses=refuses,

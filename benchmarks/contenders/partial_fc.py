@@ -1,4 +1,4 @@
-"""Sampling of classes by the operations of insightface's ``PartialFC_V2``; our own writing."""
+"""Class sampling with the operations of insightface's ``PartialFC_V2``; our implementation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def sample(labels: torch.Tensor, num_classes: int, num_sampled: int):
-    """Sampled rows (k,) ascending, and labels (B,) as places in them: a number for every class."""
+    """Sampled rows (k,), ascending, and labels (B,) as positions in them; draws for each class."""
     here = (labels >= 0) & (labels < num_classes)
     labels = torch.where(here, labels, -1)
     positive = torch.unique(labels[here], sorted=True)

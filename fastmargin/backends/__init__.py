@@ -1,7 +1,7 @@
 """The backends and the choice between them.
 
-A backend is imported when it is first asked about, so that importing fastmargin needs neither
-Triton nor the compiled extension.
+A backend is imported on first use, so that importing fastmargin needs neither Triton nor the
+compiled extension.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ _AUTO = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for that cannot run; the message says why and what would."""
+    """The requested backend cannot run; the message says why, and what to use instead."""
 
 
 @functools.cache
 def get(name: str) -> Backend:
-    """The backend of this name, whether it can run or not."""
+    """The backend of this name, whether it can run or not.
+
+    Raises:
+        ValueError: unknown name.
+    """
     if name not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {NAMES}, got {name!r}")
     return importlib.import_module(f"fastmargin.backends.{name}").BACKEND
 
 
 def available() -> dict[str, str | None]:
-    """For each backend None if it can run in this process, else why not, and what else to know.
+    """For each backend None if it can run in this process, else the reason, with its note.
 
-    ``cuda`` runs its own kernels for the per-row work (``row_prologue``, ``margin_rows``) and
-    Triton's for the passes over the class centres; :func:`notes` says so at run time.
+    ``cuda`` uses its own kernels for per-row work (``row_prologue``, ``margin_rows``) and Triton's
+    for the passes over the class centres; :func:`notes` says so at run time.
     """
     reasons = {}
     for backend in map(get, NAMES):
@@ -45,7 +49,7 @@ def available() -> dict[str, str | None]:
 
 
 def notes() -> dict[str, str]:
-    """What is worth knowing about a backend that can run, by name."""
+    """Remarks on backends, by name."""
     found = {name: get(name).note for name in NAMES}
     return {name: note for name, note in found.items() if note}
 
@@ -58,11 +62,10 @@ def select(
     dim: int = 1,
     k: int = 1,
 ) -> Backend:
-    """The backend to run embeddings of this device, dtype and width ``dim`` on.
+    """The backend for embeddings of this device, dtype and width ``dim``.
 
-    "auto" takes the first that can: on a CPU cpu, on a GPU triton, then reference. A backend
-    asked for by name is taken or refused with its reason, never replaced. ``k`` is how many
-    nearest centres are asked for.
+    "auto" takes the first that can run: cpu on a CPU or triton on a GPU, else reference. A backend
+    requested by name runs or raises; it is never replaced. k: number of nearest centres needed.
 
     Raises:
         ValueError: unknown name.

@@ -1,4 +1,4 @@
-"""Loads the compiled modules when first asked, and remembers the module or the reason why not."""
+"""Loads the compiled modules on first use, and remembers each, or the reason why it failed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def _load(name: str) -> tuple[object | None, str | None]:
 
 
 def reason(name: str = "_C") -> str | None:
-    """None if the module loads (its operators are then registered), else why not and the remedy.
+    """None if the module loads (which registers its operators), else the reason and the remedy.
 
-    ``_C`` holds the CPU operators, ``_cuda`` the CUDA operators, ``_host`` build info, records.
+    ``_C`` has the CPU operators, ``_cuda`` the CUDA operators, ``_host`` build info and records.
     """
     return _load(name)[1]
 
 
 def cuda_architectures() -> list[str]:
-    """What the CUDA operators are compiled for, as TORCH_CUDA_ARCH_LIST writes it."""
+    """Architectures the CUDA operators are compiled for, as in TORCH_CUDA_ARCH_LIST."""
     return module("_host").build_info()["cuda_architectures"]
 
 

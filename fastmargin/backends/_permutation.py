@@ -1,14 +1,14 @@
-"""The keyed permutation: what all backends compute bit for bit, and its plain PyTorch form.
+"""The keyed permutation, bit-identical on all backends, in plain PyTorch.
 
-Numbers 0 .. side**2 - 1 are pairs (left, right) of digits to the base ``side``, the least square
-that holds ``size``. A round adds a keyed hash of one digit to the other, modulo ``side``; rounds
-take turns (a Feistel network over Z_side, Black and Rogaway 2002). A result of ``size`` or more is
-sent through again until it is smaller, which closes the cycle on range(size); a square wastes so
-little that at a million one in five hundred goes twice.
+Numbers 0 .. side**2 - 1 are pairs (left, right) of digits in base ``side``, with side**2 the least
+square of at least ``size`` (but ``LEAST_SIDE`` squared). A round adds a keyed hash of one digit to
+the other, modulo ``side``, in alternation (a Feistel network over Z_side, Black and Rogaway 2002).
+Results of ``size`` or more are permuted again until they are smaller (cycle walking), which gives
+a permutation of range(size); at a million, one number in five hundred needs a second pass.
 
-Two distinct numbers go to a uniform pair but for a distance in total variation of about
-side**(1 - ROUNDS / 2) with ideal round functions (the chain of pairs, iterated exactly for sides
-up to 16): at most 3e-5 from ``LEAST_SIDE`` on, which a hundred million draws do not show.
+With ideal round functions two distinct numbers map to a uniform pair, up to a total variation
+distance of about side**(1 - ROUNDS / 2) (the chain of pairs, iterated exactly for sides up to 16):
+at most 3e-5 from ``LEAST_SIDE`` on, undetectable in a hundred million draws.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def side_of(size: int) -> int:
 
 
 def _round_keys(key: Tensor) -> Tensor:
-    """(ROUNDS,) numbers of 32 bits, each from all bits of the key (2,)."""
+    """(ROUNDS,) 32-bit keys, each from all bits of the key (2,) int64."""
     h = (torch.arange(1, ROUNDS + 1, device=key.device) * GOLDEN) & MASK
     for word in (key[0], key[0] >> 32, key[1], key[1] >> 32):
         h = mix(h ^ (word & MASK))
@@ -38,7 +38,7 @@ def _round_keys(key: Tensor) -> Tensor:
 
 
 def _pass(value: Tensor, round_keys: Tensor, side: int) -> Tensor:
-    """Once through the network, a permutation of range(side**2)."""
+    """One pass through the network, a permutation of range(side**2)."""
     left, right = value // side, value % side
     for i in range(ROUNDS):
         if i % 2 == 0:
@@ -49,7 +49,7 @@ def _pass(value: Tensor, round_keys: Tensor, side: int) -> Tensor:
 
 
 def permutation(key: Tensor, size: int, count: int) -> Tensor:
-    """See :meth:`fastmargin.backends.interface.Backend.permutation`; waits for a GPU."""
+    """See :meth:`fastmargin.backends.interface.Backend.permutation`; synchronises with a GPU."""
     side, round_keys = side_of(size), _round_keys(key)
     value = _pass(torch.arange(count, device=key.device), round_keys, side)
     outside = (value >= size).nonzero()[:, 0]

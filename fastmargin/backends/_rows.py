@@ -1,4 +1,4 @@
-"""Calls of the compiled per-row operators, which write into what is allocated here."""
+"""Calls the compiled per-row operators with outputs allocated here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastmargin.spec import MarginForm, NormEma
 
 
 def row_prologue(op, x: Tensor, labels: Tensor | None, ema: NormEma | None, *extra):
-    """``op`` is ``cpu_row_prologue`` or ``cuda_row_prologue``, ``extra`` what it takes on top."""
+    """``op``: ``cpu_row_prologue`` or ``cuda_row_prologue``; ``extra``: its further arguments."""
     dtype = compute_dtype(x.dtype)
     x_hat = x.new_empty(x.shape, dtype=dtype)
     norm = x.new_empty(x.shape[:1], dtype=dtype)
@@ -25,7 +25,7 @@ def row_prologue(op, x: Tensor, labels: Tensor | None, ema: NormEma | None, *ext
 def margin_rows(
     op, cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm, *extra
 ):
-    """``op`` is ``cpu_margin_rows`` or ``cuda_margin_rows``, ``extra`` what it takes on top."""
+    """``op``: ``cpu_margin_rows`` or ``cuda_margin_rows``; ``extra``: its further arguments."""
     outputs = [cos_y.new_empty(cos_y.shape) for _ in range(5)]
     state = (None if t is None else t.to(cos_y.dtype) for t in (form.mean, form.std, form.table))
     inputs = cos_y, lse_neg, norm, labels.contiguous(), form.params(), form.codes()

@@ -1,4 +1,4 @@
-"""A whole step out of a backend's own operations and plain PyTorch between them."""
+"""The larger operations, composed of a backend's smaller ones and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fastmargin.spec import (
 
 
 class Composed:
-    """For backends without kernels of their own for it; see ``interface.Backend``."""
+    """For backends without kernels for these operations; see ``interface.Backend``."""
 
     step_bytes = 32 << 20
-    """Of how many bytes of centres at a time :meth:`centre_step` holds the gradient."""
+    """Bytes of centres per chunk of :meth:`centre_step`, in the dtype it computes in."""
 
     def softmax_loss(
         self,
@@ -119,10 +119,10 @@ class Composed:
         classes = marks.shape[0] - 1
         places = max(num_sampled, min(labels.shape[0], classes))
         local = labels - class_start
-        # one more than there are classes, for rows whose centre is not here
+        # the extra class is for rows whose centre is on another shard
         local = torch.where(inside(local, classes), local, classes)
 
-        # the distinct positives ascending; rows without a centre here are sorted behind them
+        # the distinct positives, ascending; rows without a centre here sort last
         ascending, order = torch.sort(local, stable=True)
         here = ascending < classes
         first = here & (ascending != torch.cat([ascending[:1] - 1, ascending[:-1]]))
@@ -130,7 +130,7 @@ class Composed:
         num_positives = first.sum()
         column = torch.empty_like(labels).scatter_(0, order, torch.where(here, rank, -1))
 
-        # k numbers of a permutation hold at least k - P that are not among P positives
+        # the first k numbers of a permutation contain at least k - P negatives
         key = torch.cat([seed, step * MAX_SHARDS + shard])
         candidates = self.permutation(key, classes, num_sampled)
         try:
@@ -140,7 +140,7 @@ class Composed:
         negative_rank = negative.cumsum(0) - 1
         negative = negative & (negative_rank < num_sampled - num_positives)
 
-        # the last place takes what belongs nowhere
+        # an extra slot, cut off at the end, takes what is not used
         index = labels.new_full((places + 1,), -1)
         index.scatter_(0, torch.where(first, rank, places), ascending)
         index.scatter_(0, torch.where(negative, num_positives + negative_rank, places), candidates)
@@ -174,7 +174,7 @@ class Composed:
         if form.zero_slot:
             open_places[:, -1] = ~(nearest[:, -1] < 0)
         gap = torch.where(open_places, nearest, 0) - cos_y[:, None] + form.delta
-        on = ~(gap < 0)  # at a gap of exactly 0 there is a gradient, and NaN is kept
+        on = ~(gap < 0)  # a gap of exactly 0 has a gradient, and NaN is kept
         rows = form.scale * torch.where(on, gap, 0).sum(1)
         rows = torch.where(known, torch.where(valid, rows, 0), torch.nan)
         slope = (on & (valid & known)[:, None]).to(nearest) * form.scale

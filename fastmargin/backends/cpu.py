@@ -1,9 +1,9 @@
-"""C++ on the CPU: passes over the class centres that hold no (B, C) matrix (``csrc/cpu``).
+"""C++ on the CPU: passes over the class centres without a (B, C) matrix (``csrc/cpu``).
 
-Peak memory beyond inputs and results is a few packed copies of the batch, and for every thread a
-block of centres and the partial results of the rows it works on, whatever the number of classes.
-The environment variable ``FASTMARGIN_CPU_CAPABILITY`` (scalar, avx2 or avx512) chooses the
-instruction set, read once; by default the best there is.
+Temporary buffers are a few packed copies of the batch, and per thread a block of centres and
+partial results of the rows it works on, whatever the number of classes. The environment variable
+``FASTMARGIN_CPU_CAPABILITY`` (scalar, avx2 or avx512), read once, selects the instruction set;
+default: the best available.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _unavailable() -> str | None:
         return reason
     try:
         torch.ops.fastmargin.cpu_capability()
-    except RuntimeError as error:  # a wrong FASTMARGIN_CPU_CAPABILITY, after where it was found
+    except RuntimeError as error:  # an invalid FASTMARGIN_CPU_CAPABILITY; cuts off the C++ location
         text = str(error).splitlines()[0]
         return text[max(0, text.find("FASTMARGIN_CPU_CAPABILITY")) :]
     return None
@@ -40,7 +40,7 @@ def _hard(hard: HardRule | None, dtype: torch.dtype):
 
 
 def _without_zero_rows(part: GradientFactors) -> GradientFactors:
-    """Without the rows whose ``d_lse`` and ``d_cos`` are both 0, where it is told to skip them."""
+    """Drops the rows whose ``d_lse`` and ``d_cos`` are both 0, if ``skip_zero_rows`` is set."""
     if not part.skip_zero_rows:
         return part
     taken, hard = ((part.d_lse != 0) | (part.d_cos != 0)).nonzero().squeeze(1), part.hard
@@ -52,7 +52,7 @@ def _without_zero_rows(part: GradientFactors) -> GradientFactors:
 
 
 def _centre_pass(weight: Tensor, part: GradientFactors) -> tuple:
-    """What both operators of the centre pass begin with."""
+    """The leading arguments of both centre pass operators."""
     return (
         part.d_lse.contiguous(),
         part.d_cos.contiguous(),
@@ -68,7 +68,7 @@ def _centre_pass(weight: Tensor, part: GradientFactors) -> tuple:
 
 
 def _in_rows(*tensors: Tensor | None) -> bool:
-    """Whether the columns of all of them lie side by side."""
+    """Whether the rows of all of them are contiguous."""
     return all(t is None or t.shape[1] == 1 or t.stride(1) == 1 for t in tensors)
 
 
@@ -81,7 +81,7 @@ class CpuBackend(Composed):
     precisions = ("fp32",)
     max_dim = max_k = math.inf
     note = ""
-    step_bytes = 2 << 20  # centres by columns: what belongs to a chunk stays in cache
+    step_bytes = 2 << 20  # small, so that a chunk stays in cache
 
     def unavailable(self) -> str | None:
         return _unavailable()

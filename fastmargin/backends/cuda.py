@@ -1,8 +1,8 @@
 """CUDA C++ kernels.
 
-``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). All else, the
-passes over the class centres above all, runs on the kernels of the Triton backend for now, so this
-backend needs Triton too; :data:`CudaBackend.note` says so at run time.
+``row_prologue`` and ``margin_rows`` are kernels of this backend (``csrc/cuda``). Everything else,
+including the passes over the class centres, runs on the Triton backend's kernels, so this backend
+needs Triton too; :data:`CudaBackend.note` says so at run time.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def runs_on(capability: tuple[int, int], architectures: list[str]) -> bool:
 class CudaBackend(TritonBackend):
     name = "cuda"
     note = (
-        "row_prologue and margin_rows are CUDA kernels of its own; all else, the passes over the "
-        "centres above all, runs on Triton's"
+        "row_prologue and margin_rows are its own CUDA kernels; everything else, including the "
+        "passes over the centres, runs on Triton's"
     )
 
-    softmax_loss = Composed.softmax_loss  # calls row_prologue and margin_rows; Triton's has its own
+    softmax_loss = Composed.softmax_loss  # the one that calls row_prologue and margin_rows
 
     def unavailable(self) -> str | None:
         not_loaded = _extension.reason("_cuda")

@@ -16,11 +16,11 @@ from fastmargin.spec import GradientFactors, MarginForm, NormEma, RowStats
 
 
 def psi_and_slopes(cos_y: Tensor, u: Tensor, form: MarginForm) -> tuple[Tensor, Tensor, Tensor]:
-    """Margin target psi and its derivatives by ``cos_y`` and by ``u``, in closed form.
+    """psi and its derivatives with respect to ``cos_y`` and ``u``, each (B,), in closed form.
 
-    Conditions on the angle are comparisons of cosines (cos falls on [0, pi]), so no acos. The
-    slope by ``cos_y`` holds 1 / sin(theta), which is bounded by 1 / sqrt(machine epsilon): the
-    gradient it multiplies vanishes with sin(theta), so the product stays right and finite.
+    Conditions on the angle are comparisons of cosines (cos decreases on [0, pi]), so no acos. The
+    factor 1 / sin(theta) in the derivative is bounded by 1 / sqrt(machine epsilon): the gradient it
+    multiplies vanishes with sin(theta), so the product stays finite and correct.
     """
     limit = 1 - form.cos_eps
     c = cos_y.clamp(-limit, limit)
@@ -58,7 +58,7 @@ def psi_and_slopes(cos_y: Tensor, u: Tensor, form: MarginForm) -> tuple[Tensor, 
 
 
 def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, Tensor]:
-    """``u`` of :class:`MarginForm` and its derivative by the norm, each (B,)."""
+    """``u`` of :class:`MarginForm` and its derivative with respect to the norm, each (B,)."""
     zero = torch.zeros_like(norm)
     if form.source == "constant":
         return zero, zero
@@ -75,7 +75,7 @@ def row_factor(norm: Tensor, labels: Tensor, form: MarginForm) -> tuple[Tensor, 
 
 
 class ReferenceBackend(Composed):
-    """Dense and simple: holds the (B, C) logits."""
+    """Dense and simple: stores the (B, C) logits."""
 
     name = "reference"
     precisions = ("fp32",)
@@ -165,7 +165,7 @@ class ReferenceBackend(Composed):
         psi, by_cos, by_u = psi_and_slopes(cos_y, u, form)
         gap = lse_neg - form.scale * psi
         valid = labels >= 0
-        # 1 - p_y as a sigmoid of the gap keeps its digits where p_y -> 1
+        # 1 - p_y as a sigmoid of the gap stays accurate as p_y -> 1
         miss = torch.sigmoid(gap)
         loss = gap.clamp_min(0) + torch.log1p(torch.exp(-gap.abs()))
         parts = (
@@ -182,7 +182,7 @@ class ReferenceBackend(Composed):
 
 
 def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse) with 0 in rows that hold no negative (lse = -inf)."""
+    """exp(logits - lse), 0 in rows without negatives (lse = -inf)."""
     empty = torch.isneginf(lse)
     p = torch.exp(logits - torch.where(empty, 0, lse)[:, None])
     return torch.where(empty[:, None], 0, p)

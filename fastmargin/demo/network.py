@@ -13,10 +13,10 @@ WIDTHS = (32, 64, 128)
 
 
 class FaceNet(nn.Module):
-    """Grey images [B, 1, *image_size] -> raw embeddings [B, 128], whose norm the head may read.
+    """Grey images [B, 1, *image_size] -> raw embeddings [B, 128], whose norms the head may use.
 
-    Every block halves the resolution (56 x 46 -> 7 x 6). The last layer sees all these places
-    apart, since the faces are aligned; pooling over them measured worse.
+    Each block halves the resolution (56 x 46 -> 7 x 6). The last layer sees all positions
+    separately, since the faces are aligned; pooling over them gave worse results.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ def embed(network: FaceNet, images: Tensor) -> Tensor:
 
 
 def embed_both_sides(network: FaceNet, images: Tensor) -> Tensor:
-    """Unit embeddings [N, 128]: mean of the image's and its mirror image's direction.
+    """Unit embeddings [N, 128]: mean direction of the image and its mirror image.
 
-    A face and its mirror image are the same person, and nothing of the other image of a pair is
-    used, so this is a fair way to spend a second forward pass.
+    Each image is embedded independently of the other images of its pairs, so this is a fair way to
+    use a second forward pass.
     """
     sides = [F.normalize(embed(network, view)) for view in (images, images.flip(3))]
     return F.normalize(sides[0] + sides[1])

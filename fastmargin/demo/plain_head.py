@@ -1,4 +1,4 @@
-"""What people write without fastmargin: normalise, matmul, margin, ``F.cross_entropy``."""
+"""The usual head without fastmargin: normalise, matmul, margin, ``F.cross_entropy``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def plain_arcface_loss(
 ) -> Tensor:
     """Mean ArcFace loss of embeddings [B, D], centres [C, D], labels [B]; logits [B, C] in memory.
 
-    The margin touches only the target cosines, as a careful author would write it.
+    The margin is computed for the target cosines only, as in a careful implementation.
     """
     cosines = F.normalize(embeddings) @ F.normalize(weight).T
     column = labels[:, None]
     target = cosines.gather(1, column)
-    # where theta + m > pi: c - m sin m, as fm.ArcFace's default guard "mm"
+    # where theta + m > pi: c - m sin m, as with fm.ArcFace's default guard "mm"
     angle = target.clamp(-1 + 1e-7, 1 - 1e-7).acos()
     moved = torch.where(angle + m <= math.pi, torch.cos(angle + m), target - m * math.sin(m))
     return F.cross_entropy(s * cosines.scatter(1, column, moved), labels)

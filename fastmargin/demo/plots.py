@@ -1,4 +1,4 @@
-"""The pictures of the demo. Each function takes plain figures and writes one PNG."""
+"""The plots of the demo. Each function takes plain numbers and writes one PNG."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in print
+# Okabe and Ito's palette: distinguishable by colour-blind readers and in print
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 GREY = "#7f7f7f"
 RAW = "raw pixels"
@@ -43,9 +43,9 @@ def plot_roc(
     auc: dict[str, float],
     title: str,
 ) -> None:
-    """ROC of every row of the table. far: [T] rising; tar: name -> [T]; both shares 0..1.
+    """ROC of each row of the table. far: [T] ascending; tar: name -> [T]; both fractions 0..1.
 
-    The raw pixels, which are no head, are dashed and grey, and last in the legend.
+    Raw pixels, which are not a head, are dashed and grey, and last in the legend.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure()
@@ -79,10 +79,10 @@ def plot_adaface(
     norms_hidden: Sequence[float],
     title: str,
 ) -> None:
-    """AdaFace's margin against the embedding norm, above the norms that occur.
+    """AdaFace's margin against the embedding norm, above a histogram of norms.
 
     margin: target angle in degrees -> ``cos_y - psi`` [len(norm)], cosine units.
-    norms_whole, norms_hidden: norms of training views with and without a hidden rectangle.
+    norms_whole, norms_hidden: norms of training views without and with an erased rectangle.
     """
     with matplotlib.rc_context(STYLE):
         ratios = {"height_ratios": [2.2, 1]}
@@ -113,8 +113,8 @@ def plot_kappaface(
 ) -> None:
     """KappaFace's margin (radians) against the concentration kappa, one point per person.
 
-    thumbnails: mean image of each person, grey 0..1; the three least and most concentrated
-    people are shown.
+    thumbnails: mean image of each person, grey 0..1; shown for the three least and the three most
+    concentrated people.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure()
@@ -124,7 +124,7 @@ def plot_kappaface(
         low, high = min(kappa), max(kappa)
         for place, person in enumerate(shown):
             image = OffsetImage(thumbnails[person], cmap="gray", norm=Normalize(0, 1), zoom=0.75)
-            # in a row along the top, so that they never hide one another
+            # in a row along the top, so that they do not overlap
             at = (0.08 + 0.84 * place / max(1, len(shown) - 1), 0.88)
             axes.add_artist(
                 AnnotationBbox(
@@ -148,7 +148,7 @@ def plot_kappaface(
 
 
 def plot_scaling(path: Path, costs: Sequence[dict], title: str) -> None:
-    """Step time and peak memory against the number of identities, both implementations.
+    """Step time and peak memory of both implementations against the number of identities.
 
     costs: rows of :class:`fastmargin.demo.scaling.StepCost` as dictionaries.
     """

@@ -17,19 +17,19 @@ COLUMNS = (  # key in demo.json, heading, format
 
 
 def print_report(console: Console, figures: Figures, out: str) -> None:
-    """Everything a reader of the terminal should know."""
+    """Prints the whole report."""
     console.print(_verification_table(figures))
     console.print(
         "Losses of different heads are not comparable; softmax is CosFace with m = 0.\n"
-        "The ten people decide more than the head does: --splits 3 shows how much.\n",
+        "The choice of the ten people matters more than the head: see --splits 3.\n",
         style="dim",
     )
     _print_twin(console, figures["twin"])
     if figures["scaling"]:
         console.print(_scaling_table(figures))
         console.print(
-            "Peak: what one forward and backward pass adds to the centres and features;\n"
-            "the gradient of the centres is part of it for both.\n",
+            "Peak: memory of one forward and backward pass beyond the centres and features;\n"
+            "for both it includes the gradient of the centres.\n",
             style="dim",
         )
     console.print(

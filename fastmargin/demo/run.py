@@ -1,4 +1,4 @@
-"""The whole demo: train every head, verify on unseen people, compare with plain PyTorch, write."""
+"""The whole demo: train each head, verify on unseen people, compare with plain PyTorch, write."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ TWIN_DOUBLE_EPOCHS = 2  # convolutions in float64 are slow on a CPU
 ADAFACE_ANGLES = (30, 60, 90)
 
 Figures = dict[str, Any]
-"""What ``demo.json`` holds."""
+"""Contents of ``demo.json``."""
 
 
 class DemoError(RuntimeError):
-    """The demo cannot run; the message says why and what would help."""
+    """The demo cannot run; the message says why and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ class Settings:
 
 
 class Progress(Protocol):
-    """Who wants to know how far the demo is."""
+    """Receives the progress of the demo."""
 
     def begin(self, what: str, steps: int) -> None:
-        """A part of the demo starts, of this many steps."""
+        """A part of the demo with this many steps starts."""
 
     def advance(self) -> None:
-        """One step of it is done."""
+        """One step is done."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Ignores progress."""
 
     def begin(self, what: str, steps: int) -> None: ...
 
@@ -80,7 +80,7 @@ def run_demo(settings: Settings, progress: Progress | None = None, command: str 
     """Runs everything and writes ``demo.json`` and the plots to ``settings.out``.
 
     Raises:
-        FacesMissingError, DemoError: something is not installed, or an option cannot be met.
+        FacesMissingError, DemoError: something is not installed, or an option is invalid.
     """
     start = time.perf_counter()
     progress = progress or Silent()
@@ -136,7 +136,7 @@ class _Result:
 
 
 def _check(settings: Settings) -> torch.device:
-    """The device to run on, after everything that can be wrong was looked at."""
+    """Checks the settings; returns the device to run on."""
     if find_spec("matplotlib") is None:
         raise DemoError("matplotlib is not installed: pip install 'fastmargin[demo]'")
     if not 1 <= settings.splits <= face_files.SPLITS:
@@ -180,7 +180,7 @@ def _verify(trained: Trained, unseen: Faces) -> _Result:
 
 
 def _raw_pixels(faces: Faces, split: Split) -> _Result:
-    """The yardstick without any network: cosine of the pixels minus the mean training face."""
+    """Baseline without a network: cosine of the pixels minus the mean training face."""
     unseen = faces.of(split.unseen)
     centred = unseen.pixels - faces.of(split.train).pixels.mean(dim=0)
     return _result(centred.flatten(1), unseen.people, {})
@@ -197,7 +197,7 @@ def _result(features: Tensor, people: Tensor, more: dict[str, float]) -> _Result
 
 
 def _summary(name: str, results: Sequence[_Result]) -> Figures:
-    """Mean over the splits, and every split."""
+    """Mean over the splits, and each split."""
     rows = [result.figures for result in results]
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
     margin = {} if name == RAW else {"margin": repr(new_margin(name))}
@@ -207,7 +207,7 @@ def _summary(name: str, results: Sequence[_Result]) -> Figures:
 def _roc_figures(results: dict[str, list[_Result]]) -> Figures:
     """ROC curves on one grid of false accept rates, averaged over the splits."""
     people, images = face_files.UNSEEN_PEOPLE, face_files.IMAGES_PER_PERSON
-    impostors = people * (people - 1) // 2 * images**2  # 4500: the finest step of the rate
+    impostors = people * (people - 1) // 2 * images**2  # 4500: the resolution of the rate
     far = torch.logspace(-math.log10(impostors), 0, ROC_POINTS, dtype=torch.float64).tolist()
     curves = {
         name: [
@@ -221,7 +221,7 @@ def _roc_figures(results: dict[str, list[_Result]]) -> Figures:
 
 @torch.no_grad()
 def _adaface_figures(trained: Trained, learned: Faces, recipe: Recipe, seed: int) -> Figures:
-    """The margin as the trained head applies it, over the norms of training views."""
+    """The margin that the trained head applies, over the norms of training views."""
     margin = trained.head.margin
     norms = {}
     for name, erase in (("whole", 0.0), ("hidden", 1.0)):
@@ -270,7 +270,7 @@ def _twin_figures(
 def _scaling_figures(
     trained: Trained, learned: Faces, recipe: Recipe, settings: Settings, progress: Progress
 ) -> list[Figures]:
-    """Features of real faces under a trained head, and ever more random centres beside its own."""
+    """Features of real faces; trained centres, plus a growing number of random ones."""
     views = random_views(learned.pixels, recipe.jitter, torch.Generator().manual_seed(0))
     features = embed(trained.network, views[:SCALING_BATCH])
     margin = trained.head.margin

@@ -1,8 +1,8 @@
-"""Step time and peak memory as the number of identities grows: fastmargin beside plain PyTorch.
+"""Step time and peak memory by number of identities: fastmargin beside plain PyTorch.
 
 One step is forward and backward of the ArcFace head, with gradients for the embeddings and all
-centres, without optimiser. Every measurement runs in a process of its own, started fresh, so that
-no memory of an earlier one is counted or reused.
+centres, without optimiser. Each measurement runs in a new process, so that no memory of an earlier
+one is counted or reused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WARM_UP_IDENTITIES = 500
 class Scene:
     """What is measured: features [B, D] of faces, their labels [B], trained centres [C0, D].
 
-    Centres beyond C0 are random directions.
+    Further centres are random directions.
     """
 
     features: Tensor
@@ -53,9 +53,9 @@ class Scene:
 class StepCost:
     """One row of the comparison.
 
-    step_ms: the fastest of the timed steps, milliseconds. peak_mib: the most memory that one step
-    needs beyond the centres and the features, MiB; it includes the gradient of the centres,
-    ``centers_gradient_mib``, which both implementations have to return.
+    step_ms: the fastest timed step, milliseconds. peak_mib: peak memory of one step beyond centres
+    and features, MiB, including the gradient of the centres, ``centers_gradient_mib``, which both
+    implementations must return.
     """
 
     implementation: str
@@ -90,7 +90,7 @@ def measure_in_new_process(scene: Scene, implementation: str, identities: int) -
 
 
 def _main(file: str, implementation: str, identities: str) -> None:
-    """The new interpreter: one measurement, answered as a line of JSON."""
+    """Runs in the new interpreter: one measurement, printed as a line of JSON."""
     scene = Scene(**torch.load(file))
     cost = measure(scene, implementation, int(identities))
     sys.stdout.write(json.dumps(asdict(cost)) + "\n")
@@ -101,7 +101,7 @@ def measure(scene: Scene, implementation: str, identities: int) -> StepCost:
     torch.set_num_threads(scene.threads)
     device = torch.device(scene.device)
     # A small step first: thread pools, library workspaces and kernels are set up once per process,
-    # not once per step, and are the same for any number of identities.
+    # and do not depend on the number of identities.
     for _ in range(2):
         _step_of(scene, implementation, WARM_UP_IDENTITIES, device)()
     step = _step_of(scene, implementation, identities, device)
@@ -120,7 +120,7 @@ def measure(scene: Scene, implementation: str, identities: int) -> StepCost:
 def _step_of(
     scene: Scene, implementation: str, identities: int, device: torch.device
 ) -> Callable[[], float]:
-    """A function that does one forward and backward pass and returns the loss."""
+    """A function that runs one forward and backward pass and returns the loss."""
     generator = torch.Generator().manual_seed(0)
     extra = identities - len(scene.centers)
     random = torch.randn(extra, scene.centers.shape[1], generator=generator)
@@ -143,7 +143,7 @@ def _step_of(
 
 
 def _peak_bytes(step: Callable[[], float], device: torch.device) -> tuple[int, float]:
-    """The most memory in use during one step minus what was in use before it, and the loss."""
+    """Peak memory during one step minus the memory in use before it, and the loss."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -158,7 +158,7 @@ def _peak_bytes(step: Callable[[], float], device: torch.device) -> tuple[int, f
 
 
 def _fastest(step: Callable[[], float], device: torch.device) -> float:
-    """Seconds of the fastest step: what others do on the machine only ever adds time."""
+    """Seconds of the fastest step, since other load on the machine can only add time."""
     seconds: list[float] = []
     while len(seconds) < MIN_STEPS or (sum(seconds) < TIMED_SECONDS and len(seconds) < MAX_STEPS):
         start = time.perf_counter()
@@ -171,7 +171,7 @@ def _resident_bytes(field: str) -> int:
     """Resident memory of this process: now ("VmRSS"), or its high-water mark ("VmHWM").
 
     Without /proc (macOS) both are the high-water mark of getrusage. After the small warm-up step
-    it lies little above the memory in use, so differences are a little too small there.
+    it is slightly above the memory in use, so differences are slightly too small there.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -184,8 +184,8 @@ def _resident_bytes(field: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Gives what the warm-up freed back to the system (glibc): a step that reused it would look
-    smaller than it is."""
+    """Returns memory freed by the warm-up to the system (glibc); if a step reused it, it would not
+    be counted."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -193,11 +193,11 @@ def _return_freed_memory() -> None:
 
 
 def _reset_high_water_mark() -> None:
-    """Lets VmHWM start again at VmRSS (Linux), so that start-up does not count."""
+    """Resets VmHWM to VmRSS (Linux), so that start-up does not count."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux, or not allowed: the mark of start-up stays, which can hide a small step
+        pass  # not Linux, or not allowed: the mark of start-up remains, which may hide a small step
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training loop for every head: same network, same batches, same views, same seeds."""
+"""One training loop for all heads: same network, batches, views and seeds."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def train(
     seed: int,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> Trained:
-    """Train a new network with ``new_head(embedding_size, num_classes)`` on ``faces``.
+    """Trains a new network with ``new_head(embedding_size, num_classes)`` on ``faces``.
 
-    Runs on the device and in the dtype of ``faces.pixels``. The network is drawn before the head,
-    so that all heads start from the same network, and the views have a generator of their own.
+    Runs on the device and in the dtype of ``faces.pixels``. The network is initialised before the
+    head, so that all heads start from the same network; the views have their own generator.
     """
     device, dtype = faces.pixels.device, faces.pixels.dtype
     torch.manual_seed(seed)
@@ -91,8 +91,8 @@ def train(
 
 
 def _groups(network: nn.Module, head: nn.Module, recipe: Recipe) -> list[dict]:
-    """Weight decay for the matrices of the network; not for norms and slopes, nor the centres,
-    whose length means nothing."""
+    """Weight decay for the network's matrices only; not for norms and PReLU slopes, nor for the
+    centres, whose length has no effect."""
     matrices = [p for p in network.parameters() if p.dim() > 1]
     vectors = [p for p in network.parameters() if p.dim() <= 1]
     return [

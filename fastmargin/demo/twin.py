@@ -1,4 +1,4 @@
-"""The same head trained twice, by fastmargin and in plain PyTorch: how far do the losses part?"""
+"""The same head trained twice, by fastmargin and in plain PyTorch: how far do losses differ?"""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastmargin.demo.training import Recipe, train
 
 @dataclass(frozen=True)
 class Twin:
-    """Two trainings from the same seeds. Losses [steps], float32.
+    """Two training runs from the same seeds. Losses [steps], float32.
 
-    largest_gap: largest difference of the two curves. In float32 a training amplifies rounding
-    errors (Adam divides gradients that are nearly zero by their own size), so ``rounding_gap``
-    gives the yardstick: the same figure for plain PyTorch against itself, started with centres
-    that differ in the last bit. ``double_gap`` is the figure of a float64 training of
-    ``double_steps`` steps, where rounding has no time to grow. ``same_state_gap`` has no history
-    in it: largest difference of the two float32 losses of the same embeddings and centres.
+    largest_gap: largest difference between the two curves. In float32, training amplifies rounding
+    errors (Adam divides nearly zero gradients by their own size), so for comparison
+    ``rounding_gap`` is the same figure for plain PyTorch against itself, started from centres that
+    differ in the last bit. ``double_gap`` is that of a float64 run of ``double_steps`` steps, too
+    short for rounding to grow. ``same_state_gap`` does not accumulate: the largest difference of
+    the two float32 losses for the same embeddings and centres.
     """
 
     fast: Tensor
@@ -36,7 +36,7 @@ class Twin:
 
 
 class _Watched(nn.Module):
-    """A fastmargin head that also evaluates the plain loss of the same inputs, without gradient."""
+    """A fastmargin head that also computes the plain loss of the same inputs, without gradient."""
 
     def __init__(self, head: fm.MarginHead) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Watched(nn.Module):
 
 
 class _LastBit(PlainArcFace):
-    """Plain head whose initial centres differ by one rounding from its parent's."""
+    """Plain head whose initial centres differ from its parent's in the last bit."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -69,8 +69,8 @@ def train_twins(
     backend: str,
     after_epoch: Callable[[], None] = lambda: None,
 ) -> Twin:
-    """Three trainings of ``recipe`` in float32 (fastmargin, plain PyTorch, and plain PyTorch from
-    the neighbouring bit), and two of ``double_epochs`` epochs in float64."""
+    """Three float32 runs of ``recipe`` (fastmargin, plain PyTorch, and plain PyTorch with the last
+    bit changed), and two float64 runs of ``double_epochs`` epochs."""
     in_double = Faces(faces.pixels.double(), faces.people)
     short = replace(recipe, epochs=double_epochs)
 

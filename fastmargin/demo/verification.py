@@ -1,4 +1,4 @@
-"""Face verification figures: are two images of the same person? All scores are cosines."""
+"""Face verification: do two images show the same person? All scores are cosines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """Cosines of all unordered pairs of images: genuine [P] same person, impostor [Q] not."""
+    """Cosines of all unordered pairs of images: genuine [P], of the same person; impostor [Q]."""
 
     genuine: Tensor
     impostor: Tensor
@@ -21,7 +21,7 @@ class Pairs:
 class Roc:
     """Receiver operating characteristic, from the strictest threshold to the loosest.
 
-    far: [T] share of impostor pairs accepted; tar: [T] share of genuine pairs accepted.
+    far: [T] fraction of impostor pairs accepted; tar: [T] fraction of genuine pairs accepted.
     """
 
     far: Tensor
@@ -47,7 +47,7 @@ def roc(pairs: Pairs) -> Roc:
 
 
 def _accepted(scores: Tensor, thresholds: Tensor) -> Tensor:
-    """Share of ``scores`` at or above each of the (falling) thresholds, a leading 0: [T + 1]."""
+    """0, then the fraction of ``scores`` at or above each descending threshold: [T + 1]."""
     ascending = scores.sort().values
     below = torch.searchsorted(ascending, thresholds, right=False)
     share = (len(scores) - below).double() / len(scores)
@@ -55,19 +55,19 @@ def _accepted(scores: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def auc(curve: Roc) -> float:
-    """Area under the ROC by trapezoids: the chance that a genuine pair outscores an impostor,
-    ties counted half."""
+    """Area under the ROC by trapezoids: the probability that a genuine pair scores higher than an
+    impostor pair, ties counted half."""
     return torch.trapezoid(curve.tar, curve.far).item()
 
 
 def tar_at_far(curve: Roc, far: float) -> float:
-    """Largest share of genuine pairs accepted while at most ``far`` of the impostors are."""
-    # The small slack keeps e.g. 45 of 4500 within 1e-2 whatever the rounding of the division.
+    """Largest fraction of genuine pairs accepted with at most a fraction ``far`` of impostors."""
+    # The small tolerance keeps e.g. 45 of 4500 within 1e-2 despite rounding of the division.
     return curve.tar[curve.far <= far + 1e-12].max().item()
 
 
 def rank_one(features: Tensor, people: Tensor) -> float:
-    """Share of images whose nearest other image (by cosine) shows the same person."""
+    """Fraction of images whose nearest other image (by cosine) shows the same person."""
     unit = F.normalize(features.double(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return (people[cosine.argmax(dim=1)] == people).double().mean().item()

@@ -1,4 +1,4 @@
-"""AdaFace: the margin follows image quality, read off the embedding norm."""
+"""AdaFace: the margin depends on image quality, estimated by the embedding norm."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ STD_EPS = 1e-3
 class AdaFace(SoftmaxMargin):
     """``psi = cos(theta_y - m*z) - (m + m*z)`` (Kim et al. 2022; arXiv 2204.00964).
 
-    ``z = clip(h * (||x|| - mean) / (std + 1e-3), -1, 1)`` carries no gradient; mean and std run
-    over batches and take part in the step that updates them. High norm (z = 1) moves the margin
-    from the angle to the cosine, low norm (z = -1) to the angle.
+    ``z = clip(h * (||x|| - mean) / (std + 1e-3), -1, 1)``, with ``||x||`` clipped to [1e-3, 100],
+    has no gradient. Mean and std are running averages over batches, updated before the step's own
+    margins are computed. A high norm (z = 1) gives ``cos(theta_y - m) - 2*m``, a low one (z = -1)
+    ``cos(theta_y + m)``.
 
     The defaults are the official head (mk-minchul/AdaFace ``head.py``); CVLface's variant is
-    ``guard="none", grad="straight_through", cos_eps=0``. Different from both: statistics leave
-    out ignored rows, do not move in ``eval()``, and a batch of one leaves the standard deviation
-    as it was (the official one becomes NaN for good).
+    ``guard="none", grad="straight_through", cos_eps=0``. Unlike both, the statistics leave out
+    ignored rows, do not change in ``eval()``, and a batch of one row keeps the standard deviation
+    (the official one becomes NaN for good).
 
     Args:
-        m: margin, both in radians and in cosine units.
-        h: how far the norm spreads the margin.
+        m: margin, used both in radians and in cosine units.
+        h: how strongly the norm changes the margin.
         s: scale.
         t_alpha: weight of the new batch in the running statistics.
         guard, grad, cos_eps, angle_eps: as :class:`fastmargin.ArcFace`.
-        stats: "global" takes the norms of all processes' batches, "local" of this one's.
+        stats: "global": norm statistics over the batches of all processes; "local": of each.
 
-    Buffers: ``batch_mean``, ``batch_std``, shape (1,), starting at 20 and 100 as the official.
+    Buffers: ``batch_mean``, ``batch_std``, shape (1,), initially 20 and 100 as in the official.
 
     Raises:
-        ValueError: m outside [0, pi], t_alpha outside [0, 1], unknown stats, guard or grad, s not
-            positive, or an eps that leaves no range.
+        TypeError: a numeric setting is not a number.
+        ValueError: m outside [0, pi], t_alpha outside [0, 1], s not positive, cos_eps outside
+            [0, 0.5], angle_eps outside [0, pi/4], or unknown stats, guard or grad.
     """
 
     settings: ClassVar = {
@@ -76,7 +78,7 @@ class AdaFace(SoftmaxMargin):
 
     @torch.no_grad()
     def margin_factor(self, norm: Tensor) -> Tensor:
-        """z of embeddings with these norms, in [-1, 1]."""
+        """z (B,), in [-1, 1], of embeddings with these norms (B,)."""
         mean, std = self.batch_mean.to(norm.dtype), self.batch_std.to(norm.dtype)
         return ((norm.clamp(*NORM_RANGE) - mean) / (std + STD_EPS) * self.h).clamp(-1, 1)
 

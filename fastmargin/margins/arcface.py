@@ -15,7 +15,7 @@ from fastmargin.spec import MarginForm
 class ArcFace(SoftmaxMargin):
     """``psi = cos(theta_y + m)`` (Deng et al. 2019; arXiv 1801.07698).
 
-    Public heads share this value for theta_y + m <= pi and differ beyond it and in the gradient:
+    Public heads agree for theta_y + m <= pi, and differ beyond it and in the gradient:
     insightface (since December 2022) is ``guard="none", grad="straight_through"``; the AdaFace
     repository ``guard="clip", cos_eps=1e-4, angle_eps=1e-4``; pytorch-metric-learning, TFace and
     speechbrain ``guard="mm"``; wespeaker ``guard="mmm"``; MagFace ``guard="easy"``.
@@ -24,13 +24,14 @@ class ArcFace(SoftmaxMargin):
         m: margin in radians.
         s: scale.
         guard: behaviour past pi, see :mod:`fastmargin.margins.guards`.
-        grad: "exact", or "straight_through" for a target derivative of 1.
+        grad: "exact", or "straight_through": derivative with respect to the target cosine set to 1.
         cos_eps: the target cosine is clamped to ``+-(1 - cos_eps)``.
-        angle_eps: the ``clip`` guard keeps the angle in ``[angle_eps, pi - angle_eps]``, radians.
+        angle_eps: the ``clip`` guard clamps the angle to ``[angle_eps, pi - angle_eps]``, radians.
 
     Raises:
-        ValueError: m outside [0, pi], an unknown guard or grad, s not positive, or an eps that
-            leaves no range.
+        TypeError: a numeric setting is not a number.
+        ValueError: m outside [0, pi], s not positive, cos_eps outside [0, 0.5], angle_eps outside
+            [0, pi/4], or an unknown guard or grad.
     """
 
     settings: ClassVar = {

@@ -1,4 +1,4 @@
-"""What a margin is. Margins import torch, ``fastmargin.spec`` and ``fastmargin.counter`` only."""
+"""Bases of margins. Margins import only torch, ``fastmargin.spec`` and ``fastmargin.counter``."""
 
 from __future__ import annotations
 
@@ -14,54 +14,55 @@ from fastmargin.spec import HardRule, HingeForm, MarginForm, NormEma
 
 
 class Processes:
-    """What a margin may ask of other processes; here for one alone, where all is the identity."""
+    """Communication a margin may need; this default is for a single process."""
 
     place: int = 0
-    """Number of this process among those that draw for other rows."""
+    """Index of this replica among the processes that see other rows."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of what the processes found in their rows, for the same classes."""
+        """Sum over the processes that hold the same classes and see other rows."""
         return tensor
 
     def gather_classes(self, rows: Tensor) -> Tensor:
-        """(C, ...) of all classes, from the rows of the classes that are here."""
+        """(C, ...) of all classes, from this process's rows (C_local, ...)."""
         return rows
 
     def gather_rows(self, labels: Tensor, rows: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """The batches of all processes that share out the classes: labels (B,), rows (B, ...).
+        """The batches of all shards, concatenated: labels (B,), rows (B, ...).
 
-        They may differ in length; missing rows have label -1.
+        Batches may differ in length; padding rows have label -1.
         """
         return labels, rows, *more
 
 
 class Margin(nn.Module):
-    """State that a margin keeps, and when it is asked for it. Every hook has a harmless default."""
+    """Base of all margins: buffers plus hooks that the head calls. Hooks default to no-ops."""
 
     settings: ClassVar[Mapping[str, Limit]] = {}
-    """What it is made with, by name, and what each may be. One out of its limits is not set; all
-    processes of a sharded head must have the same."""
+    """Constructor arguments by name, with the check of each. Setting an invalid value raises; all
+    processes of a sharded head must have the same values."""
 
     s: float = 1.0
     """Scale of the logits ``s * cos`` at inference."""
 
     stats: str = "local"
-    """Whose norms :meth:`norm_ema` follows: "local", this process's, or "global", everybody's."""
+    """Norms that :meth:`norm_ema` averages: "local": this process's; "global": all processes'."""
 
     processes: Processes = Processes()
-    """The other processes; the head puts them here."""
+    """Communication with the other processes, set by the head."""
 
     observes_for_later: bool = False
-    """Whether what :meth:`observe` changes has no part in the loss of the same step."""
+    """True if the state :meth:`observe` updates is first used in a later step; ``observe`` is then
+    called after the loss."""
 
     per_class: tuple[str, ...] = ()
-    """Names of buffers that hold a row for each of *this process's* classes."""
+    """Names of buffers with one row for each of *this process's* classes."""
 
     formed: tuple[str, ...] = ("forward",)
-    """Names of the methods that a kernel form stands for."""
+    """Names of the methods that the kernel form replaces."""
 
     summed: tuple[str, ...] = ()
-    """Names of buffers that add up over this process's rows: what counts is ``processes.sum``."""
+    """Buffers summed over this process's rows only; the total is ``processes.sum(buffer)``."""
 
     def __setattr__(self, name: str, value) -> None:
         if name in self.settings:
@@ -73,7 +74,7 @@ class Margin(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in values.items() if not isinstance(v, Tensor))
 
     def fingerprint(self) -> bytes:
-        """The same for margins of the same class and settings, whatever device they are on."""
+        """Equal for margins of the same class and settings, on any device."""
         tensors = (getattr(self, name) for name in self.settings)
         found = [repr(v.tolist()) for v in tensors if isinstance(v, Tensor)]
         found += [repr(type(self)), self.extra_repr()]
@@ -87,20 +88,21 @@ class Margin(nn.Module):
         device: torch.device | None = None,
         here: tuple[int, int] | None = None,
     ) -> None:
-        """Told the shape of the classifier: per-class state is allocated here, once.
+        """Called with the size of the classifier; allocates per-class state, once.
 
-        ``here`` are the first and one past the last class that this process holds; None: all.
+        here: first and one past the last class on this process; None: all.
         """
 
     def change_classes(self, change) -> None:
-        """Told that the classes became others, see :class:`fastmargin.class_set.Change`.
+        """Called when classes are added, removed or reordered.
 
-        ``change.rows(buffer, fill)`` makes the new one of a :attr:`per_class` buffer,
-        ``change.table(buffer, fill)`` of one with a row for every class.
+        ``change.rows(buffer, fill)`` returns the new :attr:`per_class` buffer,
+        ``change.table(buffer, fill)`` a new (C, ...) buffer of all classes; see
+        :class:`fastmargin.class_set.Change`.
         """
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves to other devices, but keeps state at float32: running means freeze in 16 bits."""
+        """Moves between devices, but keeps state in float32: 16-bit running means stop changing."""
 
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -110,26 +112,26 @@ class Margin(nn.Module):
         return super()._apply(keep_float32, recurse)
 
     def norm_ema(self) -> NormEma | None:
-        """Running norm statistics to advance in training, or None.
+        """Running norm statistics to update in training, or None.
 
-        They are the ones that a kernel form has, and a kernel may advance them in place.
+        The same tensors as in the kernel form; a kernel may update them in place.
         """
 
     def set_norm_ema(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the advanced statistics, (1,) each."""
+        """Stores the updated statistics, (1,) each."""
         ema = self.norm_ema()
         ema.mean.copy_(mean)
         ema.std.copy_(std)
 
     def penalty(self, norm: Tensor) -> Tensor | None:
-        """(B,) added to the loss of each row, from the embedding norms (B,), or None."""
+        """(B,) to add to the loss of each row, from the embedding norms (B,); or None."""
 
     def form(self) -> MarginForm | HingeForm | None:
-        """The kernel form of :meth:`forward`, or None to run :meth:`forward` itself."""
+        """The kernel form equivalent to :meth:`forward`, or None to run :meth:`forward` itself."""
         return None
 
     def kernel_form(self) -> MarginForm | HingeForm | None:
-        """:meth:`form`, unless something of what it stands for was overridden or has hooks."""
+        """:meth:`form`, or None if a method it replaces is overridden or has forward hooks."""
         if self._forward_hooks or self._forward_pre_hooks:
             return None
         if any(name in vars(self) for name in self.formed):
@@ -140,18 +142,18 @@ class Margin(nn.Module):
         return self.form() if of_form <= first else None
 
     def observe(self, x_hat: Tensor, labels: Tensor) -> None:
-        """Sees the unit embeddings (B, D), without gradient, of every training step.
+        """Called in every training step with the unit embeddings (B, D), without gradient.
 
-        With sharded classes, those of all shards: every process sees the same. It comes before the
-        step's own margins, or after them where :attr:`observes_for_later`.
+        With sharded classes those of all shards, the same on every process. Called before the
+        step's margins are computed, or after the loss if :attr:`observes_for_later`.
         """
 
 
 class SoftmaxMargin(Margin):
-    """Cross-entropy over the classes with an edited target: ``-log sigmoid(s*psi - lse_neg)``.
+    """Cross-entropy with a modified target logit: ``-log sigmoid(s*psi - lse_neg)``.
 
-    A new margin defines :meth:`forward`; autograd does its derivative. :meth:`form` is for
-    margins that the kernels know.
+    A new margin defines :meth:`forward`; autograd differentiates it. :meth:`form` is for margins
+    that the kernels can compute. Derived in docs/math.md.
     """
 
     settings: ClassVar[Mapping[str, Limit]] = {"s": limits.positive}
@@ -161,16 +163,16 @@ class SoftmaxMargin(Margin):
         self.s = s
 
     def forward(self, cos_y: Tensor, norm: Tensor, labels: Tensor) -> Tensor:
-        """psi (B,): the target logit divided by s, from the target cosine and embedding norm (B,).
+        """psi (B,): the target logit divided by s, from target cosines and embedding norms (B,).
 
-        Values of rows with label < 0 are not used.
+        Values of rows with label < 0 are ignored.
         """
         raise NotImplementedError
 
     def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule | None:
-        """Rule for hard negatives, from the target cosines (B,) without gradient.
+        """Rule for hard negatives, from the target cosines (B,), without gradient; or None.
 
-        Cosines of rows with label < 0 are 0. With sharded classes the rows are those of all.
+        Rows with label < 0 have cosine 0. With sharded classes the rows are those of all shards.
         """
         return None
 
@@ -178,14 +180,14 @@ class SoftmaxMargin(Margin):
 class NearestMargin(Margin):
     """A loss on the ``top_k`` nearest negative centres instead of all of them.
 
-    A new one defines :meth:`forward`; autograd does its derivative. :meth:`form` is for hinges.
+    A new one defines :meth:`forward`; autograd differentiates it. :meth:`form` is for hinge losses.
     """
 
     top_k: int
 
     def forward(self, cos_y: Tensor, nearest: Tensor) -> Tensor:
-        """Loss of every row (B,) from ``cos_y`` (B,) and ``nearest`` (B, top_k), descending.
+        """Loss (B,) from the cosines ``cos_y`` (B,) and ``nearest`` (B, top_k), descending.
 
-        A row with fewer negatives has -inf in the free places.
+        Rows with fewer negatives are padded with -inf.
         """
         raise NotImplementedError

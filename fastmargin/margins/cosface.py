@@ -20,7 +20,8 @@ class CosFace(SoftmaxMargin):
         cos_eps: the target cosine is clamped to ``+-(1 - cos_eps)``; 1e-4 in AdaFace's repository.
 
     Raises:
-        ValueError: m outside [-2, 2], s not positive, or cos_eps outside [0, 1).
+        TypeError: a numeric setting is not a number.
+        ValueError: m outside [-2, 2], s not positive, or cos_eps outside [0, 0.5].
     """
 
     settings: ClassVar = {
@@ -37,5 +38,5 @@ class CosFace(SoftmaxMargin):
         return cos_y.clamp(-(1 - self.cos_eps), 1 - self.cos_eps) - self.m
 
     def form(self) -> MarginForm:
-        # a margin of 0 radians leaves cos(theta), and the straight-through slope of 1 is exact
+        # with an added angle of 0 the derivative is 1, so "straight_through" is exact
         return MarginForm(self.s, m3=self.m, grad="straight_through", cos_eps=self.cos_eps)

@@ -1,4 +1,4 @@
-"""ElasticFace: every row draws its own margin."""
+"""ElasticFace: a random margin for each row."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from fastmargin.spec import Draw, MarginForm
 
 
 class ElasticFace(SoftmaxMargin):
-    """``psi = cos(theta_y + e)`` or ``cos(theta_y) - e``, ``e ~ N(m, std^2)`` for every row.
+    """``psi = cos(theta_y + e)`` or ``cos(theta_y) - e``, ``e ~ N(m, std^2)`` drawn per row.
 
-    Boutros et al. 2022; arXiv 2109.09416. The variant "plus" of the authors' code
-    (fdbtrs/ElasticFace) assigns its sorted margins by the wrong permutation, which leaves them
-    random: it is this one with another ``std``. In ``eval()`` the margin is m.
+    Boutros et al. 2022; arXiv 2109.09416. The "plus" variant of the authors' code
+    (fdbtrs/ElasticFace) assigns its sorted margins by the wrong permutation, so they stay random:
+    it equals this margin with another ``std``. In ``eval()`` the margin is m.
 
     Args:
-        m: mean of the margin, radians if ``angular`` and cosine units otherwise; the authors take
-            0.5 and 0.35.
-        std: its standard deviation; the authors take 0.0125 to 0.05.
+        m: mean of the margin, in radians if ``angular``, else in cosine units; the authors use 0.5
+            and 0.35.
+        std: its standard deviation, in the same units; the authors use 0.0125 to 0.05.
         s: scale.
-        angular: whether the margin is on the angle.
+        angular: whether the margin is added to the angle.
         guard, grad: as :class:`fastmargin.ArcFace`.
-        seed: of the draws. They follow from it, the step and how many rows with a class come
-            before, so that processes which share out the classes agree.
+        seed: of the draws, which depend on seed, step, replica and the row's position among the
+            rows with label >= 0: the same on every shard.
 
-    Buffers, saved: ``seed`` and ``step`` (1,) int64, the number of training steps so far.
+    Buffers, saved: ``seed`` (1,) int64, and ``step`` (1,) int64, the number of training steps.
 
     Raises:
+        TypeError: a numeric setting is not a number.
         ValueError: m outside [0, pi] (on the cosine: [-2, 2]), std negative, s not positive, or an
             unknown guard or grad.
     """
@@ -46,7 +47,7 @@ class ElasticFace(SoftmaxMargin):
         "grad": limits.GUARDED["grad"],
         "seed": limits.anything,
     }
-    observes_for_later = True  # a step draws by the steps before it
+    observes_for_later = True  # a step's draws depend on the number of earlier steps
 
     def __init__(
         self,
@@ -83,5 +84,5 @@ class ElasticFace(SoftmaxMargin):
         if self.angular:
             angle = {"m2": self.m, "m2_u": self.std, "guard": self.guard, "grad": self.grad}
             return MarginForm(self.s, **angle, **drawing)
-        # as CosFace: a margin of 0 radians leaves cos(theta), whose slope is 1
+        # as CosFace: with an added angle of 0 the derivative is 1
         return MarginForm(self.s, m3=self.m, m3_u=self.std, grad="straight_through", **drawing)

@@ -1,4 +1,4 @@
-"""Another margin, with negatives left out that are suspiciously near."""
+"""Inter-class filter: negatives above a cosine threshold get logit 0."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastmargin.spec import HardRule, MarginForm, NormEma
 class Filtered(SoftmaxMargin):
     """A margin under the inter-class filter of partial FC (An et al., CVPR 2022; arXiv 2203.15565).
 
-    A negative whose cosine is above ``threshold`` is taken for the same person under another label:
-    its logit becomes 0, as that of a right angle, without gradient.
+    A negative whose cosine is above ``threshold`` is assumed to be the same person under another
+    label: its logit becomes 0, as at 90 degrees, with zero gradient.
 
     Args:
-        margin: what happens to the target: a softmax margin without a rule of its own for
-            negatives, and without state per class.
-        threshold: cosine, in (0, 1); insightface's examples take 0.4.
+        margin: applied to the target; a softmax margin without its own rule for negatives and
+            without per-class state.
+        threshold: cosine, in (0, 1); insightface's examples use 0.4.
 
     Raises:
-        TypeError: margin is no softmax margin.
-        ValueError: it has a rule of its own for negatives or state per class, or the threshold is
+        TypeError: margin is not a softmax margin, or threshold not a number.
+        ValueError: margin has its own rule for negatives or per-class state, or threshold is
             outside (0, 1).
     """
 
@@ -38,15 +38,15 @@ class Filtered(SoftmaxMargin):
             raise TypeError(f"margin must be a softmax margin such as fm.ArcFace(), got {margin!r}")
         if type(margin).hard is not SoftmaxMargin.hard or margin.per_class:
             raise ValueError(
-                f"{type(margin).__name__} treats negatives by a rule of its own or keeps state per "
-                "class: Filtered goes with fm.ArcFace, CosFace, AdaFace and ElasticFace"
+                f"{type(margin).__name__} has its own rule for negatives or keeps per-class state: "
+                "use Filtered with fm.ArcFace, CosFace, AdaFace or ElasticFace"
             )
         Margin.__init__(self)
         self.margin, self.threshold = margin, threshold
 
     @property
     def s(self) -> float:
-        """Scale of the margin; may be set."""
+        """Scale of the wrapped margin; may be set."""
         return self.margin.s
 
     @s.setter
@@ -55,7 +55,7 @@ class Filtered(SoftmaxMargin):
 
     @property
     def m(self) -> float:
-        """Size of the margin; may be set."""
+        """``m`` of the wrapped margin; may be set."""
         return self.margin.m
 
     @m.setter

@@ -1,12 +1,13 @@
-"""Adding an angle to a cosine, and what to do where theta + m leaves [0, pi].
+"""Adding an angle to a cosine, and guards for theta + m outside [0, pi].
 
-Written for autograd, as the specification of the kernels' closed forms. Guards, by the names the
-field has no names for (``theta`` the angle, ``m`` the margin, radians):
+Written for autograd, as the specification of the kernels' closed forms. The field has no common
+names for the guards; here they are called (``theta`` the angle, ``m`` the margin, both in radians):
 
-- ``none``: ``cos(theta + m)``, rising again past pi (insightface, CVLface, KappaFace, ElasticFace)
-- ``clip``: ``cos(clip(theta + m, eps, pi - eps))``, gradient 0 outside (AdaFace's repository)
-- ``mm``: past pi ``cos(theta) - m*sin(m)``; jumps there (HuangYG, TFace, pytorch-metric-learning,
-  speechbrain)
+- ``none``: ``cos(theta + m)``, which rises again past pi (insightface, CVLface, KappaFace,
+  ElasticFace)
+- ``clip``: ``cos(clip(theta + m, eps, pi - eps))``, zero gradient outside (AdaFace's repository)
+- ``mm``: past pi ``cos(theta) - m*sin(m)``; discontinuous (HuangYG, TFace,
+  pytorch-metric-learning, speechbrain)
 - ``mmm``: past pi ``cos(theta) - 1 + cos(m)``; continuous (wespeaker, 3D-Speaker)
 - ``easy``: the margin only where ``cos(theta) > 0``, else ``cos(theta)`` (MagFace, MV-Softmax)
 """
@@ -22,13 +23,17 @@ from torch import Tensor
 def add_angle(
     cos: Tensor, m: Tensor, guard: str, grad: str, cos_eps: float = 0.0, angle_eps: float = 0.0
 ) -> Tensor:
-    """``cos(theta + m)`` under a guard; cos and m (radians) are (B,).
+    """``cos(theta + m)`` with a guard, (B,); cos and m (radians) are (B,).
 
-    With ``grad="straight_through"`` the derivative by ``cos`` is 1 (insightface since 2022).
+    Args:
+        guard: one of ``spec.GUARDS``, see above.
+        grad: "straight_through" sets the derivative with respect to ``cos`` to 1 (insightface since
+            2022); "exact" keeps the true one.
+        cos_eps: clamps cos to ``+-(1 - cos_eps)``. angle_eps: eps of ``clip``, radians.
     """
     clamped = cos.clamp(-(1 - cos_eps), 1 - cos_eps)
     square = (1 - clamped) * (1 + clamped)
-    # the value of sqrt is exact, its slope bounded where sin(theta) is rounding noise
+    # exact value of sqrt, but a bounded derivative where sin(theta) is rounding noise
     sloped = square.clamp_min(torch.finfo(cos.dtype).eps).sqrt()
     sin = square.detach().clamp_min(0).sqrt() + (sloped - sloped.detach())
     value = clamped * m.cos() - sin * m.sin()

@@ -1,4 +1,4 @@
-"""KappaFace: the margin follows each class's concentration and its number of samples."""
+"""KappaFace: the margin depends on each class's concentration and number of samples."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastmargin.spec import MarginForm
 
 FEATURES = ("online", "momentum", "memory")
 IMBALANCE_SPAN = 1.05
-"""The largest class stands at 1 / 1.05 of the half period of the sample weight's cosine."""
+"""Counts are divided by 1.05 x the largest, so the largest class keeps a weight above 0."""
 
 
 def concentration(resultant: Tensor, dim: int) -> Tensor:
-    """kappa of a von Mises-Fisher distribution from mean resultant lengths in [0, 1).
+    """kappa (C,) of von Mises-Fisher distributions from mean resultant lengths (C,) in [0, 1).
 
     ``r * (D - r^2) / (1 - r^2)``: Banerjee et al. 2005, JMLR 6.
     """
@@ -29,10 +29,10 @@ def concentration(resultant: Tensor, dim: int) -> Tensor:
 def finite_concentration(
     resultant: Tensor, seen: Tensor, dim: int, noise: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`concentration` (C,), and of which classes (C,) it is a finite number.
+    """:func:`concentration` (C,), and for which classes (C,) it is finite.
 
-    A class of one sample, or of copies of one, has none: ``1 - r^2`` is the rounding noise of its
-    sum, below ``noise``. It takes the largest of the others.
+    It is not for a class with one sample or with copies of one, whose ``1 - r^2`` is rounding noise
+    (at most ``noise``); such a class gets the largest finite kappa.
     """
     finite = (seen >= 2) & (1 - resultant**2 > noise)
     kappa = concentration(torch.where(finite, resultant, 0), dim)
@@ -42,7 +42,7 @@ def finite_concentration(
 def margin_weights(
     kappa: Tensor, finite: Tensor, counts: Tensor, temperature: float, gamma: float
 ) -> Tensor:
-    """w (C,) in [0, 1], see :class:`KappaFace`; only ``finite`` classes standardise kappa."""
+    """w (C,) in [0, 1], see :class:`KappaFace`; z(kappa) is taken over ``finite`` classes only."""
     n = finite.sum()
     mean = (kappa * finite).sum() / n.clamp_min(1)
     std = (((kappa - mean) ** 2 * finite).sum() / (n - 1).clamp_min(1)).sqrt()
@@ -56,18 +56,19 @@ def margin_weights(
 class KappaFace(SoftmaxMargin):
     """``psi = cos(theta_y + m * w_y)`` (Oinar et al. 2023; arXiv 2201.07394).
 
-    Once per epoch :meth:`end_epoch` sets ``w = gamma * w_k + (1 - gamma) * w_n`` in [0, 1] from
-    the concentration kappa of every class, ``w_k = 1 - sigmoid(temperature * z(kappa))``, and its
-    number of samples, ``w_n = (cos(pi * n / (1.05 * max n)) + 1) / 2``: scattered and small
-    classes get the larger margin. Until then ``w = 1``.
+    Call :meth:`end_epoch` once per epoch. It sets ``w = gamma * w_k + (1 - gamma) * w_n``, in
+    [0, 1], from each class's concentration kappa, ``w_k = 1 - sigmoid(temperature * z(kappa))``
+    with the standard score z, and its number of samples,
+    ``w_n = (cos(pi * n / (1.05 * max n)) + 1) / 2``: scattered and small classes get larger
+    margins. Until then ``w = 1``.
 
-    Different from the authors' code (Leminhbinh0209/KappaFace), on purpose:
+    Deliberate differences from the authors' code (Leminhbinh0209/KappaFace):
 
     - kappa divides by the samples *seen*, so duplicated or dropped ones do not bias it;
-    - a class seen once, or whose images are all alike, has no finite kappa. It takes the largest
-      finite one but stays out of the mean and standard deviation, which it would dominate;
+    - a class seen once, or with identical images only, has no finite kappa. It gets the largest
+      finite one, but is left out of the mean and standard deviation, which it would dominate;
     - equal kappas give ``z = 0`` instead of NaN; a class not seen keeps its weight;
-    - past pi the guard "mm" holds ("none" there), see ``guard``;
+    - past pi the default guard is "mm" (theirs: "none");
     - the table is indexed by global label on every shard, and all state is in ``state_dict``.
 
     Args:
@@ -75,24 +76,26 @@ class KappaFace(SoftmaxMargin):
         s: scale.
         temperature, gamma: as above.
         class_counts: (C,) samples of each class in the data set; default: those seen.
-        features: where the resultants come from. "online": the embeddings of the training steps.
-            "momentum": what you pass to :meth:`accumulate`, features of a
-            :class:`fastmargin.MomentumEncoder`. "memory": you pass the training embeddings and
-            the samples' indices; every sample's feature is averaged with its earlier ones.
-        num_samples: size of the data set; for features="memory".
+        features: what kappa is computed from. "online": the embeddings of the training steps.
+            "momentum": features of a :class:`fastmargin.MomentumEncoder`, passed to
+            :meth:`accumulate`. "memory": training embeddings passed with their sample indices; each
+            sample's feature is averaged with its earlier ones.
+        num_samples: N, size of the data set; for features="memory".
         memory_momentum: weight of the new feature in the memory.
         guard, grad: as :class:`fastmargin.ArcFace`.
 
-    Classes added later count as of one sample in ``class_counts``, until that is set anew. With
-    sharded classes every process keeps the resultants of its own, and all weights.
+    Classes added later get 1 in ``class_counts``; set it again to change that. With sharded classes
+    every process keeps the feature sums of its own classes, and the weights of all.
 
-    Buffers, allocated by :meth:`bind`: ``class_weights`` (C,) w, ``kappa`` (C,), of the classes
-    here ``class_sums`` (C_local, D) and ``class_seen`` (C_local,), and with a memory ``memory``
-    (N, D), ``memory_filled`` (N,).
+    Buffers, allocated by :meth:`bind`: ``class_weights`` (C,), the w; ``kappa`` (C,); sums and
+    counts of unit features of this process's classes, ``class_sums`` (C_local, D) and
+    ``class_seen`` (C_local,) int64; for features="memory" ``memory`` (N, D) and ``memory_filled``
+    (N,) bool.
 
     Raises:
-        ValueError: m outside [0, pi], gamma outside [0, 1], s not positive, unknown features, guard
-            or grad, num_samples without a memory or the other way round.
+        TypeError: a numeric setting is not a number.
+        ValueError: m outside [0, pi], gamma or memory_momentum outside [0, 1], s not positive,
+            unknown features, guard or grad, or num_samples and features="memory" not together.
     """
 
     settings: ClassVar = {
@@ -108,7 +111,7 @@ class KappaFace(SoftmaxMargin):
         "grad": limits.GUARDED["grad"],
     }
 
-    observes_for_later = True  # end_epoch makes weights of it
+    observes_for_later = True  # used by end_epoch only
     per_class = ("class_sums", "class_seen")
     summed = ("class_sums", "class_seen")
 
@@ -127,7 +130,7 @@ class KappaFace(SoftmaxMargin):
     ) -> None:
         super().__init__(s)
         if (features == "memory") != (num_samples is not None):
-            raise ValueError("num_samples goes with features='memory', and is needed there")
+            raise ValueError("num_samples is required with features='memory', and only then")
         self.m, self.temperature, self.gamma = m, temperature, gamma
         self.features, self.num_samples = features, num_samples
         self.memory_momentum = memory_momentum
@@ -148,7 +151,7 @@ class KappaFace(SoftmaxMargin):
             bound = (*self.class_weights.shape, *self.class_sums.shape)
             if bound != (num_classes, stop - start, embedding_size):
                 raise ValueError(
-                    "this KappaFace keeps state for (classes, classes here, embedding size) "
+                    "this KappaFace has state for (classes, local classes, embedding size) "
                     f"{bound}, the classifier has {(num_classes, stop - start, embedding_size)}: "
                     "make a new KappaFace for it"
                 )
@@ -185,7 +188,7 @@ class KappaFace(SoftmaxMargin):
     def _check_bound(self) -> None:
         if not hasattr(self, "class_sums"):
             raise RuntimeError(
-                "this KappaFace knows no classes yet: give it to a MarginHead, or call "
+                "this KappaFace is not bound to classes yet: pass it to a MarginHead, or call "
                 "bind(num_classes, embedding_size)"
             )
 
@@ -195,18 +198,22 @@ class KappaFace(SoftmaxMargin):
 
     @torch.no_grad()
     def accumulate(self, features: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
-        """Adds a batch to the resultants of its classes.
+        """Adds a batch of features to the sums of its classes.
 
         With sharded classes every process calls it, each with its own rows.
 
         Args:
-            features: (B, D), normalised here.
-            labels: (B,) global; rows with a label outside [0, C) are left out.
-            index: (B,) positions in the data set, each at most once; for features="memory".
+            features: (B, D) of any length; normalised here.
+            labels: (B,) global class ids; rows with a label outside [0, C) are ignored.
+            index: (B,) int64 positions in the data set, without duplicates; for features="memory".
+
+        Raises:
+            RuntimeError: :meth:`bind` was not called.
+            ValueError: index is missing for features="memory", or given for others.
         """
         self._check_bound()
         if (self.features == "memory") != (index is not None):
-            raise ValueError("index goes with features='memory', and is needed there")
+            raise ValueError("index is required with features='memory', and only then")
         unit = nn.functional.normalize(features.detach().to(self.class_sums.dtype))
         more = () if index is None else (index,)
         labels, unit, *more = self.processes.gather_rows(labels, unit, *more)
@@ -215,13 +222,13 @@ class KappaFace(SoftmaxMargin):
         self._add(unit, labels)
 
     def _remembered(self, unit: Tensor, labels: Tensor, index: Tensor) -> Tensor:
-        """The features averaged with the earlier ones of the same samples."""
+        """The features (B, D) averaged with earlier ones of the same samples; stores the result."""
         valid = (labels >= 0) & (labels < self.class_weights.numel())
         mixed = torch.lerp(self.memory[index], unit, self.memory_momentum)
         fresh = nn.functional.normalize(mixed)
         unit = torch.where(self.memory_filled[index, None], fresh, unit)
-        # rows that are left out repeat one that is not: the same values written twice do no harm
-        # an index that is no scalar, which would be read back
+        # ignored rows repeat a valid one: writing the same values twice is harmless
+        # a (1,) index, since the host would read back a scalar
         first = valid.to(torch.int8).argmax(0, keepdim=True)
         place = torch.where(valid, index, index[first])
         stored = torch.where(valid[:, None], unit, unit[first])
@@ -231,24 +238,24 @@ class KappaFace(SoftmaxMargin):
         return unit
 
     def _add(self, unit: Tensor, labels: Tensor) -> None:
-        """Adds unit rows to the resultants of the classes that are here."""
+        """Adds unit rows to the sums of this process's classes."""
         own = labels - self.class_start
         here = (own >= 0) & (own < self.class_seen.numel()) & (labels >= 0)
         if self.class_seen.numel() == 0:
             return
         target = (torch.where(here, own, 0),)
-        # index_put_ sorts on a GPU, so the order of the sums is fixed (index_add_'s is not)
+        # index_put_ sorts on a GPU, so sums are deterministic (those of index_add_ are not)
         self.class_sums.index_put_(target, unit * here[:, None], accumulate=True)
         self.class_seen.index_put_(target, here.to(torch.int64), accumulate=True)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """New class weights from the resultants since the last call, which start again at zero.
+        """Computes new class weights from the features since the last call, then resets the sums.
 
-        Every process calls it: in a head, resultants are added up over all of them.
+        Every process calls it: within a head, the sums are added up over all processes.
 
         Raises:
-            RuntimeError: nothing was accumulated.
+            RuntimeError: :meth:`bind` was not called, or no features were seen.
         """
         self._check_bound()
         seen = self.processes.sum(self.class_seen)

@@ -1,4 +1,4 @@
-"""What the settings of margins may be: checked whenever one is set, so in a schedule, too."""
+"""Checks of the settings of margins, run whenever one is set, e.g. by a schedule."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from numbers import Integral, Real
 from fastmargin.spec import GRAD_MODES, GUARDS
 
 Limit = Callable[[str, object], object]
-"""Called with the name of a setting and its value; returns it as a plain Python number where it is
-one, which ``torch.compile`` needs; raises TypeError or ValueError."""
+"""Called with the name and value of a setting; returns the value, numbers as plain Python numbers,
+which ``torch.compile`` needs. Raises TypeError or ValueError if it is invalid."""
 
 
 def anything(name: str, value: object) -> object:
-    """Checked elsewhere, or always right."""
+    """No check: done elsewhere, or every value is valid."""
     return value
 
 
 def number(name: str, value: object) -> float:
-    """A finite number, and no tensor: kernels take it by value, without a gradient."""
+    """A finite number, not a tensor: kernels take it by value, without gradient."""
     if not isinstance(value, Real):
         raise TypeError(
-            f"{name} must be a number, got {type(value).__name__}: pass float({name}); one that is "
-            "learned needs a margin of your own, see docs/margins.md"
+            f"{name} must be a number, got {type(value).__name__}: pass float({name}); "
+            "to learn it, write your own margin, see docs/margins.md"
         )
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -40,7 +40,7 @@ def positive(name: str, value: object) -> float:
 
 
 def count(name: str, value: object) -> int:
-    """An integer, 1 or more."""
+    """An integer of at least 1."""
     if not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
@@ -50,7 +50,7 @@ def count(name: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class Within:
-    """A number in [low, high]; ``what`` says in words what it is."""
+    """A number in [low, high]; ``what`` describes it in the error message."""
 
     low: float
     high: float
@@ -59,13 +59,13 @@ class Within:
     def __call__(self, name: str, value: object) -> float:
         found = number(name, value)
         if not self.low <= found <= self.high:
-            raise ValueError(f"{name} is {self.what}, got {value}")
+            raise ValueError(f"{name} must be {self.what}, got {value}")
         return found
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words."""
+    """One of the allowed strings."""
 
     allowed: tuple[str, ...]
 

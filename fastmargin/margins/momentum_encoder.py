@@ -1,4 +1,4 @@
-"""A slowly following copy of a backbone."""
+"""Exponential moving average (EMA) of a backbone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from torch import nn
 
 
 class MomentumEncoder(nn.Module):
-    """A backbone's slowly following copy, whose features go to :meth:`KappaFace.accumulate`.
+    """EMA of a backbone, whose features are passed to :meth:`KappaFace.accumulate`.
 
-    After :meth:`update` its parameters are ``momentum * own + (1 - momentum) * backbone's``.
-    Buffers (batch-norm statistics) are copied; the authors' code leaves them at their
-    initial values. Always in ``eval()`` mode and without gradient.
+    :meth:`update` sets its parameters to ``momentum * own + (1 - momentum) * backbone's`` and
+    copies buffers (batch-norm statistics), which KappaFace's code leaves at their initial values.
+    Always in ``eval()`` mode and without gradient.
+
+    Args:
+        backbone: copied at construction.
+        momentum: in [0, 1]; not checked.
     """
 
     def __init__(self, backbone: nn.Module, momentum: float = 0.9) -> None:
@@ -26,7 +30,7 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, backbone: nn.Module) -> None:
-        """Follows the backbone; call it after the optimiser's step."""
+        """Updates the average; call it after the optimiser's step."""
         for own, new in zip(self.encoder.parameters(), backbone.parameters(), strict=True):
             own.lerp_(new.to(own), 1 - self.momentum)
         for own, new in zip(self.encoder.buffers(), backbone.buffers(), strict=True):

@@ -1,4 +1,4 @@
-"""NPT-Loss: a hinge between the own proxy and the nearest negative ones."""
+"""NPT-Loss: a hinge loss on the target and the nearest negative centres."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastmargin.spec import HingeForm
 class NPT(NearestMargin):
     """``2*r * sum_k max(0, c_k - cos_y + delta)`` over the ``top_k`` nearest negative centres.
 
-    NPT-Loss (Khalid et al. 2021; arXiv 2103.03503), with the meaning that the authors' code
-    (cerebrai/npt-loss) gives the parameters: in the paper's symbols ``r`` is r^2 and ``delta`` is
-    Delta / (2 r^2).
+    NPT-Loss (Khalid et al. 2021; arXiv 2103.03503), with the parameters of the authors' code
+    (cerebrai/npt-loss): in the paper's symbols ``r`` is r^2 and ``delta`` is Delta / (2 r^2).
 
     Args:
         delta: margin in cosine units.
-        top_k: how many nearest negative centres take part.
+        top_k: number of nearest negative centres used.
         r: weight of the loss.
-        zero_slot: as the authors' code, which sets the target's cosine to 0 and lets that 0
-            compete for a place among the nearest: a constant negative at 90 degrees. The default
-            is the paper's form, without it.
+        zero_slot: as the authors' code, which masks the target by cosine 0 and so lets that 0
+            compete with the nearest: a constant negative at 90 degrees. The default is the paper's
+            form, without it.
 
     Raises:
+        TypeError: top_k is not an integer.
         ValueError: top_k below 1, or r not positive.
     """
 
@@ -56,5 +56,5 @@ class NPT(NearestMargin):
 
     def form(self) -> HingeForm | None:
         if isinstance(self.r, Tensor) or isinstance(self.delta, Tensor):
-            return None  # one that learns them has its gradient by autograd
+            return None  # learned ones get their gradient by autograd
         return HingeForm(2 * self.r, self.delta, self.zero_slot)

@@ -1,11 +1,11 @@
 """The operators: schema, fake and autograd of each, in ``torch.ops.fastmargin``.
 
-This is the only place that registers operators for users. Records of :mod:`fastmargin.spec` are
-taken apart here, since a schema holds only tensors and numbers, and put together again for the
-backend. Shapes and meanings stand in :mod:`fastmargin.backends.interface`.
+The only place that registers operators for users. Since a schema takes only tensors and numbers,
+dataclasses of :mod:`fastmargin.spec` are unpacked here and rebuilt for the backend. Shapes and
+meanings are documented in :mod:`fastmargin.backends.interface`.
 
-Every backward is an operator without a derivative of its own, so that a second-order gradient is
-an error and not a wrong number.
+Every backward is an operator without a derivative, so that a second-order gradient raises an error
+instead of being wrong.
 """
 
 from fastmargin.backends.row_gradients import without_confident

@@ -1,4 +1,4 @@
-"""The centre pass: the gradient of the centres from what is of the size of the batch."""
+"""The centre pass: the gradient of the centres from batch-sized factors."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def _(d_lse, d_cos, x_hat, weight, index, *_):
 
 
 def centre_rows(weight: Tensor, found: GradientFactors) -> Tensor:
-    """The gradient of the columns of the pass, (C, D) or (K, D), in the dtype of ``weight``."""
+    """The gradient of the centres in the pass, (C, D) or (K, D), in the dtype of ``weight``."""
     return row_stats_backward(found.d_lse, found.d_cos, found.x_hat, weight, *found.settings())
 
 
 def centre_gradient(weight: Tensor, found: GradientFactors) -> Tensor:
-    """The gradient of ``weight`` (C, D) that the factors stand for; as :func:`spread_rows`."""
+    """Gradient of ``weight`` (C, D) from its factors; dense or sparse, see :func:`spread_rows`."""
     return spread_rows(centre_rows(weight, found), found.index, weight, found.sparse_grad)
 
 
 def gradient_or_factors(
     weight: Tensor, found: GradientFactors, node: torch.autograd.graph.Node | None
 ) -> Tensor | None:
-    """The gradient of ``weight``; None where an optimiser wants its factors, which it now has.
+    """The gradient of ``weight``; or stores its factors for a fused optimiser and returns None.
 
     node: as in :func:`fastmargin.factors.wanted`.
     """

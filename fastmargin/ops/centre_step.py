@@ -1,4 +1,4 @@
-"""The centre pass with the update of an optimiser in it."""
+"""The centre pass with the optimiser's update fused into it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _(*_):
 def centre_step(
     weight: Tensor, momentum: Tensor | None, update: SgdUpdate, found: GradientFactors
 ) -> None:
-    """Steps ``weight`` (C, D) and its ``momentum``, in place, along the gradient of the factors.
+    """Updates ``weight`` (C, D) and its ``momentum`` in place with the gradient of the factors.
 
-    Only the rows of ``found.index`` where there is one. Nothing of size (C, D) is made. See
+    With ``found.index`` only those rows. Allocates nothing of size (C, D). See
     :meth:`fastmargin.backends.interface.Backend.centre_step`.
     """
     _centre_step(

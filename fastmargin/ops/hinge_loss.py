@@ -1,4 +1,4 @@
-"""The loss on the nearest negatives, reduced."""
+"""The hinge loss on the nearest negatives, reduced."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def hinge_loss(
     reduction: str,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced loss, () or (B,) for "none"; that of every row, and which are valid, (B,).
+    """The reduced loss, () or (B,) for "none"; the loss of each row (B,); valid rows (B,) bool.
 
-    Differentiable in ``cos_y`` (B,) and ``nearest`` (B, k), both of :func:`row_topk`. The second
-    and third are without gradient. See :meth:`fastmargin.backends.interface.Backend.hinge_loss`.
+    Differentiable in ``cos_y`` (B,) and ``nearest`` (B, k) from :func:`row_topk`, through the first
+    result only. See :meth:`fastmargin.backends.interface.Backend.hinge_loss`.
     """
     about = num_classes, form.scale, form.delta, form.zero_slot, reduction, backend
     loss, rows, valid, _, _ = _hinge_loss(cos_y, nearest, labels, *about)

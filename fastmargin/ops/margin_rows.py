@@ -1,4 +1,4 @@
-"""Margin and loss of every row."""
+"""Margin and loss of each row."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def margin_rows(
     form: MarginForm,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Loss of every row and the margin ``cos_y - psi`` (cosine units), each (B,).
+    """Loss of each row and the margin ``cos_y - psi`` (cosine units), each (B,).
 
-    ``loss_i = -log sigmoid(s * psi_i - lse_neg_i)``; differentiable in the first three arguments.
+    ``loss_i = -log sigmoid(s * psi_i - lse_neg_i)``, differentiable in the first three arguments.
 
     Raises:
-        ValueError: the form has a number for every row, and not for each of these.
+        ValueError: a form with source "row" has no table, or one of another length.
     """
     check_table(form, labels)
     loss, _, _, _, margin = _margin_rows(

@@ -1,4 +1,4 @@
-"""Losses that tell the pass behind them which rows are confident."""
+"""Passes each row's 1 - p_y back to the centre pass, which may skip confident rows."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ _marked.register_autograd(_marked_autograd, setup_context=_marked_setup)
 
 
 def marked(loss: Tensor, mark: Tensor, miss: Tensor) -> Tensor:
-    """The losses (B,), which on the way back tell :func:`row_stats` what 1 - p_y of each row was.
+    """The losses (B,) unchanged; backward passes ``miss``, 1 - p_y (B,), to :func:`row_stats`.
 
-    ``miss`` (B,), whatever the upstream gradient, becomes the gradient of ``mark``, the last entry
-    of :class:`fastmargin.spec.RowStats`. An upstream gradient alone cannot tell a confident row
-    from one that weighs little.
+    ``miss`` becomes the gradient of ``mark`` of :class:`fastmargin.spec.RowStats`, whatever the
+    upstream gradient, which alone cannot distinguish a confident row from one with a small weight.
     """
     return _marked(loss, mark, miss)

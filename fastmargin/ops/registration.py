@@ -1,4 +1,4 @@
-"""What every operator needs: its registration, its backend, and checks."""
+"""Shared by all operators: registration, choice of backend, and checks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ STATS_ARGS = (
     "Tensor x_hat, Tensor weight, Tensor? index, Tensor labels, float scale,"
     " Tensor? hard_threshold, Tensor? hard_coefficients, float hard_bound, int class_start"
 )
-"""What all passes of the softmax over the centres take."""
+"""Schema of the arguments shared by all softmax passes over the centres."""
 
 
 def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
-    """Registers the decorated function, and keeps autocast out of the products inside it."""
+    """Registers the decorated function as an operator that runs without autocast."""
 
     def register(function):
         @functools.wraps(function)
@@ -35,18 +35,18 @@ def op(name: str, schema: str, mutates: tuple[str, ...] = ()):
 
 
 def backend_for(requested: str, x: Tensor, precision: str = "auto", k: int = 1) -> Backend:
-    """The backend of the operators for (B, D) x."""
+    """The backend for operators on x (B, D)."""
     return backends.select(requested, x.device, x.dtype, precision, x.shape[1], k)
 
 
 def check_backend(x: Tensor, precision: str, backend: str, k: int = 1) -> None:
-    """Raises :class:`fastmargin.backends.BackendError` where the operators would, for (B, D) x."""
+    """Raises :class:`fastmargin.backends.BackendError` if operators on x (B, D) would."""
     dtype = compute_dtype(x.dtype)
     backends.select(backend, x.device, dtype, precision, x.shape[1], k)
 
 
 def check_index(index: Tensor | None, weight: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``index`` is None or (K,) int64 beside ``weight``."""
+    """Raises TypeError or ValueError unless ``index`` is None or (K,) int64 on weight's device."""
     if index is None:
         return
     if index.dtype != torch.int64:
@@ -58,15 +58,15 @@ def check_index(index: Tensor | None, weight: Tensor) -> None:
 
 
 def check_table(form: MarginForm, labels: Tensor) -> None:
-    """Raises ValueError unless a form that has a number for every row has one for each of these.
+    """Raises ValueError unless a form with source "row" has a table with one number per label.
 
-    A backend reads them by row, without a check of its own.
+    Backends read the table by row without checking.
     """
     if form.source != "row":
         return
     if form.table is None:
-        drawn = "" if form.draw is None else ": what it draws comes from ops.row_normals"
-        raise ValueError(f"a margin form with source 'row' needs its table, (B,){drawn}")
+        drawn = "" if form.draw is None else ": draw it with ops.row_normals"
+        raise ValueError(f"a margin form with source 'row' needs a table (B,){drawn}")
     if form.table.shape != labels.shape:
         raise ValueError(
             f"the table of a margin form with source 'row' has shape {tuple(form.table.shape)}, "

@@ -23,17 +23,17 @@ def _(seed, step, labels, place, backend):
 def row_normals(
     seed: Tensor, step: Tensor, labels: Tensor, place: int = 0, backend: str = "auto"
 ) -> Tensor:
-    """(B,) float32: a standard normal number for every row with a class, label >= 0.
+    """(B,) float32: a standard normal number for each row with label >= 0.
 
-    It follows from seed, step, place and how many such rows come before, so every process that
-    has these draws the same, and rows without a class change nothing for the others; what they
-    get is not to be used. No host synchronisation.
+    A function of seed, step, place and the number of such rows before it: the same on every
+    process with the same arguments, and independent of ignored rows, whose values must not be used.
+    No host synchronisation.
 
     Args:
         seed, step: (1,) int64, on the device of the labels.
         labels: (B,) int64.
-        place: number of the process among those that draw for other rows.
-        backend: "auto" or a backend's name; they differ by rounding alone.
+        place: index of this replica among the processes that see other rows.
+        backend: "auto" or a backend's name; results differ only by rounding.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

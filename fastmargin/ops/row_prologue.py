@@ -1,4 +1,4 @@
-"""Unit embeddings, their norms and running statistics."""
+"""Unit embeddings, their norms and running norm statistics."""
 
 from __future__ import annotations
 
@@ -64,13 +64,14 @@ _row_prologue.register_autograd(_row_prologue_autograd, setup_context=_row_prolo
 def row_prologue(
     x: Tensor, labels: Tensor | None, ema: NormEma | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit rows (B, D), norms (B,), and the norm statistics (1,), (1,) after this batch.
+    """Unit rows (B, D), norms (B,), and running mean and std (1,), (1,) after this batch.
 
-    The statistics are empty, (0,), without ``ema``. A row with label < 0 may hold anything: it is
-    a zero row of norm 0 without a gradient. With labels None, and no ``ema``, none is.
+    Without ``ema`` the statistics are empty, (0,). Rows with label < 0 may hold anything, even NaN:
+    they give a zero row, norm 0 and zero gradient. With labels None (``ema`` must be None, too) no
+    row is ignored.
 
-    Differentiable in ``x`` through the first two. A row of norm below 1e-12 gives a zero row and
-    a zero gradient (``F.normalize`` would give 1e12 times the upstream one).
+    Differentiable in ``x`` through unit rows and norms. Rows of norm up to 1e-12 give a zero row
+    and zero gradient (``F.normalize`` would multiply the upstream gradient by 1e12).
     """
     if ema is None:
         return _row_prologue(x, labels, None, None, [], backend)

@@ -1,4 +1,4 @@
-"""The heavy pass over the centres, and its gradients."""
+"""The forward pass over all centres, and its gradients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def target_cosine(
     class_start: int = 0,
     index: Tensor | None = None,
 ) -> Tensor:
-    """(B,) cosine with the own centre, 0 where it is not in the pass; no gradient.
+    """(B,) cosine with the own centre, 0 if it is not in the pass; without gradient.
 
-    For the rules on negatives that need it before the pass over the centres. ``index`` as in
-    :func:`row_stats`.
+    For hard-negative rules, which need it before the pass. ``index`` as in :func:`row_stats`.
     """
     check_index(index, weight)
     own, _ = row_gradients.own_rows(weight, row_gradients.row_numbers(labels - class_start, index))
@@ -153,25 +152,26 @@ def row_stats(
     want_pull: bool | None = None,
     row_tolerance: float = 0.0,
 ) -> RowStats:
-    """The heavy pass: log-sum-exp over the negatives, target and hardest negative cosine.
+    """Log-sum-exp over the negatives, target cosine and largest negative cosine of each row.
 
     Args:
         x_hat: (B, D) unit rows from :func:`row_prologue`, float32 or float64.
         weight: (C, D) raw centres, any strides, any float dtype.
         labels: (B,) int64 global class ids; -1 for a row without a class. With an index,
-            ``labels - class_start`` counts its places.
+            ``labels - class_start`` are positions in it.
         scale: s.
         hard: rule for hard negatives.
         class_start: global id of ``weight[0]``.
         precision: operand type of the products, one of ``spec.PRECISIONS``.
         backend: "auto" or a backend's name.
-        index: (K,) int64 rows of ``weight`` that take part, distinct, in any order, -1 at an empty
-            place; None for all rows.
-        sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), so that nothing of
-            size (C, D) is made; not under ``torch.compile``.
-        want_pull: form ``pull``, which a gradient of ``x_hat`` needs; default: where it is wanted.
-        row_tolerance: leave rows with 1 - p_y up to it out of the gradient of ``weight``; they are
-            known where the loss went through :func:`marked`.
+        index: (K,) int64 rows of ``weight`` that take part, distinct, in any order, -1 in a padding
+            slot; None for all rows.
+        sparse_grad: give ``weight`` a sparse gradient (:func:`spread_rows`), without allocating
+            (C, D); not under ``torch.compile``.
+        want_pull: compute ``pull``, needed for a gradient of ``x_hat``; default: if ``x_hat``
+            requires one.
+        row_tolerance: leave rows with 1 - p_y up to it out of the gradient of ``weight``; needs a
+            loss passed through :func:`marked`.
 
     Differentiable in ``x_hat`` and ``weight`` through ``lse_neg`` and ``cos_y``.
 

@@ -1,4 +1,4 @@
-"""The nearest negatives of every row."""
+"""The nearest negatives of each row."""
 
 from __future__ import annotations
 
@@ -87,12 +87,16 @@ def row_topk(
     index: Tensor | None = None,
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k nearest negatives of every row: cosines (B, k), indices (B, k), ``cos_y`` (B,).
+    """The k nearest negatives of each row: cosines (B, k), indices (B, k), ``cos_y`` (B,).
 
-    Differentiable in ``x_hat`` and ``weight`` through both cosines; see
-    :meth:`fastmargin.backends.interface.Backend.row_topk` for ties and short rows. ``index`` as in
-    :func:`row_stats`; the indices returned then count its places. With ``sparse_grad`` the gradient
-    of ``weight`` has B * (k + 1) entries (:func:`spread_rows`); not under ``torch.compile``.
+    Differentiable in ``x_hat`` and ``weight`` through both cosines. Ties and rows with fewer
+    negatives: see :meth:`fastmargin.backends.interface.Backend.row_topk`. ``index`` as in
+    :func:`row_stats`; the returned indices are then positions in it. With ``sparse_grad`` the
+    gradient of ``weight`` has B * (k + 1) entries (:func:`spread_rows`); not under
+    ``torch.compile``.
+
+    Raises:
+        TypeError, ValueError: index is not (K,) int64 on the device of ``weight``.
     """
     check_index(index, weight)
     return _row_topk(x_hat, weight, index, labels, k, class_start, sparse_grad, precision, backend)

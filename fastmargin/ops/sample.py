@@ -39,15 +39,15 @@ def sample(
     """Index (K,), column (B,) and number of positives () of the next draw, all int64.
 
     The same on every backend, at a cost that does not grow with the number of classes. No host
-    synchronisation, but for the reference backend on a GPU. The arguments are those of
+    synchronisation, except with the reference backend on a GPU. The arguments are those of
     :meth:`fastmargin.backends.interface.Backend.sample`; ``step`` and ``marks`` change in place.
 
     Raises:
-        ValueError: more are to be sampled than there are.
+        ValueError: ``num_sampled`` is negative or exceeds the number of classes.
     """
     if not 0 <= num_sampled < marks.shape[0]:
         raise ValueError(
-            f"num_sampled must be in [0, {marks.shape[0] - 1}], got {num_sampled}: marks have room "
-            "for so many classes"
+            f"num_sampled must be in [0, {marks.shape[0] - 1}], got {num_sampled}: marks has "
+            "room for that many classes"
         )
     return _sample(labels, seed, step, marks, shard, class_start, num_sampled, backend)

@@ -1,4 +1,4 @@
-"""A whole step as two operators, for fewer launches."""
+"""Forward and backward of the softmax loss as one operator each, for fewer launches."""
 
 from __future__ import annotations
 
@@ -80,10 +80,13 @@ def softmax_loss(
     backend: str = "auto",
     index: Tensor | None = None,
 ) -> SoftmaxLoss:
-    """All of a forward pass in one operator, without a derivative: :mod:`fastmargin.fused` has it.
+    """The forward pass as one operator; :mod:`fastmargin.fused` defines its gradient.
 
-    The arguments are those of :meth:`fastmargin.backends.interface.Backend.softmax_loss`. In eager
-    mode it spares the launches between the operators above; compiled, they are fused anyway.
+    The arguments are those of :meth:`fastmargin.backends.interface.Backend.softmax_loss`. Saves
+    launches compared with the separate operators in eager mode; torch.compile fuses those anyway.
+
+    Raises:
+        TypeError, ValueError: ``index`` or the table of ``form`` does not fit.
     """
     check_index(index, weight)
     check_table(form, labels)
@@ -168,7 +171,7 @@ def softmax_loss_backward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """See :meth:`fastmargin.backends.interface.Backend.softmax_loss_backward`; (0,) for None.
 
-    The last is all that the centre pass may use again, what the forward pass kept included.
+    The last result is all that the centre pass may reuse, including what the forward pass kept.
     """
     d_x, d_lse, d_cos, *kept = _softmax_loss_backward(
         d_loss,

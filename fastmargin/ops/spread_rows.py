@@ -1,4 +1,4 @@
-"""The gradient of all centres from the gradients of some of their rows."""
+"""Scatters the gradients of some centres into the gradient of all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fastmargin.ops.registration import op
 @op("spread_rows", "(Tensor rows, Tensor index, Tensor weight, bool distinct) -> Tensor")
 def _spread_rows(rows, index, weight, distinct):
     count, width = weight.shape
-    # one row more, which is cut off, takes what belongs nowhere
+    # one extra row, cut off at the end, takes the padding slots
     spread = torch.zeros((count + 1, width), dtype=rows.dtype, device=rows.device)
     target = index.clamp(-1, count) % (count + 1)
     if distinct:
         spread.index_copy_(0, target, rows)
     else:
-        # index_put_ sorts the indices on a GPU, so the order of the sum is fixed
+        # index_put_ sorts the indices on a GPU, so sums are deterministic
         spread.index_put_((target,), rows, accumulate=True)
     return spread[:count].to(weight.dtype)
 
@@ -37,15 +37,15 @@ def spread_rows(
     """Gradient of ``weight`` from the gradients of some of its rows.
 
     Args:
-        rows: (K, D), zero at empty places; (C, D) without an index.
-        index: (K,) int64 rows of ``weight``, an empty place wherever it is outside ``[0, C)``.
+        rows: (K, D), zero in padding slots; (C, D) without an index.
+        index: (K,) int64 rows of ``weight``; entries outside ``[0, C)`` are padding slots.
         weight: (C, D).
-        sparse_grad: False for a dense (C, D). True for a sparse COO tensor of that size, not
-            coalesced, with one sparse dimension and K entries, as ``nn.Embedding(sparse=True)``
-            has it; the zeros of an empty place then belong to some row that takes part. Where none
-            in ``index`` does, an empty place names one as its complement, ``~row``.
-        distinct: whether no row is in ``index`` twice. Otherwise a dense result adds up its parts
-            in a fixed order.
+        sparse_grad: False for a dense (C, D). True for an uncoalesced sparse COO tensor of that
+            size with one sparse dimension and K entries, as from ``nn.Embedding(sparse=True)``;
+            the zeros of padding slots are assigned to some row that takes part. If ``index``
+            contains none, a padding slot holds the complement ``~row`` of one.
+        distinct: whether ``index`` has no duplicates. If not, a dense result sums them in a fixed
+            order.
     """
     if not sparse_grad:
         if index is None:
@@ -57,9 +57,9 @@ def spread_rows(
     elif count == 0 or index.shape[0] == 0:
         index, rows = index[:0], rows[:0]
     else:
-        row = index ^ (index >> 63)  # the complement of what is negative
+        row = index ^ (index >> 63)  # the complement if negative
         known = (row < count) & (index != -1)
-        # not simply row 0: an optimiser moves the rows that are listed, by momentum or decay
+        # not simply row 0: an optimiser applies momentum and decay to the listed rows
         index = torch.where(known, row, torch.where(known, row, 0).amax())
     return torch.sparse_coo_tensor(
         index[None], rows.to(weight.dtype), weight.shape, check_invariants=False

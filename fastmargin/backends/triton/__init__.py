@@ -1,7 +1,7 @@
 """Kernels in Triton, for NVIDIA GPUs from compute capability 8.0 on.
 
 Importing this package needs neither Triton nor a GPU: the kernels are imported when an operation
-is first run. Under ``TRITON_INTERPRET=1``, set before Python starts, they run on the CPU, slowly.
+is first run. With ``TRITON_INTERPRET=1``, set before Python starts, they run slowly on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastmargin.spec import (
 
 _LEAST_CAPABILITY = (8, 0)
 MAX_COLUMNS = 1 << 30
-"""A row's column and a sign share an int32."""
+"""Most columns, since a column and a sign share an int32."""
 
 
 def _interpreted() -> bool:
@@ -330,10 +330,10 @@ class TritonBackend(Composed):
 
 
 def _columns(weight: Tensor, index: Tensor | None) -> int:
-    """How many columns the pass has; 0 where there is no centre that could be one.
+    """Number of columns of the pass; 0 without centres.
 
     Raises:
-        ValueError: more than the kernels can number.
+        ValueError: more than the kernels can index.
     """
     columns = weight.shape[0] if index is None or weight.shape[0] == 0 else index.shape[0]
     if columns > MAX_COLUMNS:
@@ -360,9 +360,9 @@ def _row_stats(
     want_pull: bool,
     precision: str,
 ) -> tuple[RowStats, Tensor, Tensor]:
-    """``row_stats`` of what :func:`_operands` returns and of unit rows in the operand type.
+    """``row_stats`` of the results of :func:`_operands` and unit rows in the operand type.
 
-    Then the centres and their inverse norms, where the backward pass may use them again.
+    Also returns the centres and their inverse norms, if the backward pass can reuse them.
     """
     from fastmargin.backends.triton.centres import centres_of, kept
     from fastmargin.backends.triton.configs import needs_shift
@@ -394,7 +394,7 @@ def _centre_pass(
     update: SgdUpdate | None = None,
     momentum: Tensor | None = None,
 ) -> Tensor | None:
-    """The gradient of the centres; None if they are stepped along it instead."""
+    """The gradient of the centres, or None if they are updated with it instead."""
     from fastmargin.backends.triton.centre_pass import centre_pass
     from fastmargin.backends.triton.centres import centres_again
     from fastmargin.backends.triton.own_rows import OwnRows, own_rows
@@ -413,7 +413,7 @@ def _centre_pass(
 def _operands(
     precision: str, x_hat: Tensor, labels: Tensor, hard: HardRule | None
 ) -> tuple[str, Tensor, Tensor, HardRule | None]:
-    """Precision without "auto", and the per-row tensors as the kernels take them."""
+    """The precision, with "auto" resolved, and the per-row tensors as the kernels take them."""
     from fastmargin.backends.triton.configs import resolve_precision
 
     precision = resolve_precision(precision, _interpreted())
@@ -424,7 +424,7 @@ def _operands(
 
 
 def _as_operand(x_hat: Tensor, precision: str) -> Tensor:
-    """Unit rows in the operand type, once: cast in the kernels they would take its registers."""
+    """Unit rows in the operand type, cast once: a cast in the kernels would cost registers."""
     from fastmargin.backends.triton.centres import as_operand
 
     return as_operand(x_hat, precision)

@@ -1,13 +1,12 @@
-"""Compiles the shipped kernels without a GPU and reads what the compiler made of them.
+"""Compiles the shipped kernels without a GPU and reports the compiler's figures.
 
     python -m fastmargin.backends.triton.aot [--json] [--full] [--arch 90] [--match centre_pass]
 
 lists registers, stack (which must be 0: nothing spilled), shared memory and the matrix instruction
-of every configuration per architecture, and exits with 1 if one does not fit, or if the assembler
-made every matrix instruction wait for the one before. What is compiled is what launches ask for
-(:mod:`asked`) in the calls of :mod:`problems`: with ``--full`` all of them, otherwise a
-representative part: every width, the variants that need most registers. TRITON_INTERPRET must not
-be set.
+of every configuration per architecture, and exits with 1 if one does not fit or its matrix
+instructions were serialised by the assembler. Compiles what the calls of :mod:`problems` launch
+(recorded by :mod:`asked`): with ``--full`` all of it, otherwise a representative part: every width,
+and the variants that need most registers. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -51,26 +50,26 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel with all that its compilation depends on, as a launcher asks for it."""
+    """One kernel with all that its compilation depends on."""
 
     name: str
     arch: int
     asked: Asked
 
     def compiled(self):
-        """What Triton makes of it."""
+        """The kernel compiled by Triton."""
         target = GPUTarget("cuda", self.arch, 32)
         return triton.compile(self.asked.source, target=target, options=self.asked.options)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a build; sizes in bytes.
+    """The result of a build; sizes in bytes.
 
-    products: the matrix instructions: "wgmma.mma_async" of Hopper, "tcgen05.mma" of Blackwell,
-        "mma.sync", which both also have, but slower; "" without.
-    serial: whether each of Hopper's waits for the one before, as the assembler decides where it
-        cannot tell that registers of one are not written meanwhile (its note C7515 says so).
+    products: the matrix instructions: "wgmma.mma_async" on Hopper, "tcgen05.mma" on Blackwell,
+        "mma.sync", slower on both; "" for none.
+    serial: whether Hopper's are serialised, which the assembler does if it cannot prove that their
+        registers are not written meanwhile (its note C7515).
     """
 
     name: str
@@ -95,7 +94,7 @@ class Report:
 
 
 def compile_build(build: Build) -> Report:
-    """Compiles it and reads the compiler's figures."""
+    """Compiles a kernel and reads the compiler's figures."""
     compiled = build.compiled()
     ptx = compiled.asm["ptx"]
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -124,7 +123,7 @@ def compile_build(build: Build) -> Report:
 
 
 def _name(asked: Asked, problem: Problem) -> str:
-    """The kernel, the problem it was first asked for in, and its variant."""
+    """The kernel, the first problem that launched it, and its variant."""
     names = asked.source.fn.arg_names
     constants = {names[at[0]]: value for at, value in asked.source.constants.items()}
     words = [word for name, word in _WORDS.items() if constants.get(name)]
@@ -135,7 +134,7 @@ def _name(asked: Asked, problem: Problem) -> str:
 
 
 def builds(arch: int, of: Iterable[Problem]) -> Iterator[Build]:
-    """All that is compiled for these problems, each once."""
+    """All kernels to compile for these problems, each once."""
     seen, names = set(), Counter()
     for problem in of:
         with noted(arch) as notes:
@@ -151,7 +150,7 @@ def builds(arch: int, of: Iterable[Problem]) -> Iterator[Build]:
 
 
 _forked: list[Build] = []
-"""Those of the pool's parent: what is asked for holds functions, which do not travel otherwise."""
+"""Inherited by the forked workers: builds contain functions, which cannot be pickled."""
 
 
 def _report(at: int) -> Report:

@@ -1,8 +1,8 @@
-"""What launches ask Triton to compile, noted on a GPU that is not there.
+"""Records what launches would ask Triton to compile, on a simulated GPU.
 
 Types, specialised numbers, alignment and tensor descriptors are bound as on a GPU, from tensors on
-the CPU; nothing is compiled and nothing runs, so results are whatever memory holds. For processes
-that launch nothing else: kernels stay bound to the absent GPU.
+the CPU; nothing is compiled or run, so results are uninitialised. For processes that launch nothing
+else: kernels stay bound to the simulated GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastmargin.backends.triton.launch import Chip, pretending
 from fastmargin.backends.triton.tile import INTERPRETED
 
 PROCESSORS = 132
-"""Of the GPU that is not there."""
+"""Of the simulated GPU."""
 
 _MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 _notes: list[Asked] = []
@@ -28,7 +28,7 @@ _notes: list[Asked] = []
 
 @dataclass(frozen=True)
 class Asked:
-    """A kernel with all that its compilation depends on, as Triton's compiler takes it."""
+    """A kernel with all that its compilation depends on, as arguments of Triton's compiler."""
 
     source: ASTSource
     options: dict
@@ -39,12 +39,12 @@ class Asked:
 
     @property
     def key(self) -> str:
-        """Alike for what is compiled alike."""
+        """Equal for kernels that compile to the same code."""
         return f"{self.source.hash()} {sorted(self.options.items(), key=str)}"
 
 
 class _Uncompiled:
-    """What Triton gets instead of a compiled kernel."""
+    """Given to Triton instead of a compiled kernel."""
 
     function = packed_metadata = None
 
@@ -62,7 +62,7 @@ class _Uncompiled:
 
 
 class _AbsentGpu:
-    """Triton's driver of it."""
+    """Triton driver of the simulated GPU."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -79,10 +79,10 @@ class _AbsentGpu:
 
 @contextlib.contextmanager
 def noted(arch: int) -> Iterator[list[Asked]]:
-    """Within the block launches on compute capability ``arch`` are noted, in order.
+    """Records, in order, the launches within the block, on compute capability ``arch``.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, which specialises nothing.
+        RuntimeError: Triton's interpreter is on, which does not specialise.
     """
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set; the interpreter compiles nothing")

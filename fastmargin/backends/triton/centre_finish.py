@@ -1,8 +1,8 @@
-"""The end of the centre pass: a finished tile of the gradient, through the normalisation.
+"""The end of the centre pass: applies the derivative of the normalisation to a gradient tile.
 
-Some columns at a time: the tiles of the centres and of the optimiser's state beside all of the
-gradient would not fit the registers. The part along the centre is that along its unit row as the
-products have it: those rows lie one after the other, whatever the layout of the weight.
+A few columns at a time, since tiles of centres and optimiser state beside the whole gradient would
+not fit the registers. The component along the centre is computed with the unit rows used in the
+products, which are contiguous whatever the layout of the weight.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The backward pass over the centres: their gradient, through the normalisation, and its use.
+"""The centre pass: gradient of the centres, through the normalisation; optionally their update.
 
 A program owns BLOCK_C centres and BLOCK_D columns of their gradient, loops over the batch,
 recomputes ``p = exp(s * f - lse)`` (at most 1, since lse is known) and adds ``g @ x_hat`` to an
-accumulator in registers. The normalisation takes away the part of that sum along the centre: a
-product with the centre where a program has whole rows, else ``sum_i g_ij c_ij`` on the way.
+accumulator in registers. The normalisation removes the component of that sum along the centre: by
+a product with the centre if a program has whole rows, else from ``sum_i g_ij c_ij``, accumulated.
 
-What a row does to its own centre is not part of that product: late in training it is most of the
-gradient, and should not be rounded to an operand. It comes in fp32 from ``own_rows.py`` and is
-added to the finished tile; what becomes of that is up to an epilogue (``epilogues.py``).
+The gradient of a row's own centre is not part of that product: late in training it dominates and
+must not be rounded to an operand. It comes in fp32 from ``own_rows.py`` and is added to the
+finished tile, which an epilogue (``epilogues.py``) then stores or applies.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def constants(
 
 
 def steps_in_place(weight: Tensor, momentum: Tensor | None) -> bool:
-    """Whether the pass can update the centres: addresses of the state are those of the centres."""
+    """Whether the pass can update the centres: they and their state must be packed."""
     return is_packed(weight) and (momentum is None or is_packed(momentum))
 
 
@@ -278,15 +278,15 @@ def centre_pass(
 ) -> Tensor | None:
     """Gradient (C, D) of ``weight``, or (K, D) of its rows in the index: contiguous, in its dtype.
 
-    None with ``update``: these rows of ``weight`` and ``momentum`` are stepped in place instead.
+    None with an ``update``: these rows of ``weight`` and ``momentum`` are updated in place instead.
 
     Args:
         weight: (C, D).
-        part: its tensors contiguous, those of floats fp32, and its precision not "auto".
-        rows: what else is to be known of its rows.
+        part: tensors contiguous, float ones fp32; precision not "auto".
+        rows: see :class:`OwnRows`.
         x: (B, D') unit rows in the operand type.
-        centres: the columns of the pass, some at a time.
-        update: only where :func:`steps_in_place`.
+        centres: the columns of the pass, in pieces.
+        update: only if :func:`steps_in_place`.
         momentum: its buffer, or None.
     """
     index, hard, d = part.index, part.hard, weight.shape[1]

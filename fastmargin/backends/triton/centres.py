@@ -1,10 +1,9 @@
-"""Class centres as the passes read them: rows of the operand type, one after the other.
+"""Class centres as the passes read them: contiguous rows in the operand type.
 
-The passes over the centres read a tile once per block of embeddings. So what a tile costs beside
-its bytes is done once, here: following the index, strides, the norm and the cast. Some columns at
-a time are *staged*, as unit rows, in a buffer whose size does not depend on C; the passes copy
-their tiles from there by tensor descriptors, which take no registers. So are centres that already
-have the operand type, for which docs/design.md has the reasons.
+The passes read each tile of centres once per block of embeddings, so index, strides, norm and cast
+are resolved once, here. Columns are *staged* piece by piece as unit rows in a buffer whose size
+does not depend on C; the passes load tiles from there by tensor descriptors, which take no
+registers. Centres that already have the operand type are staged, too; docs/design.md says why.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ from fastmargin.backends.triton.tile import (
 )
 
 STAGED_BYTES = 256 << 20
-"""Most that is staged at a time."""
+"""Most bytes staged at a time."""
 
 
 @dataclass(frozen=True)
 class Centres:
-    """Some columns of a pass.
+    """A piece of the columns of a pass.
 
     start: the first of them.
     operand: (n, D') unit rows in the operand type, D' >= D with zeros past D.
-    inverse: (n,) 1 / ||w||, 0 for a (nearly) zero centre, -1 at an empty place; fp32.
-    gaps: whether places may be empty.
+    inverse: (n,) 1 / ||w|| in fp32, 0 for a (nearly) zero centre, -1 in a padding slot.
+    gaps: whether there may be padding slots.
     """
 
     start: int
@@ -65,17 +64,17 @@ def as_operand(x_hat: Tensor, precision: str) -> Tensor:
 
 
 def blocks_of(rows: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """How kernels copy blocks of contiguous (n, D') rows; zeros beyond the edges."""
+    """Tensor descriptor for blocks of contiguous (n, D') rows; reads zeros beyond the edges."""
     return TensorDescriptor.from_tensor(rows, [block_rows, block_columns])
 
 
 def columns_at_a_time(row_bytes: int) -> int:
-    """How many unit rows are staged together."""
+    """Number of unit rows staged at a time."""
     return max(1, STAGED_BYTES // row_bytes)
 
 
 def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator[Centres]:
-    """The columns of a pass, some at a time. The next ones overwrite those before.
+    """The columns of a pass, piece by piece. Each piece overwrites the one before.
 
     Args:
         weight: (C, D), C > 0.
@@ -98,7 +97,7 @@ def centres_of(weight: Tensor, index: Tensor | None, precision: str) -> Iterator
 
 
 def kept(centres: Centres, columns: int) -> tuple[Tensor, Tensor]:
-    """What a backward pass may use again, if these are all columns: unit rows and inverse norms."""
+    """Unit rows and inverse norms, for reuse in a backward pass, if these are all columns."""
     if len(centres.inverse) < columns:
         return centres.inverse.new_empty(0), centres.inverse.new_empty(0)
     return centres.operand, centres.inverse
@@ -107,7 +106,7 @@ def kept(centres: Centres, columns: int) -> tuple[Tensor, Tensor]:
 def centres_again(
     weight: Tensor, index: Tensor | None, precision: str, operand: Tensor, inverse: Tensor
 ) -> Iterator[Centres]:
-    """As :func:`centres_of`, from what :func:`kept` returned where that is all of them."""
+    """As :func:`centres_of`, but reuses what :func:`kept` returned, if anything."""
     if inverse.numel():
         yield Centres(0, operand, inverse, index is not None)
     else:

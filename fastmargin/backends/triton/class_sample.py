@@ -1,8 +1,8 @@
-"""The classes of a step in three launches: mark the positives, go through candidates, place both.
+"""Samples the classes of a step in three launches: mark positives, test candidates, place both.
 
-Each of B rows is compared with all, B**2 integers, instead of being sorted, and a program adds up
-by itself what comes before its own part: nothing is shared, and the order is always the same. The
-candidates are those of ``permutation.py``.
+Instead of sorting, each of B rows is compared with all, B**2 integers, and every program counts for
+itself what comes before its part: no communication between programs, and a deterministic order. The
+candidates come from ``permutation.py``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastmargin.spec import MAX_SHARDS
 ROWS, AT_ONCE = 16, 256
 """A tile of comparisons."""
 PLACED = 1024
-"""Candidates of a program."""
+"""Candidates per program."""
 MOST_ROWS = 2**15
-"""A billion comparisons; more rows are sorted, so that the cost does not grow with their square."""
+"""A billion comparisons; larger batches are sorted, which avoids the quadratic cost."""
 SHARDS: tl.constexpr = tl.constexpr(MAX_SHARDS)
 
 
@@ -192,7 +192,7 @@ def constants() -> dict:
 
 @contextlib.contextmanager
 def _clear_at_an_error(marks: Tensor) -> Iterator[None]:
-    """Memory may run out between the launch that marks and the one that clears."""
+    """Clears the marks if memory runs out between the launches that mark and that clear."""
     try:
         yield
     except BaseException:

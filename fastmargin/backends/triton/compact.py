@@ -1,7 +1,7 @@
-"""Moves the rows that pull at negatives to the front, so that the centre pass may stop after them.
+"""Moves rows with a nonzero gradient to the front, so that the centre pass can stop after them.
 
-How many there are stays on the device. A program finds out by itself how many come before its
-own rows, in integers, so that nothing is shared and the order is that of the batch.
+Their number stays on the device. Every program counts for itself how many come before its rows, so
+programs do not communicate, and the order of the batch is kept.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def constants(d: int, has_hard: bool) -> dict:
 def compact(
     level: Tensor, code: Tensor, lse: Tensor | None, threshold: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-    """The number of rows that do anything, (1,) int32, then the arguments, those rows first.
+    """The number of rows with a nonzero gradient, (1,) int32, then the arguments, those rows first.
 
-    What follows them is not written, but for a block of rows that do nothing, as which 0 is ``x``.
+    The rest is not written, except one block of rows without effect, whose ``x`` is 0.
 
     Args:
         level, code: (B',) of :class:`OwnRows`.

@@ -1,6 +1,6 @@
 """Tile shapes and the pure functions that choose them.
 
-Those of the user's own table (:mod:`tuned`) come before those that ship.
+Tiles of the user's table (:mod:`tuned`) take precedence over the shipped ones.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ OPERAND_DTYPES = {
 }
 DOT_PRECISION = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee", "fp16": "ieee"}
 PLAIN_LIMIT = 85.0
-"""``|logit| + log C`` up to which plain fp32 sums of exponentials neither overflow nor vanish."""
+"""Largest ``|logit| + log C`` for which plain fp32 sums of exponentials stay in range."""
 
 
 def block_of(d: int) -> int:
-    """Smallest block that holds D columns; 16 is the least a matrix instruction takes."""
+    """Smallest block of at least D columns; 16 is the minimum of a matrix instruction."""
     return max(16, triton.next_power_of_2(d))
 
 
@@ -36,8 +36,8 @@ class TileConfig:
     """Shape of one program's work.
 
     block_b, block_c: rows and classes of a tile.
-    block_k: columns of D that the cosines are formed from at a time.
-    block_d: columns of the accumulator; more programs share a tile if it is less than D.
+    block_k: columns of D per step of the cosines' product.
+    block_d: columns of the accumulator; several programs share a tile if it is less than D.
     """
 
     block_b: int
@@ -48,7 +48,7 @@ class TileConfig:
     num_stages: int
 
     def arguments(self) -> dict:
-        """As a kernel takes it."""
+        """As arguments of a kernel."""
         return {
             "BLOCK_B": self.block_b,
             "BLOCK_C": self.block_c,
@@ -60,18 +60,18 @@ class TileConfig:
 
 
 def operand_width(d: int, dtype: torch.dtype) -> int:
-    """D, rounded up to whole 16 bytes: what a tensor descriptor wants of rows."""
+    """D, rounded up to a multiple of 16 bytes, as tensor descriptors require of rows."""
     step = 16 // dtype.itemsize
     return -(-d // step) * step
 
 
 def is_packed(rows: Tensor) -> bool:
-    """Whether the rows lie one after the other without gaps."""
+    """Whether the rows are contiguous, without gaps."""
     return rows.stride() == (rows.shape[1], 1)
 
 
 def split_classes(row_programs: int, tiles: int, processors: int) -> int:
-    """Number of splits of the classes, none of them empty: about one program per processor."""
+    """Number of splits of the classes, none empty: about one program per multiprocessor."""
     splits = max(1, min(processors // row_programs, tiles))
     per_split = -(-tiles // splits)
     return -(-tiles // per_split)
@@ -80,22 +80,22 @@ def split_classes(row_programs: int, tiles: int, processors: int) -> int:
 def needs_shift(bound: float, classes: int, precision: str, want_pull: bool) -> bool:
     """Whether a row's exponentials need a running power of two.
 
-    Plain sums serve bounded logits, but fp16 cannot hold them as weights of the second product.
+    Bounded logits allow plain sums, but fp16 cannot hold those as weights of the second product.
     """
     fits = abs(bound) + math.log(max(classes, 1)) <= PLAIN_LIMIT
     return not fits or (want_pull and precision == "fp16")
 
 
 def slope_power(hard: HardRule | None) -> float:
-    """Power of two at least as large as any ``|f'(c)|``: 4 bound, for a quadratic (Markov)."""
+    """Power of two of at least any ``|f'(c)|``, which is at most 4 bound (Markov's inequality)."""
     return 1.0 if hard is None else 2.0 ** math.ceil(math.log2(4 * hard.bound))
 
 
 def resolve_precision(requested: str, interpreted: bool) -> str:
-    """What "auto" means.
+    """Resolves "auto".
 
-    Unit vectors are bounded, so fp16 has three more useful bits than bf16 at the same speed. It
-    does not depend on autocast: an operator's implementation cannot rely on seeing that state.
+    For bounded unit vectors fp16 has three more useful bits than bf16 at the same speed. Does not
+    depend on autocast, whose state an operator's implementation may not see.
     """
     if requested != "auto":
         return requested
@@ -103,7 +103,7 @@ def resolve_precision(requested: str, interpreted: bool) -> str:
 
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KB of shared memory that a program can have, by compute capability."""
+"""KB of shared memory available to a program, by compute capability."""
 
 
 # Fits every chip from compute capability 8.0 on, and every width.
@@ -240,15 +240,15 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
 def choose(kernel: str, d: int, precision: str, arch: int, crowded: bool = False) -> TileConfig:
     """The tile of ``kernel``: "stats_pull", "stats_sum", "centre_pass" or "topk".
 
-    That of the user's table if it has one for this width and registers are not short, else the
-    one that ships.
+    The user's, if their table has one for this width and registers are not short, else the
+    shipped one.
 
     Args:
         d: width of the embeddings.
         precision: one of "fp32", "tf32", "bf16", "fp16".
         arch: compute capability, 90 for 9.0; 0 for the interpreter.
-        crowded: whether registers are short: because of a rule for hard negatives, in the forward
-            pass also of places that may be empty, in the centre pass of Nesterov's step.
+        crowded: whether registers are short: with a rule for hard negatives; in the forward pass
+            also with padding slots, in the centre pass also with Nesterov momentum.
     """
     block = block_of(d)
     own = None if crowded else lookup(kernel, d, precision, arch)

@@ -1,9 +1,8 @@
-"""What the centre pass does with a finished tile of the gradient, while it is in registers.
+"""Epilogues of the centre pass: what happens to a finished gradient tile in registers.
 
-An epilogue is a function of the tile of centres (fp32), its gradient (fp32), pointers to where the
-result goes and to the optimiser's state, a mask, three numbers, and 32 bits of noise to round by if
-STOCHASTIC: the low half for the centres, the high half for the state. Another optimiser is another
-function here.
+An epilogue takes the tile of centres (fp32), its gradient (fp32), pointers to the output and to the
+optimiser's state, a mask, three numbers, and, if STOCHASTIC, 32 random bits for rounding: the low
+half for the centres, the high half for the state. To support another optimiser, add a function.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from fastmargin.spec import SgdUpdate
 
 
 def of(update: SgdUpdate | None) -> triton.JITFunction:
-    """What takes this step; without one, what stores the gradient."""
+    """The epilogue of this update; without one, the epilogue that stores the gradient."""
     if update is None:
         return store_gradient
     if not update.momentum:
@@ -26,7 +25,7 @@ def of(update: SgdUpdate | None) -> triton.JITFunction:
 
 
 def numbers(update: SgdUpdate | None) -> tuple[float, float, float]:
-    """The three numbers."""
+    """The three numbers that an epilogue takes."""
     if update is None:
         return 0.0, 0.0, 0.0
     return float(update.lr), float(update.momentum), float(update.weight_decay)

@@ -1,4 +1,4 @@
-"""A bijective hash of 32 bits: :mod:`fastmargin.hashing` in a kernel."""
+"""A bijective 32-bit hash: :mod:`fastmargin.hashing` in a kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss on the nearest negatives, its slopes and its mean, in one launch of one program."""
+"""The hinge loss on the nearest negatives, its derivatives and its mean, by a single program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launcher asks about the machine; nothing here waits for the device."""
+"""Device properties needed for launches, without synchronisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Chip:
 
 
 INTERPRETER = Chip(arch=0, processors=6)
-"""In the interpreter; more than one processor, so that splits of the classes are run."""
+"""In the interpreter; more than one processor, so that splits of the classes are tested."""
 
 
 _pretended: Chip | None = None
@@ -37,7 +37,7 @@ def chip(device: torch.device) -> Chip:
 
 @contextlib.contextmanager
 def pretending(to_be: Chip) -> Iterator[None]:
-    """Within the block every device has this chip, for what looks at launches without a GPU."""
+    """Within the block every device has this chip, for examining launches without a GPU."""
     global _pretended
     before, _pretended = _pretended, to_be
     try:

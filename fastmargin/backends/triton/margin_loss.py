@@ -1,7 +1,7 @@
-"""All that a loss is beyond the passes over the centres, in one launch of one program.
+"""The loss after the passes over the centres, by a single program.
 
-Running statistics, margin, loss and slopes of every row, and the reduction: B numbers, so that
-the launch costs more than the work. One program sees every row and adds them up in one order.
+Running statistics, margin, loss and derivatives of each row, and the reduction: so little work
+that the launch dominates. One program processes all rows, so the order of the sums is fixed.
 """
 
 from __future__ import annotations
@@ -149,14 +149,14 @@ def margin_loss(
     ema: NormEma | None,
     reduction: str,
 ) -> tuple[Tensor, ...]:
-    """The reduced loss (), the share (1,), which rows count (B,); then as ``margin_rows``.
+    """The reduced loss (), the share (1,), the valid rows (B,); then as ``margin_rows``.
 
     Args:
         cos_y, lse_neg, norm: (B,) contiguous, fp32.
         labels: (B,) contiguous, int64.
-        num_classes: labels from here on are an error.
+        num_classes: labels from here on give loss NaN.
         form: the margin.
-        ema: running statistics, advanced in place before the margin; they are those of ``form``.
+        ema: running statistics of ``form``, updated in place before the margin; or None.
         reduction: "mean", "sum", or "none" for an empty first result.
     """
     b = cos_y.shape[0]

@@ -228,7 +228,7 @@ def constants(form: MarginForm) -> dict:
 
 
 def numbers(form: MarginForm) -> tuple[float, ...]:
-    """The form's numbers in the order of the kernels' arguments, from ``scale`` to ``eps``."""
+    """The form's numbers in the order of the kernels' arguments, ``scale`` to ``eps``."""
     return (
         float(form.scale),
         float(form.m2),
@@ -249,7 +249,7 @@ def numbers(form: MarginForm) -> tuple[float, ...]:
 def margin_rows(
     cos_y: Tensor, lse_neg: Tensor, norm: Tensor, labels: Tensor, form: MarginForm
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its derivatives by the first three arguments, and the margin; each (B,).
+    """Loss, its derivatives with respect to the first three arguments, and margin; each (B,).
 
     Args:
         cos_y: (B,) contiguous, fp32.

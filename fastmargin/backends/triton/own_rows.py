@@ -1,12 +1,13 @@
-"""What the centre pass is told of the rows, besides the unit rows themselves.
+"""Per-row inputs of the centre pass, besides the unit rows.
 
-To its own centre a row does ``d_cos (x_hat - cos_y w_hat) / ||w||``, in fp32. The first row of a
-class adds up what all rows of that class do, in their order, so that nobody else writes there and
-the sum is always the same.
+A row contributes ``d_cos (x_hat - cos_y w_hat) / ||w||`` to the gradient of its own centre, in
+fp32. The program of the first row of a class sums over all rows of that class, in order, so there
+is one writer and the sum is deterministic.
 
-To the others it does ``g = d_lse s p``. The pass recomputes that as ``+-2^(s c log2(e) - level)``
-with ``level = lse log2(e) - log2(|d_lse| s)``, one number of a row instead of two; the sign
-and the column of the own centre, which is left out, share another: ``code = 2 column + (g < 0)``.
+The weight of its contribution to the other centres is ``g = d_lse s p``, which the pass recomputes
+as ``+-2^(s c log2(e) - level)`` with ``level = lse log2(e) - log2(|d_lse| s)``, one number per row
+instead of two. Another holds the sign and the own column, which is skipped:
+``code = 2 column + (g < 0)``.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ SCANNED_AT_ONCE = 128
 class OwnRows:
     """own: (B, D) fp32, in the first row of every class; level: (B',) fp32; code: (B',) int32.
 
-    B' is B in whole tiles, whatever their size: so the pass needs no masks in its loop. What lies
-    past B does nothing.
+    B' is B rounded up to whole tiles of any size, so that the pass's loop needs no masks. Rows past
+    B have no effect.
     """
 
     own: Tensor
@@ -43,7 +44,7 @@ class OwnRows:
 
     @staticmethod
     def empty(x_hat: Tensor) -> OwnRows:
-        """For unit rows (B, D), with nothing in it yet."""
+        """Uninitialised, for unit rows (B, D)."""
         rows = triton.cdiv(x_hat.shape[0], MOST_TILE_ROWS) * MOST_TILE_ROWS
         level = x_hat.new_empty(rows, dtype=torch.float32)
         own = torch.empty_like(x_hat, dtype=torch.float32)
@@ -252,11 +253,11 @@ def constants(d: int, indexed: bool) -> dict:
 
 
 def own_rows(weight: Tensor, part: GradientFactors) -> OwnRows:
-    """What the centre pass needs of a batch.
+    """Per-row inputs of the centre pass for a batch.
 
     Args:
         weight: (C, D).
-        part: its tensors contiguous, those of floats fp32.
+        part: tensors contiguous, float ones fp32.
     """
     (b, d), index = part.x_hat.shape, part.index
     made = OwnRows.empty(part.x_hat)

@@ -71,7 +71,7 @@ def permutation_kernel(
 
 
 def constants(marked: bool) -> dict:
-    """Compile-time arguments; a small block, since all of it waits for its slowest number."""
+    """Compile-time arguments; a small block, since it takes as long as its slowest number."""
     return {"MARKED": marked, "ROUNDS": _permutation.ROUNDS, "BLOCK": 128, "num_warps": 1}
 
 
@@ -81,7 +81,7 @@ def permutation(key: Tensor, size: int, count: int) -> Tensor:
 
 
 def candidates(key: Tensor, size: int, count: int, marks: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The same numbers, but -1 for one that has a mark, and how many of every block have none.
+    """The same numbers, with -1 for marked ones, and the count of unmarked ones per block.
 
     Args:
         key: (2,) contiguous, int64.
@@ -89,7 +89,7 @@ def candidates(key: Tensor, size: int, count: int, marks: Tensor) -> tuple[Tenso
         marks: (size,) or longer, uint8.
 
     Returns:
-        (count,) int64; (blocks,) int32; and the numbers of a block, a power of two.
+        (count,) int64; (blocks,) int32; and the size of a block, a power of two.
     """
     return _permuted(key, size, count, marks)
 

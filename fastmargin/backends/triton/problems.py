@@ -1,6 +1,6 @@
-"""Calls of the backend that between them launch every kernel that ships, in every form.
+"""Calls of the backend that together launch every shipped kernel in every variant.
 
-For :mod:`asked`: tensors are not filled, and results mean nothing.
+For :mod:`asked`: tensors are uninitialised, and results meaningless.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from fastmargin.spec import (
 WIDTHS = (128, 192, 256, 512, 1024)
 ROWS = 48
 CLASSES = 50_000
-"""Enough that every multiprocessor gets a split of them."""
+"""Enough that every multiprocessor gets a split."""
 SCALES = (64.0, 256.0)
-"""Of logits whose plain sums of exponentials stay within fp32, and of logits whose do not."""
+"""Scales for which plain sums of exponentials fit in fp32, and for which they do not."""
 UPDATES = {
     "sgd": SgdUpdate(0.1, 0.0, 5e-4, False),
     "momentum": SgdUpdate(0.1, 0.9, 5e-4, False),
     "nesterov": SgdUpdate(0.1, 0.9, 5e-4, True),
 }
 KEY = 12345
-"""Of stochastic rounding."""
+"""Key of the stochastic rounding."""
 _KINDS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Problem(NamedTuple):
-    """What to call it and what to run."""
+    """A name and the function to run."""
 
     name: str
     run: Callable[[], object]
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over the centres: its width, its operands, and how the centres lie."""
+    """A pass over the centres: width, operand type, and layout of the centres."""
 
     d: int
     precision: str
@@ -141,7 +141,7 @@ def _topk_backward(of: Pass, k: int) -> None:
 
 
 def _loss(of: Pass, kind: torch.dtype, form: MarginForm, tolerance: float = 0.0) -> None:
-    """Forward and backward in as few launches as they take."""
+    """Forward and backward by the fused operators."""
     x, labels = _rows(of.d)
     weight, index = of.weight(), of.index()
     ema = None
@@ -201,7 +201,7 @@ def _sample(classes: int) -> None:
 
 
 def passes(of: Pass, every: bool) -> Iterator[Problem]:
-    """The passes over the centres of one kind: all variants, or those that take most registers."""
+    """Variants of the passes over the centres: all, or those that need most registers."""
     for scale, hard, pull in itertools.product(SCALES, (False, True), (True, False)):
         if every or hard == (scale == max(SCALES)):
             yield Problem(str(of), partial(_stats, of, scale, hard, pull))
@@ -220,7 +220,7 @@ def passes(of: Pass, every: bool) -> Iterator[Problem]:
 
 
 def _rest(every: bool) -> Iterator[Problem]:
-    """The kernels of rows, and of several pieces."""
+    """Per-row kernels, and passes in several pieces."""
     dtypes = tuple(_KINDS.values()) if every else (torch.float32,)
     operands = tuple(OPERAND_DTYPES) if every else ("fp16",)
     for d in WIDTHS if every else (512,):
@@ -266,8 +266,7 @@ def _rest(every: bool) -> Iterator[Problem]:
 def problems(every: bool = False) -> Iterator[Problem]:
     """All of them, or a representative part: every width, what takes most registers.
 
-    A launch may be part of several. Names tell apart what is compiled for a kernel where they do
-    not repeat themselves.
+    Problems may share launches. Names distinguish the variants of a kernel, unless repeated.
     """
     if every:
         for d, precision in itertools.product(WIDTHS, OPERAND_DTYPES):

@@ -1,6 +1,6 @@
-"""Gradients of what is computed row by row, a launch each; the arithmetic of ``row_gradients.py``.
+"""Gradients of per-row operations, one launch each; the arithmetic of ``row_gradients.py``.
 
-For steps whose loss is made of operators; else ``rows_backward.py`` has both in its one launch.
+For losses composed of operators; in the fused step ``rows_backward.py`` does both in one launch.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def through_stats(
 def through_norm(
     d_x_hat: Tensor, d_norm: Tensor | None, x_hat: Tensor, norm: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient (B, D) of the embeddings, of type ``dtype``.
+    """Gradient (B, D) of the embeddings, in ``dtype``.
 
     Args:
         d_x_hat, x_hat: (B, D) contiguous, fp32.

@@ -1,8 +1,8 @@
-"""Standard normal numbers of a step, one for each row: ``fastmargin/counter.py`` in one launch.
+"""One standard normal number per row: ``fastmargin/counter.py`` in one launch.
 
-A program finds out by itself how many valid rows come before its own, in integers, so that nothing
-is shared. Real numbers are float64, of which there are few: what is rounded to float32 in the end
-does not depend on whose logarithm it was.
+Every program counts for itself the valid rows before its own, so programs do not communicate.
+Computed in float64, since there are few numbers: results rounded to float32 hardly depend on the
+implementation of the logarithm.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _counted(p_norm, p_label, o_b, B, low, high):
 
 
 def constants(d: int, has_labels: bool, width: int | None, precision: str) -> dict:
-    """Compile-time arguments of the first kernel; without a width no operand."""
+    """Compile-time arguments of the first kernel; without a width, no operand is written."""
     block_d = block_of(d)
     rows = max(1, min(16, 2048 // block_d))
     return {
@@ -147,7 +147,7 @@ def unit_rows(
 
     Args:
         x: (B, D), any strides.
-        labels: (B,) contiguous, int64: rows below 0 come out as zeros; None: there are none.
+        labels: (B,) contiguous, int64: rows with labels below 0 give zeros; None: no such rows.
         precision: of the operand; with "fp32" the second result is the first one, unless D' > D.
     """
     b, d = x.shape
@@ -179,7 +179,7 @@ def norm_statistics(norm: Tensor, labels: Tensor, ema: NormEma) -> tuple[Tensor,
 
     Args:
         norm, labels: (B,) contiguous.
-        ema: running statistics to go on from.
+        ema: running statistics before this batch.
     """
     mean, std = norm.new_empty(1), norm.new_empty(1)
     with on_device(norm):

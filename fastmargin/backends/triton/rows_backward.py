@@ -1,7 +1,7 @@
-"""From the gradient of the loss to that of the embeddings, and to what the centre pass needs.
+"""From the gradient of the loss to that of the embeddings and the inputs of the centre pass.
 
-Everything after the passes over the centres in one launch: the chain through margin, pull, own
-centre and normalisation of every row.
+All per-row work of the backward in one launch: the chain rule through margin, pull, own centre and
+normalisation of each row.
 """
 
 from __future__ import annotations
@@ -157,12 +157,12 @@ def rows_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradient (B, D) of the embeddings; of ``lse_neg`` and ``cos_y`` (B,); own, level, code.
 
-    The last five are for the centre pass (``own_rows.py``). What is not wanted is None. Rows with
-    1 - p_y up to ``row_tolerance`` have no part in them.
+    The last five are for the centre pass (``own_rows.py``), and leave out rows with 1 - p_y up to
+    ``row_tolerance``. What is not wanted is None.
 
     Args:
         d_loss: () or (B,), any stride, fp32.
-        made: what the forward pass left.
+        made: results of the forward pass.
         weight: (C, D).
         index: (K,) contiguous, or None.
         columns: (B,) contiguous, int64.

@@ -1,4 +1,4 @@
-"""Adds up what the splits of the forward pass left, in a fixed order; target cosine in fp32."""
+"""Sums the results of the forward pass's splits, in a fixed order; target cosine in fp32."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def stats_finish(
         index: (K,) contiguous, or None.
         labels: (B,) contiguous.
         class_start: global id of ``weight[0]``.
-        partials: what the splits left.
+        partials: results of the splits.
         hard: rule for hard negatives; the numerators were divided by its :func:`slope_power`.
     """
     b, d = x_hat.shape

@@ -1,12 +1,12 @@
-"""The tied forward pass: sums of exponentials and, if wanted, the pull, in one stream over W.
+"""The forward pass: sums of exponentials and, if wanted, the pull, in one stream over W.
 
 A program owns BLOCK_B rows, BLOCK_D columns of the pull and one split of the classes. For each
 tile of centres it forms the cosines, their exponentials ``e`` and adds ``e @ w_hat`` to an
-accumulator that never leaves the registers: attention with K = V = w_hat. Nothing is shared
-between programs, so the sums have one order and the results are the same every time.
+accumulator that never leaves the registers: attention with K = V = w_hat. Programs do not
+communicate, so the order of the sums is fixed and results are deterministic.
 
-With ONLINE a row's exponentials are relative to 2**shift, its own running power of two; without,
-the logits are bounded and need none (``|s * f| + log C <= 85`` keeps the sums in fp32).
+With ONLINE each row's exponentials are relative to 2**shift, a running power of two; without,
+bounded logits need none (``|s * f| + log C <= 85`` keeps the sums within fp32).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fastmargin.backends.triton.tile import (
 from fastmargin.spec import HardRule
 
 MOST_ROW_PROGRAMS = 65535
-"""What CUDA launches along the second axis. Rows along the first one take a register more."""
+"""CUDA's limit for the second grid axis. Rows along the first one would cost a register."""
 
 
 @triton.jit
@@ -210,19 +210,19 @@ def stats_forward(
     want_pull: bool,
     online: bool,
 ) -> tuple[Partials, Centres]:
-    """Sums over the classes, by splits of them, and the last of ``centres``.
+    """Partial sums over the splits of the classes, and the last piece of ``centres``.
 
     Args:
         x: (B, D') unit rows in the operand type.
         d: D.
-        centres: all columns, some at a time.
-        columns: how many they are; more than 0.
+        centres: all columns, piece by piece.
+        columns: their number, at least 1.
         labels: (B,) contiguous, int64.
         scale: s.
         hard: rule for hard negatives, its threshold contiguous and fp32.
         class_start: global id of the first column.
         precision: one of "fp32", "tf32", "bf16", "fp16".
-        want_pull: also form the pull numerators.
+        want_pull: also compute the pull's numerators.
         online: whether the logits need a running shift.
     """
     b = x.shape[0]

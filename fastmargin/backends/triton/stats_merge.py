@@ -1,4 +1,4 @@
-"""What the splits of the classes leave, and one sum of them in the place of many."""
+"""Partial results of the splits of the classes, and a kernel that merges them into one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmargin.backends.triton.launch import on_device
 
 @dataclass(frozen=True)
 class Partials:
-    """What every split of the classes leaves; their size depends on B, D and the chip, not on C.
+    """Partial results of the splits of the classes; their size depends on B, D and chip, not on C.
 
     sums, shifts (None without a running shift), maxima: (splits, B). numerators: (splits, B, D) of
     the pull, or None. fp32.
@@ -28,14 +28,14 @@ class Partials:
 
     @staticmethod
     def empty(splits: int, b: int, d: int, device, want_pull: bool, online: bool) -> Partials:
-        """With nothing in it yet."""
+        """Uninitialised."""
         sums = torch.empty((splits, b), dtype=torch.float32, device=device)
         shifts = torch.empty_like(sums) if online else None
         numerators = sums.new_empty((splits, b, d)) if want_pull else None
         return Partials(sums, shifts, torch.empty_like(sums), numerators)
 
     def since(self, split: int) -> Partials:
-        """From one of the splits on."""
+        """The splits from this one on."""
         parts = self.sums, self.shifts, self.maxima, self.numerators
         return Partials(*(None if part is None else part[split:] for part in parts))
 
@@ -101,7 +101,7 @@ def constants(d: int, splits: int, want_pull: bool, online: bool) -> dict:
 
 
 def stats_merge(partials: Partials, into: Partials) -> None:
-    """Adds up all splits, in a fixed order, and stores the sum as the first split of ``into``."""
+    """Sums all splits in a fixed order and stores the result as the first split of ``into``."""
     splits, b = partials.sums.shape
     d = 1 if partials.numerators is None else partials.numerators.shape[2]
     fixed = constants(d, splits, partials.numerators is not None, partials.shifts is not None)

@@ -1,4 +1,4 @@
-"""Arithmetic that the kernels share.
+"""Arithmetic shared by the kernels.
 
 Names in kernels: ``p_`` pointer, ``d_`` tensor descriptor, ``i_`` index of a program or loop,
 ``o_`` offsets, ``m_`` mask, ``b_`` value held by the program.
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-"""Whether the kernels run in Triton's interpreter; fixed when they are defined."""
+"""Whether the kernels run in Triton's interpreter; fixed at their definition."""
 
 EMULATED: tl.constexpr = tl.constexpr(INTERPRETED)
 

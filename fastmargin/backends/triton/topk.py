@@ -1,9 +1,8 @@
-"""The k nearest negatives of every row, exact, and the target cosine.
+"""The exact k nearest negatives of each row, and the target cosine.
 
-A cosine and its column make one int64 key whose order is "larger cosine, then lower column",
-so that the k largest keys are the answer whatever the order they were met in. The scan keeps k
-keys per row of a program's split and looks further into a tile only while it holds a better one;
-the merge picks from all splits.
+Cosine and column form one int64 key, ordered by larger cosine, then lower column, so the k largest
+keys are the answer in any order of processing. The scan keeps k keys per row and split, and takes
+from a tile only while it contains a larger one; the merge selects from all splits.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ def topk(
     Args:
         x_hat: (B, D) contiguous unit rows, fp32.
         x: (B, D') the same in the operand type.
-        centres: the columns of the pass, some at a time; at least one.
+        centres: the columns of the pass, piece by piece; at least one.
         weight: (C, D).
         index: (K,) contiguous, or None.
         labels: (B,) contiguous, int64.

@@ -1,6 +1,6 @@
-"""What the nearest negatives and the own centre of each row give to embeddings and centres.
+"""Gradients of embeddings and centres through the nearest negatives and the own centre.
 
-A program takes one row and goes through its K + 1 centres, so only those are read.
+A program processes one row and its K + 1 centres, so only those are read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The user's own tile shapes: the file that ``fastmargin tune`` writes, and what applies here.
 
 The file is JSON, at ``$FASTMARGIN_TUNED`` (empty: no file) or else in the user's cache folder. It
-is read once, at the first choice of a tile. An entry counts only for the chip, the Triton and the
-version of this library that it was measured with, so a choice depends on its arguments and on the
-table that was read, and on nothing else. Needs no Triton.
+is read once, at the first choice of a tile. An entry applies only to the GPU model, Triton version
+and fastmargin version it was measured with. A choice depends only on its arguments and on the table
+read. Needs no Triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCKS = ("block_b", "block_c", "block_k", "block_d")
 FIELDS = (*BLOCKS, "num_warps", "num_stages")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MOST_TILE_ROWS = 128
-"""Rows of a tile of the centre pass: its loop reads so far past the batch, without a mask."""
+"""Most rows of a tile of the centre pass, whose loop reads past the batch without a mask."""
 INTERPRETER = "interpreter"
 """Name of the device in Triton's interpreter, whose compute capability is 0."""
 
@@ -39,7 +39,7 @@ class TableError(ValueError):
 
 
 def fault(kernel: str, tile: object) -> str | None:
-    """Why this is no tile of a kernel, or None."""
+    """Why this is not a valid tile for the kernel, or None."""
     if kernel not in KERNELS:
         return f"unknown kernel {kernel!r}, want one of {', '.join(KERNELS)}"
     if not isinstance(tile, dict) or set(tile) != set(FIELDS):
@@ -59,11 +59,11 @@ def fault(kernel: str, tile: object) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tile, and what it was measured with.
+    """A tile, and what it was measured on.
 
     device: name of the GPU. arch: its compute capability, 90 for 9.0. triton, fastmargin:
-    versions. tile: the six numbers. made: where it comes from: torch, date, shape, median times
-    in ms of the tile that ships and of this one.
+    versions. tile: the six numbers. made: its origin: torch, date, shape, median times in ms of
+    the shipped tile and of this one.
     """
 
     kernel: str
@@ -78,16 +78,16 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, int, str, str, int, str, str]:
-        """An entry replaces that with the same key."""
+        """An entry replaces the one with the same key."""
         problem = self.kernel, self.dim, self.precision
         return *problem, self.device, self.arch, self.triton, self.fastmargin
 
     @staticmethod
     def of(raw: object) -> Entry:
-        """Of what JSON holds.
+        """From JSON.
 
         Raises:
-            ValueError: why it is none.
+            ValueError: it is not a valid entry; says why.
         """
         if not isinstance(raw, dict):
             raise ValueError(f"an entry is an object, got {raw!r}")
@@ -112,7 +112,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds: the entries, and why others in it were refused."""
+    """Contents of a file: the entries, and why others were rejected."""
 
     entries: tuple[Entry, ...] = ()
     refused: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Here:
-    """What entries must have been measured with to count in this process.
+    """What entries must have been measured on to apply in this process.
 
     devices: compute capability -> names of the GPUs that have it.
     """
@@ -130,7 +130,7 @@ class Here:
     fastmargin: str
 
     def objection(self, entry: Entry) -> str | None:
-        """Why the entry does not count here, or None."""
+        """Why the entry does not apply here, or None."""
         names = self.devices.get(entry.arch, frozenset())
         if entry.device not in names:
             return f"there is no {entry.device} here"
@@ -144,7 +144,7 @@ class Here:
 
 
 def here() -> Here:
-    """This process, as :class:`Here` has it."""
+    """:class:`Here` for this process."""
     import fastmargin
 
     try:
@@ -168,7 +168,7 @@ def here() -> Here:
 
 
 def user_file() -> Path | None:
-    """Where the table of this user is, or would be; None where it is turned off."""
+    """Path of the user's table, existing or not; None if turned off."""
     named = os.environ.get(VARIABLE)
     if named is not None and not named.strip():
         return None
@@ -188,7 +188,7 @@ def read(file: Path) -> Table:
     """The table in a file, an empty one if there is no such file.
 
     Raises:
-        TableError: it cannot be read or is none.
+        TableError: it cannot be read or is not a table.
     """
     remedy = "delete it or name another (fastmargin tune --reset deletes the user's own)"
     try:
@@ -217,10 +217,10 @@ def read(file: Path) -> Table:
 
 
 def write(file: Path, entries: Iterable[Entry]) -> None:
-    """Writes a table in one step: another process sees the old one or the new one.
+    """Writes a table atomically: other processes see the old one or the new one.
 
     Raises:
-        OSError: it cannot be written; the old one is as it was.
+        OSError: it cannot be written; the old one is unchanged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "entries": [asdict(e) for e in entries]}, indent=1)
@@ -233,10 +233,10 @@ def write(file: Path, entries: Iterable[Entry]) -> None:
 
 
 def merge(file: Path, made: Entry | None, key: tuple) -> None:
-    """Puts an entry in the place of that with this key; None takes that away.
+    """Replaces the entry with this key; None removes it.
 
     Raises:
-        TableError, OSError: as :func:`read` and :func:`write`; the file is as it was.
+        TableError, OSError: as :func:`read` and :func:`write`; the file is unchanged.
     """
     old = read(file).entries
     kept = [entry for entry in old if entry.key != key]
@@ -255,7 +255,7 @@ _injected: Tiles | None = None
 
 
 def applicable(table: Table, at: Here) -> Tiles:
-    """The tiles of the entries that count."""
+    """The tiles of the entries that apply here."""
     counting = (entry for entry in table.entries if at.objection(entry) is None)
     return {(e.kernel, e.dim, e.precision, e.arch): e.tile for e in counting}
 
@@ -268,7 +268,7 @@ def lookup(kernel: str, d: int, precision: str, arch: int) -> dict[str, int] | N
 
 @contextlib.contextmanager
 def using(tiles: Tiles) -> Iterator[None]:
-    """In this block choices are made with ``tiles`` instead of the user's; {}: as shipped."""
+    """In this block ``tiles`` replaces the user's table; {}: shipped tiles only."""
     global _injected
     before, _injected = _injected, tiles
     try:
@@ -287,13 +287,13 @@ def _user_tiles() -> Tiles:
 
 
 def forget() -> None:
-    """The next choice reads the file again."""
+    """Makes the next choice read the file again."""
     global _read
     _read = None
 
 
 def _load() -> Tiles:
-    """The user's tiles; what is wrong with the file is one warning."""
+    """The user's tiles; warns once about problems of the file."""
     file = user_file()
     if file is None:
         return {}
@@ -318,9 +318,8 @@ def _warn(message: str) -> None:
 def describe() -> dict[str, object]:
     """The user's table for reports.
 
-    ``file``: where it is, None if turned off. ``exists``. ``entries``: how many it has.
-    ``applied``: how many count here. ``left_out``: reasons, with the error of a file that cannot
-    be read.
+    ``file``: its path, None if turned off. ``exists``. ``entries``: how many it has. ``applied``:
+    how many apply here. ``left_out``: reasons for the others, or the error of an unreadable file.
     """
     file = user_file()
     found: dict[str, object] = {
