@@ -8,6 +8,7 @@ more ``--epochs``, on any number of processes, it goes on where it stopped.
 """
 
 import argparse
+import gc
 import os
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def main():
         rank, world = dist.get_rank(), dist.get_world_size()
     train(args, rank, world)
     if dist.is_initialized():
+        gc.collect()  # what is left of device meshes, whose threads may abort the process at its end
         dist.destroy_process_group()
 
 

@@ -229,11 +229,7 @@ def convert(
         ),
     ] = None,
     sub_centers: Annotated[
-<<<<<<< HEAD
-        int, typer.Option(min=1, help="Centres of each class in SOURCE (pml, wespeaker, --key).")
-=======
-        int, typer.Option(min=1, help="Centres per class in SOURCE (pml, wespeaker).")
->>>>>>> 0fb1cb73fe81a3bb1a97be55d6d9b79e89009546
+        int, typer.Option(min=1, help="Centres per class in SOURCE (pml, wespeaker, --key).")
     ] = 1,
     head: Annotated[
         str | None,

@@ -12,7 +12,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def output(name, *args, processes=0):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     command = [sys.executable, *(torchrun if processes else ()), str(EXAMPLES / name), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
 
 
 def test_minimal():
