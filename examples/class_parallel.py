@@ -94,7 +94,7 @@ def main():
         rank, world = dist.get_rank(), dist.get_world_size()
     train(args, rank, world)
     if dist.is_initialized():
-        gc.collect()  # what is left of device meshes, whose threads may abort the process at its end
+        gc.collect()  # device meshes: gloo threads that outlive them can abort the process
         dist.destroy_process_group()
 
 
