@@ -407,7 +407,7 @@ def test_cpu_ops_refuse(cpu_ops):
         (dict(labels=labels.int()), "labels has the wrong dtype"),
         (dict(cos=torch.rand(6)[::2]), "cos_y must be contiguous"),
         (dict(out=4), "loss has 4 elements, expected 3"),
-        (dict(table=None), "needs a table"),
+        (dict(table=None), "needs its table"),
         (dict(params=[1.0]), "11 margin parameters expected"),
         (dict(codes=[0, 9, 0]), "guard has no code 9"),
     ):
