@@ -225,6 +225,9 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         512: TileConfig(64, 64, 256, 256, 8, 2),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
     },
+    ("centre_pass", "tf32", 100): {
+        1024: TileConfig(64, 32, 32, 128, 8, 2),
+    },
     ("stats_pull", "half", 100): {
         128: TileConfig(128, 64, 64, 128, 8, 3),
     },
