@@ -59,7 +59,7 @@ def _refuse_replaced(optimiser: Optimizer, *_) -> None:
         return
     for group in optimiser.param_groups:
         for parameter in group["params"]:
-            if parameter in _replaced:
+            if parameter.requires_grad and parameter in _replaced:
                 raise RuntimeError(
                     f"the optimiser holds class centres {tuple(parameter.shape)} that "
                     "extend_classes or select_rows has replaced: make it anew from "

@@ -123,8 +123,8 @@ def plan(
     from fastmargin.plan import Problem, print_report, report
 
     try:
-        if memory is not None and not memory > 0:
-            raise ValueError(f"memory must be positive, got {memory}")
+        if memory is not None and not 0 < memory < float("inf"):
+            raise ValueError(f"memory must be positive and finite, got {memory}")
         problem = Problem(classes, embedding_size, batch, processes, sample_rate)
     except ValueError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastmargin import checks, class_set, deferred, export, functional, ops
 from fastmargin.columns import GRAD_REDUCES, Classes
 from fastmargin.deferred import SettledCopies
+from fastmargin.distributed import agreement, collectives
 from fastmargin.distributed import batch as batches
-from fastmargin.distributed import collectives
 from fastmargin.distributed.processes import GroupProcesses
 from fastmargin.distributed.shard import ClassShard, check_outside_ddp
 from fastmargin.functional import LossRows
@@ -376,18 +376,21 @@ class MarginHead(SettledCopies, nn.Module):
         """Trains with another margin from the next step on, e.g. for fine-tuning.
 
         Centres and optimiser stay; the old margin's state is not carried over. With ``group`` every
-        process calls it.
+        process calls it. Add parameters of the new margin to the optimiser; wrap in DDP afterwards.
 
         Raises:
-            TypeError, ValueError: as the constructor; the head then keeps its margin.
+            TypeError, ValueError, ProcessError: as the constructor, or on another process; the head
+                then keeps its margin.
         """
         _check_margin(margin, self.correct_sampling, self.row_tolerance)
-        before, self.margin = self.margin, margin.to(self.weight.device).train(self.training)
+        before, outside = self.margin, margin.processes
+        self.margin = margin.to(self.weight.device).train(self.training)
         try:
             self._check_alike()
-            self._bind()
-        except ValueError:
-            self.margin = before
+            group = None if self.shard is None else self.shard.group
+            agreement.all_or_none("changing the margin", self._bind, group)
+        except Exception:
+            self.margin, margin.processes = before, outside
             raise
         self._rows = None
 

@@ -159,7 +159,7 @@ def setups(problem: Problem) -> Iterator[Setup]:
     """The plain head, then ours, from the most usual to the smallest."""
     sampled = problem.sample_rate < 1
     shape = f"{problem.embedding_size}, {problem.classes}, margin"
-    shape += f", sample_rate={problem.sample_rate:g}" if sampled else ""
+    shape += f", sample_rate={problem.sample_rate!r}" if sampled else ""
     shape += ', group="world"' if problem.processes > 1 else ""
 
     def setup(name: str, options: str = "", step: str = "", **chosen) -> Setup:

@@ -496,6 +496,15 @@ def test_a_method_that_nothing_calls_is_not_overridden():
             def scale_logits(self, logits, embeddings):
                 return logits
 
+    class Mixin:
+        def get_cosine(self, embeddings):
+            return embeddings
+
+    with pytest.raises(TypeError, match="overrides get_cosine"):
+
+        class Mixed(Mixin, ArcFaceLoss):
+            pass
+
     class Named(ArcFaceLoss):
         def extra_repr(self):
             return "named"

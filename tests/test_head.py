@@ -122,6 +122,11 @@ def test_an_optimiser_of_centres_that_were_replaced(name):
         optimiser.step()
     other(x, labels).backward()
     unconcerned.step()
+    frozen, _, _ = head_and_batch()
+    frozen.freeze()
+    held = OPTIMISERS[name]([*frozen.parameters(), torch.nn.Parameter(torch.ones(3, 6))])
+    frozen.extend_classes(1)
+    held.step()  # it would not have moved them
     before = head.weight.detach().clone()
     optimiser.param_groups[0]["params"] = [head.weight]
     optimiser.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -191,6 +192,8 @@ def test_wrong_settings_are_refused_by_name(kind, options):
         (CosFace, "s", torch.nn.Parameter(torch.tensor(64.0)), TypeError),
         (lambda: ElasticFace(angular=False), "m", 2.5, ValueError),
         (NPT, "top_k", 1.5, TypeError),
+        (NPT, "r", -1.0, ValueError),
+        (NPT, "delta", math.nan, ValueError),
         (lambda: Filtered(ArcFace(), 0.4), "m", 28.6, ValueError),
         (lambda: Filtered(ArcFace(), 0.4), "threshold", 1.0, ValueError),
     ],
@@ -202,6 +205,24 @@ def test_a_schedule_is_checked_too(make, name, value, error):
         setattr(margin, name, value)
     assert getattr(margin, name) == before
     assert not list(margin.parameters())
+
+
+def test_a_subclass_may_learn_a_setting():
+    class Learned(ArcFace):
+        settings: ClassVar = {k: v for k, v in ArcFace.settings.items() if k != "m"}
+
+        def __init__(self):
+            super().__init__()
+            del self.m
+            self.m = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, cos_y, norm, labels):
+            return cos_y - self.m
+
+    case = testing.make_case("random", batch=6, classes=20, dim=8)
+    margin = Learned()
+    fm.margin_loss(case.x, case.weight, case.labels, margin).backward()
+    assert margin.m.grad > 0
 
 
 def test_numbers_of_numpy_become_pythons():

@@ -167,7 +167,8 @@ def test_command():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("0",), ("10", "--sample-rate", "0"), ("10", "--memory", "-1")]
+    "arguments",
+    [("0",), ("10", "--sample-rate", "0"), ("10", "--memory", "-1"), ("10", "--memory", "inf")],
 )
 def test_command_refuses(arguments):
     done = run(*arguments)

@@ -110,7 +110,7 @@ def refused(group, what: str):
     "what, at_fault, others",
     [
         ("label", "labels must be in [-1, 70)", "input of process 1 of the group was refused"),
-        ("dim", "embeddings have 4 dimensions", "input of process 1 of the group was refused"),
+        ("dim", "embeddings have size 4", "input of process 1 of the group was refused"),
         ("dtype", "the rows of different processes differ", "rows of different processes differ"),
         ("nobody", "an empty batch on every process", "an empty batch on every process"),
         ("too many rows", "made for batch_size=3", "made for batch_size=3"),

@@ -113,7 +113,7 @@ class ClassificationLoss(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        unused = sorted(UNCALLED.intersection(vars(cls)))
+        unused = sorted(name for name in UNCALLED if hasattr(cls, name))
         if unused:
             raise TypeError(
                 f"{cls.__name__} overrides {', '.join(unused)} of pytorch-metric-learning, which "

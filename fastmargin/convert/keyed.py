@@ -38,6 +38,8 @@ def matrices(content: Any) -> list[str]:
         if not isinstance(content, dict):
             return
         for name, value in content.items():
+            if not isinstance(name, str):
+                continue
             if isinstance(value, Tensor) and value.dim() == 2:
                 found.append((-value.numel(), f"{prefix}{name} {tuple(value.shape)}"))
             else:

@@ -146,7 +146,6 @@ class KappaFace(SoftmaxMargin):
         here: tuple[int, int] | None = None,
     ) -> None:
         start, stop = here or (0, num_classes)
-        self.class_start = start
         if hasattr(self, "class_sums"):
             bound = (*self.class_weights.shape, *self.class_sums.shape)
             if bound != (num_classes, stop - start, embedding_size):
@@ -155,12 +154,14 @@ class KappaFace(SoftmaxMargin):
                     f"{bound}, the classifier has {(num_classes, stop - start, embedding_size)}: "
                     "make a new KappaFace for it"
                 )
+            self.class_start = start
             return
         if self.class_counts is not None and self.class_counts.shape != (num_classes,):
             raise ValueError(
                 f"class_counts has shape {tuple(self.class_counts.shape)}, "
                 f"expected ({num_classes},)"
             )
+        self.class_start = start
         self.register_buffer("class_weights", torch.ones(num_classes, device=device))
         self.register_buffer("kappa", torch.zeros(num_classes, device=device))
         sums = torch.zeros(stop - start, embedding_size, device=device)

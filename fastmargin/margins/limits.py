@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from torch import Tensor
+
 from fastmargin.spec import GRAD_MODES, GUARDS
 
 Limit = Callable[[str, object], object]
@@ -61,6 +63,16 @@ class Within:
         if not self.low <= found <= self.high:
             raise ValueError(f"{name} must be {self.what}, got {value}")
         return found
+
+
+@dataclass(frozen=True)
+class OrTensor:
+    """Any tensor, for margins that can learn the setting, or a valid number."""
+
+    limit: Limit
+
+    def __call__(self, name: str, value: object) -> object:
+        return value if isinstance(value, Tensor) else self.limit(name, value)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ class NPT(NearestMargin):
     """
 
     settings: ClassVar = {
-        "delta": limits.anything,
+        "delta": limits.OrTensor(limits.number),
         "top_k": limits.count,
-        "r": limits.anything,
+        "r": limits.OrTensor(limits.positive),
         "zero_slot": limits.anything,
     }
 
@@ -42,8 +42,6 @@ class NPT(NearestMargin):
         self, delta: float = 0.5, top_k: int = 1, r: float = 1.0, zero_slot: bool = False
     ) -> None:
         super().__init__()
-        if not r > 0:
-            raise ValueError(f"r must be positive, got {r}")
         self.delta, self.top_k, self.r, self.zero_slot = delta, top_k, r, zero_slot
 
     def forward(self, cos_y: Tensor, nearest: Tensor) -> Tensor:

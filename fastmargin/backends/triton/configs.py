@@ -182,6 +182,9 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         512: TileConfig(32, 64, 512, 512, 8, 3),
         1024: TileConfig(128, 64, 128, 512, 8, 3),
     },
+    ("centre_pass", "tf32", 100): {
+        1024: TileConfig(64, 64, 32, 128, 4, 2),
+    },
     ("stats_pull", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
         256: TileConfig(64, 128, 256, 256, 8, 2),
