@@ -183,7 +183,7 @@ _TUNED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         1024: TileConfig(128, 64, 128, 512, 8, 3),
     },
     ("centre_pass", "tf32", 100): {
-        1024: TileConfig(64, 64, 32, 128, 4, 2),
+        1024: TileConfig(64, 32, 32, 128, 8, 2),
     },
     ("stats_pull", "half", 100): {
         128: TileConfig(128, 64, 128, 128, 8, 3),
@@ -227,9 +227,6 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         256: TileConfig(128, 64, 256, 256, 8, 2),
         512: TileConfig(64, 64, 256, 256, 8, 2),
         1024: TileConfig(64, 64, 256, 512, 8, 3),
-    },
-    ("centre_pass", "tf32", 100): {
-        1024: TileConfig(64, 32, 32, 128, 8, 2),
     },
     ("stats_pull", "half", 100): {
         128: TileConfig(128, 64, 64, 128, 8, 3),
