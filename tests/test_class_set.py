@@ -155,7 +155,7 @@ def whole_state(group):
         try:
             short.load_state_dict(state)
         except ValueError as error:
-            assert "weight has 70 rows to load, the head 60 classes" in str(error)
+            assert "weight has 70 rows to load, but the head has 60 classes" in str(error)
         else:
             raise AssertionError("loaded 70 classes into 60")
     return whole

@@ -289,7 +289,7 @@ def test_passes_that_nobody_steps(monkeypatch):
         warnings.simplefilter("error")
         for _ in range(2):
             head(x, labels).backward()
-    with pytest.warns(UserWarning, match="3 backward passes wait for a step"):
+    with pytest.warns(UserWarning, match="3 backward passes without a step"):
         head(x, labels).backward()
     assert len(optimizer.param_groups) == 1
 
