@@ -487,26 +487,3 @@ def test_the_package_itself(kind):
             for mine, truth in zip(found, gradients(theirs, x, labels, pairs), strict=True):
                 assert relative_error(mine, truth) < 1e-9
         assert relative_error(ours.get_logits(x).dense(), theirs.get_logits(x)) < 1e-9
-
-
-def test_a_method_that_nothing_calls_is_not_overridden():
-    with pytest.raises(TypeError, match="Hot overrides scale_logits of pytorch-metric-learning"):
-
-        class Hot(ArcFaceLoss):
-            def scale_logits(self, logits, embeddings):
-                return logits
-
-    class Mixin:
-        def get_cosine(self, embeddings):
-            return embeddings
-
-    with pytest.raises(TypeError, match="overrides get_cosine"):
-
-        class Mixed(Mixin, ArcFaceLoss):
-            pass
-
-    class Named(ArcFaceLoss):
-        def extra_repr(self):
-            return "named"
-
-    assert "named" in repr(Named(5, 8))

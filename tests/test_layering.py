@@ -114,4 +114,5 @@ def test_margins_import_torch_only():
                 "dataclasses",
                 "numbers",
                 "typing",
+                "zlib",
             } | {"__future__"}, f"{path.name} imports {name}"
