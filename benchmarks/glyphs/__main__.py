@@ -13,7 +13,7 @@ from benchmarks.glyphs.fonts import FontsMissingError
 from benchmarks.glyphs.heads import MARGINS
 from benchmarks.glyphs.report import print_report
 from benchmarks.glyphs.run import RATES, BenchmarkError, Settings, run
-from fastmargin.demo.progress import RichProgress
+from fastmargin.progress import RichProgress
 
 QUICK = {
     "classes": 500,

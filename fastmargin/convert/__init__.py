@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fastmargin import margins
 from fastmargin.convert import files, keyed, shards
 from fastmargin.convert.centres import (
     Backbone,
@@ -27,7 +28,6 @@ from fastmargin.convert.centres import (
     left_out,
 )
 from fastmargin.convert.formats import FORMATS, detect, format_of, place
-from fastmargin.convert.formats.fastmargin import MARGINS
 
 __all__ = [
     "FORMATS",
@@ -152,9 +152,9 @@ def check_target(
             f"margin and sampler_seed are for a checkpoint of fastmargin, and {form.name} keeps no "
             "such state: leave them out"
         )
-    if writing.margin not in (None, *MARGINS):
+    if writing.margin not in (None, *margins.BY_NAME):
         raise ConvertError(
-            f"margin {writing.margin!r} is none of {', '.join(MARGINS)}: see to --margin"
+            f"margin {writing.margin!r} is none of {', '.join(margins.BY_NAME)}: see to --margin"
         )
     if centres.sub_centers > 1 and not form.sub_centers:
         able = ", ".join(name for name, other in FORMATS.items() if other.sub_centers)

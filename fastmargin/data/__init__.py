@@ -10,6 +10,7 @@ from fastmargin.data.record_faces import RecordFaces
 from fastmargin.data.record_file import RecordError, RecordFile, write_index
 from fastmargin.data.record_format import ImageRecord, pack, unpack
 from fastmargin.data.record_writer import RecordWriter
+from fastmargin.data.verification_pairs import VerificationPairs
 
 __all__ = [
     "BlockShuffleSampler",
@@ -19,6 +20,7 @@ __all__ = [
     "RecordFaces",
     "RecordFile",
     "RecordWriter",
+    "VerificationPairs",
     "pack",
     "to_tensor",
     "unpack",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import fastmargin as fm
+from fastmargin import verification
 from fastmargin.demo import faces as face_files
-from fastmargin.demo import verification
 from fastmargin.demo.augment import random_views
 from fastmargin.demo.faces import Faces, Split
 from fastmargin.demo.heads import HEADS, TWIN, new_margin

@@ -24,3 +24,8 @@ __all__ = [
     "Processes",
     "SoftmaxMargin",
 ]
+
+BY_NAME = {
+    kind.__name__.lower(): kind for kind in (AdaFace, ArcFace, CosFace, ElasticFace, KappaFace, NPT)
+}
+"""The margins that commands can name: "adaface" -> AdaFace."""

@@ -39,10 +39,6 @@ from fastmargin.distributed.shard import bounds
 from fastmargin.sampling import ClassSampler
 
 HEAD, OPTIMISER = "head", "optimizer"
-MARGINS = {
-    name.lower(): getattr(margins, name)
-    for name in ("AdaFace", "ArcFace", "CosFace", "ElasticFace", "KappaFace", "NPT")
-}
 
 # ---- writing ----
 
@@ -66,7 +62,7 @@ class StreamedPiece(Piece):
 def _margin_state(centres: Centres, name: str | None) -> dict[str, Tensor]:
     """State of the margin that will load it: from the source, or the initial state."""
     name = name or ("adaface" if centres.statistics else "arcface")
-    margin = MARGINS[name]()
+    margin = margins.BY_NAME[name]()
     margin.bind(centres.num_classes, centres.weight.dim)
     state = dict(margin.state_dict())
     for key in STATISTICS:

@@ -71,3 +71,46 @@ def rank_one(features: Tensor, people: Tensor) -> float:
     unit = F.normalize(features.double(), dim=1)
     cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return (people[cosine.argmax(dim=1)] == people).double().mean().item()
+
+
+def ten_fold_accuracy(features: Tensor, same: Tensor, folds: int = 10) -> tuple[float, float]:
+    """Accuracy of pairs as LFW defines it: mean and standard deviation over the folds.
+
+    Each fold of consecutive pairs is judged by the threshold that is best on the other folds. The
+    threshold lies halfway between two scores, so it can separate all that are different.
+
+    Args:
+        features: [2 P, D], pair i being rows 2 i and 2 i + 1; any length.
+        same: [P] bool.
+        folds: from 2 to P.
+
+    Raises:
+        ValueError: sizes do not match, or fewer pairs than folds.
+    """
+    if len(features) != 2 * len(same) or not 2 <= folds <= len(same):
+        raise ValueError(
+            f"{len(features)} features, {len(same)} answers and {folds} folds: expected two "
+            "features per answer, and from two folds to one per answer"
+        )
+    unit = F.normalize(features.double(), dim=1)
+    score, same = (unit[::2] * unit[1::2]).sum(1), same.to(unit.device)
+    fold = torch.arange(len(same), device=unit.device) * folds // len(same)
+    found = []
+    for one in range(folds):
+        judged = fold == one
+        threshold = _best_threshold(score[~judged], same[~judged])
+        right = (score[judged] >= threshold) == same[judged]
+        found.append(right.double().mean())
+    return torch.stack(found).mean().item(), torch.stack(found).std(unbiased=False).item()
+
+
+def _best_threshold(score: Tensor, same: Tensor) -> Tensor:
+    """Lowest threshold with the most correct answers; halfway between neighbouring scores."""
+    values = score.unique()
+    between = (values[1:] + values[:-1]) / 2
+    thresholds = torch.cat([values[:1] - 1, between, values[-1:] + 1])
+    accepted = [
+        len(some) - torch.searchsorted(some.sort().values, thresholds)
+        for some in (score[same], score[~same])
+    ]
+    return thresholds[(accepted[0] - accepted[1]).argmax()]

@@ -32,3 +32,19 @@ class RichProgress:
 
     def __exit__(self, *_) -> None:
         self._bars.stop()
+
+
+class NoProgress:
+    """Shows nothing, for all processes but the first."""
+
+    def begin(self, what: str, steps: int) -> None:
+        pass
+
+    def advance(self, steps: int = 1) -> None:
+        pass
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
