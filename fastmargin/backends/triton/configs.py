@@ -232,7 +232,7 @@ _CROWDED: dict[tuple[str, str, int], dict[int, TileConfig]] = {
         128: TileConfig(128, 64, 64, 128, 8, 3),
     },
     ("stats_pull", "tf32", 100): {
-        1024: TileConfig(64, 32, 32, 128, 8, 2),
+        1024: TileConfig(64, 32, 64, 128, 8, 2),
     },
     ("stats_sum", "half", 100): {
         1024: TileConfig(128, 64, 64, 128, 4, 4),

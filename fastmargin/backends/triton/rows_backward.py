@@ -138,7 +138,7 @@ def constants(d: int, indexed: bool, want_x: bool, want_w: bool) -> dict:
         "BLOCK_R": max(1, min(16, 1024 // block_d)),
         "BLOCK_D": block_d,
         "SCANNED": SCANNED_AT_ONCE,
-        "num_warps": 4 if block_d < 1024 else 8,
+        "num_warps": 8,
     }
 
 
