@@ -230,7 +230,9 @@ def train(
     image_size: Annotated[int, typer.Option(help="Images are resized to this square.")] = 112,
     margin: Annotated[
         str,
-        typer.Option(help="adaface, arcface, cosface, elasticface, kappaface or npt."),
+        typer.Option(
+            help="arcface, cosface, adaface, curricularface, elasticface, kappaface, magface, npt."
+        ),
     ] = "arcface",
     setting: Annotated[
         list[str] | None,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmargin.margins import KappaFace, Margin, NearestMargin
+from fastmargin.margins import ClassMargin, KappaFace, Margin, NearestMargin
 
 REGIMES = (
     "random",
@@ -132,11 +132,13 @@ def plain_loss(
 
 
 def shape_table(margin: Margin, classes: int, dim: int, seed: int = 0) -> Margin:
-    """Binds a margin, and gives KappaFace random class weights in [0, 1); returns the margin."""
+    """Binds a margin, with random class weights or margins in [0, 1); returns the margin."""
+    table = torch.rand(classes, generator=torch.Generator().manual_seed(seed))
+    if isinstance(margin, ClassMargin):
+        margin.m = table
     margin.bind(classes, dim)
     if isinstance(margin, KappaFace):
-        g = torch.Generator().manual_seed(seed)
-        margin.class_weights.copy_(torch.rand(classes, generator=g))
+        margin.class_weights.copy_(table)
     return margin
 
 

@@ -32,6 +32,7 @@ def row_adamw(parameters):
 # name -> classes, margin, options of the head, optimiser
 CASES = {
     "adaface": (507, lambda: fm.AdaFace(t_alpha=0.5), {}, sgd),
+    "curricularface": (70, lambda: fm.CurricularFace(alpha=0.5), {}, sgd),
     "kappaface": (5, lambda: fm.KappaFace(), {}, adamw),
     "sampled": (507, lambda: fm.CosFace(), {"sample_rate": 0.3, "seed": 7}, adamw),
     "row_sgd": (300, lambda: fm.ElasticFace(), {"sample_rate": 0.5, "sparse_grad": True}, row_sgd),

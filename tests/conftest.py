@@ -23,14 +23,15 @@ from fastmargin.margins import (
     NPT,
     AdaFace,
     ArcFace,
+    ClassMargin,
     CosFace,
+    CurricularFace,
     ElasticFace,
     Filtered,
     KappaFace,
+    MagFace,
     SoftmaxMargin,
 )
-from fastmargin.margins.guards import add_angle
-from fastmargin.spec import MarginForm
 
 
 def pytest_collection_modifyitems(items):
@@ -85,27 +86,6 @@ class NoForm(SoftmaxMargin):
         return 0.2 / norm
 
 
-class FromNorm(SoftmaxMargin):
-    """MagFace's angle: it grows with the norm, whose gradient reaches the kernels' form."""
-
-    LOW, HIGH, START, SLOPE = 10.0, 20.0, 0.2, 0.02
-
-    def forward(self, cos_y, norm, labels):
-        angle = self.START + self.SLOPE * norm.clamp(self.LOW, self.HIGH)
-        return add_angle(cos_y, angle, "mm", "exact")
-
-    def form(self):
-        return MarginForm(
-            self.s,
-            m2=self.START,
-            m2_u=self.SLOPE,
-            source="norm",
-            guard="mm",
-            low=self.LOW,
-            high=self.HIGH,
-        )
-
-
 # name -> margin; made anew for every test, since margins carry state
 MARGINS = {
     "softmax": lambda: CosFace(m=0.0, s=32),
@@ -122,7 +102,10 @@ MARGINS = {
     "adaface_cvlface": lambda: AdaFace(
         t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
     ),
-    "from_norm": lambda: FromNorm(s=32.0),
+    "magface": lambda: MagFace(l_a=10.0, u_a=20.0, guard="mm", lambda_g=2.0, s=32.0),
+    "curricularface": lambda: CurricularFace(alpha=0.5, s=32.0),
+    "class_margin": lambda: ClassMargin([0.3]),
+    "class_margin_cosine": lambda: ClassMargin([0.3], angular=False, s=32.0),
     "elasticface": lambda: ElasticFace(std=0.1),
     "kappaface": lambda: KappaFace(m=0.8),
     "filtered": lambda: Filtered(CosFace(m=0.2, s=20), 0.3),
@@ -134,6 +117,14 @@ MARGINS = {
     "npt_3": lambda: NPT(delta=0.3, top_k=3, r=2.0),
     "npt_zero_slot": lambda: NPT(top_k=2, zero_slot=True),
 }
+
+
+def margin_for(name: str, classes: int):
+    """A new margin for a head with this number of classes."""
+    margin = MARGINS[name]()
+    if isinstance(margin, ClassMargin):
+        margin.m = torch.linspace(0.1, 0.6, classes)
+    return margin
 
 
 @pytest.fixture(params=MARGINS)

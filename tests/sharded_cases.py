@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from conftest import MARGINS
-from test_golden import Curricular
+from conftest import MARGINS, margin_for
 
 import fastmargin as fm
 from fastmargin import testing
@@ -13,7 +12,6 @@ from fastmargin.distributed.shard import bounds
 MARGINS = {
     **MARGINS,
     "adaface_local": lambda: fm.AdaFace(t_alpha=0.5, stats="local"),
-    "curricular": lambda: Curricular(0.5, 32.0, 0.3),
 }
 # rows of each process: uneven, and one with none
 ROWS = {1: (23,), 2: (9, 14), 3: (14, 0, 9), 4: (2, 12, 3, 6)}
@@ -56,7 +54,8 @@ def steps(head, rows: slice, count: int = 2, reduction="mean", optimiser=torch.o
 
 
 def head_of(margin: str, classes: int, group=None, **options):
-    head = fm.MarginHead(DIM, classes, MARGINS[margin](), group=group, **options).double()
+    made = MARGINS[margin]() if margin == "adaface_local" else margin_for(margin, classes)
+    head = fm.MarginHead(DIM, classes, made, group=group, **options).double()
     whole = batch_of(classes)[1]
     start, stop = (0, classes) if head.shard is None else (head.shard.start, head.shard.stop)
     head.weight.data.copy_(whole[start:stop])

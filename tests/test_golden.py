@@ -1,8 +1,7 @@
 """Values recorded from the official implementations, in float64.
 
 ``tests/golden`` holds a small set; ``FASTMARGIN_GOLDEN`` (default: ``shared/golden`` beside the
-checkout) may name a folder with more. Families that no margin of the package covers yet run
-through margins defined here, which shows what the seam can carry.
+checkout) may name a folder with more.
 """
 
 from __future__ import annotations
@@ -23,67 +22,17 @@ from fastmargin.margins import (
     AdaFace,
     ArcFace,
     CosFace,
+    CurricularFace,
     Filtered,
     KappaFace,
+    MagFace,
     SoftmaxMargin,
 )
 from fastmargin.margins.guards import add_angle
-from fastmargin.spec import HardRule, MarginForm
 
 HERE = Path(__file__).parent
 MORE = Path(os.environ.get("FASTMARGIN_GOLDEN", HERE.parents[1] / "shared" / "golden"))
 FILES = {path.stem: path for folder in (MORE, HERE / "golden") for path in folder.glob("*.npz")}
-
-
-class Curricular(SoftmaxMargin):
-    """CurricularFace, with its running mean t."""
-
-    def __init__(self, m, s, t, alpha=0.01):
-        super().__init__(s)
-        self.m, self.alpha = m, alpha
-        self.register_buffer("t", torch.as_tensor(t).reshape(1))
-
-    def hard(self, cos_y, labels):
-        total, rows = self.processes.sum(torch.stack([cos_y.sum(), (labels >= 0).sum().to(cos_y)]))
-        mean = total / rows
-        self.next_t = self.alpha * mean + (1 - self.alpha) * self.t
-        m = torch.full_like(cos_y, self.m)
-        one, zero = torch.ones_like(self.t), torch.zeros_like(self.t)
-        coefficients = torch.cat([one, self.next_t, zero])
-        return HardRule(add_angle(cos_y, m, "none", "exact"), coefficients, bound=2.0)
-
-    def observe(self, x_hat, labels):
-        self.t.copy_(self.next_t)
-
-    def forward(self, cos_y, norm, labels):
-        return add_angle(cos_y, torch.full_like(cos_y, self.m), "mm", "exact")
-
-
-class Mag(SoftmaxMargin):
-    """MagFace through the kernels' ``norm`` source, and its penalty on the norm."""
-
-    def __init__(self, hyper):
-        super().__init__(hyper["s"])
-        self.low, self.high = hyper["l_a"], hyper["u_a"]
-        self.slope = (hyper["u_margin"] - hyper["l_margin"]) / (self.high - self.low)
-        self.start = hyper["l_margin"] - self.slope * self.low
-        self.guard = "easy" if hyper["easy_margin"] else "mm"
-        self.weight = hyper["lambda_g"]
-
-    def form(self):
-        return MarginForm(
-            self.s,
-            m2=self.start,
-            m2_u=self.slope,
-            source="norm",
-            guard=self.guard,
-            low=self.low,
-            high=self.high,
-        )
-
-    def penalty(self, norm):
-        a = norm.clamp(self.low, self.high)
-        return self.weight * (a / self.high**2 + 1 / a)
 
 
 class Elastic(SoftmaxMargin):
@@ -144,9 +93,12 @@ def build(family, hyper, file):
     if family == "npt":
         return NPT(hyper["delta"], hyper["top_k"], hyper["r"], zero_slot=True)
     if family == "curricularface":
-        return Curricular(hyper["m"], s, file["state_before_t"][0])
+        margin = CurricularFace(hyper["m"], s).double()
+        margin.t.fill_(file["state_before_t"].ravel()[0].item())
+        return margin
     if family == "magface":
-        return Mag(hyper)
+        guard = "easy" if hyper.pop("easy_margin") else "mm"
+        return MagFace(**hyper, guard=guard)
     if family in ("elastic_arcface", "elastic_cosface"):
         return Elastic(s, file["margin"], family == "elastic_arcface")
     return None

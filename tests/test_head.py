@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKENDS, MARGINS, ON_GPU, device_for
+from conftest import BACKENDS, MARGINS, ON_GPU, device_for, margin_for
 
 import fastmargin as fm
 from fastmargin import testing
@@ -15,7 +15,7 @@ from fastmargin.margins import NearestMargin
 
 
 def head_and_batch(name="arcface", batch=8, classes=11, dim=6, **kwargs):
-    head = fm.MarginHead(dim, classes, MARGINS[name](), **kwargs)
+    head = fm.MarginHead(dim, classes, margin_for(name, classes), **kwargs)
     case = testing.make_case("some_ignored", batch, classes, dim).to(torch.float32)
     with torch.no_grad():
         head.weight.copy_(case.weight)
@@ -141,9 +141,9 @@ def test_another_margin(name):
     optimiser = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     head(x, labels).backward()
     optimiser.step()
-    fresh = fm.MarginHead(head.embedding_size, head.num_classes, MARGINS[name]())
+    fresh = fm.MarginHead(head.embedding_size, head.num_classes, margin_for(name, 11))
     fresh.weight.data.copy_(head.weight)
-    head.change_margin(MARGINS[name]())
+    head.change_margin(margin_for(name, 11))
     assert head(x, labels) == fresh(x, labels)
     optimiser.zero_grad()
     head(x, labels).backward()

@@ -13,13 +13,17 @@ import torch
 import fastmargin as fm
 from fastmargin import testing
 from fastmargin.margins import (
+    BY_NAME,
     NPT,
     AdaFace,
     ArcFace,
+    ClassMargin,
     CosFace,
+    CurricularFace,
     ElasticFace,
     Filtered,
     KappaFace,
+    MagFace,
 )
 
 
@@ -45,6 +49,19 @@ from fastmargin.margins import (
         (KappaFace, {"m": 28.6}),
         (KappaFace, {"features": "memory"}),
         (KappaFace, {"gamma": -1}),
+        (MagFace, {"l_a": 0.0}),
+        (MagFace, {"l_a": 200.0}),
+        (MagFace, {"u_margin": 28.6}),
+        (MagFace, {"lambda_g": -1.0}),
+        (CurricularFace, {"m": 28.6}),
+        (CurricularFace, {"alpha": 1.5}),
+        (ClassMargin, {"m": []}),
+        (ClassMargin, {"m": 0.5}),
+        (ClassMargin, {"m": [[0.5]]}),
+        (ClassMargin, {"m": [0.5, -0.1]}),
+        (ClassMargin, {"m": [0.5, math.nan]}),
+        (ClassMargin, {"m": [28.6, 0.5]}),
+        (ClassMargin, {"m": [0.5, 2.5], "angular": False}),
         (NPT, {"top_k": 0}),
         (NPT, {"r": 0.0}),
     ],
@@ -158,7 +175,7 @@ def test_an_overridden_margin_factor_is_heard():
 OTHERS = {
     "m": 0.3,
     "s": 32.0,
-    "guard": "easy",
+    "guard": "mmm",
     "grad": "straight_through",
     "cos_eps": 0.25,
     "angle_eps": 0.25,
@@ -180,19 +197,28 @@ OTHERS = {
     "memory_momentum": 0.5,
     "margin": CosFace(cos_eps=0.25),
     "threshold": 0.3,
+    "l_a": 20.0,
+    "u_a": 90.0,
+    "l_margin": 0.3,
+    "u_margin": 0.9,
+    "lambda_g": 20.0,
+    "alpha": 0.1,
 }
 
 
-@pytest.mark.parametrize("kind", [ArcFace, CosFace, AdaFace, ElasticFace, KappaFace, NPT, Filtered])
+@pytest.mark.parametrize("kind", [*BY_NAME.values(), ClassMargin, Filtered])
 def test_every_setting_is_in_the_fingerprint(kind):
     base = {}
     if kind is KappaFace:
         base = {"features": "memory", "num_samples": 3, "class_counts": [1, 1]}
     elif kind is Filtered:
         base = {"margin": CosFace(), "threshold": 0.4}
+    elif kind is ClassMargin:
+        base = {"m": [0.3, 0.3]}
     assert kind(**base).fingerprint() == kind(**base).fingerprint()
     for name in inspect.signature(kind).parameters:
-        options = base | {name: OTHERS[name]}
+        other = [0.3, 0.4] if kind is ClassMargin and name == "m" else OTHERS[name]
+        options = base | {name: other}
         if name == "features":
             options.pop("num_samples")
         assert kind(**options).fingerprint() != kind(**base).fingerprint(), name

@@ -78,6 +78,18 @@ class Filtered(SoftmaxMargin):
     def processes(self, processes: Processes) -> None:
         self.margin.processes = processes
 
+    def bind(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        device: torch.device | None = None,
+        here: tuple[int, int] | None = None,
+    ) -> None:
+        self.margin.bind(num_classes, embedding_size, device, here)
+
+    def change_classes(self, change) -> None:
+        self.margin.change_classes(change)
+
     def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule:
         return HardRule.of(torch.full_like(cos_y, self.threshold), 0.0, 0.0, 0.0)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from fastmargin.spec import GRAD_MODES, GUARDS
@@ -63,6 +64,28 @@ class Within:
         if not self.low <= found <= self.high:
             raise ValueError(f"{name} must be {self.what}, got {value}")
         return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """One number per class within a limit, as a float32 tensor (C,)."""
+
+    limit: Within
+
+    def __call__(self, name: str, value: object) -> Tensor:
+        found = torch.as_tensor(value).detach()
+        if found.dtype.is_complex or found.dtype == torch.bool:
+            raise TypeError(f"{name} must be of numbers, got {found.dtype}")
+        if found.dim() != 1 or found.numel() == 0:
+            raise ValueError(
+                f"{name} must have one number per class, (C,), got shape {tuple(found.shape)}"
+            )
+        wrong = ~((found >= self.limit.low) & (found <= self.limit.high))  # NaN, too
+        if bool(wrong.any()):
+            place = int(wrong.nonzero()[0, 0])
+            self.limit(f"{name}[{place}]", found[place].item())
+        # a number below the limit in float64 may round to one above it
+        return found.float().clamp(self.limit.low, self.limit.high)
 
 
 @dataclass(frozen=True)
