@@ -170,7 +170,8 @@ def constants(d: int, packed: bool, indexed: bool, width: int, precision: str) -
         "WIDTH": width,
         "PRECISION": DOT_PRECISION[precision],
         "BLOCK_C": 16,
-        "BLOCK_D": min(block_of(d), 128),
+        # an address per element if not packed: registers are short
+        "BLOCK_D": min(block_of(d), 128 if packed else 64),
         "num_warps": 4,
     }
 
