@@ -28,9 +28,16 @@ class Roc:
     tar: Tensor
 
 
+def _unit(features: Tensor) -> Tensor:
+    """Unit rows [N, D] in float64; raises ValueError if some are not finite."""
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features must be finite: these have NaN or infinite values")
+    return F.normalize(features.double(), dim=1)
+
+
 def all_pairs(features: Tensor, people: Tensor) -> Pairs:
     """features [N, D] (any length, normalised here), people [N] -> cosines of N(N-1)/2 pairs."""
-    unit = F.normalize(features.double(), dim=1)
+    unit = _unit(features)
     first, second = torch.triu_indices(len(people), len(people), offset=1, device=people.device)
     cosine = (unit @ unit.T)[first, second]
     same = people[first] == people[second]
@@ -68,7 +75,7 @@ def tar_at_far(curve: Roc, far: float) -> float:
 
 def rank_one(features: Tensor, people: Tensor) -> float:
     """Fraction of images whose nearest other image (by cosine) shows the same person."""
-    unit = F.normalize(features.double(), dim=1)
+    unit = _unit(features)
     cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return (people[cosine.argmax(dim=1)] == people).double().mean().item()
 
@@ -92,7 +99,7 @@ def ten_fold_accuracy(features: Tensor, same: Tensor, folds: int = 10) -> tuple[
             f"{len(features)} features, {len(same)} answers and {folds} folds: expected two "
             "features per answer, and from two folds to one per answer"
         )
-    unit = F.normalize(features.double(), dim=1)
+    unit = _unit(features)
     score, same = (unit[::2] * unit[1::2]).sum(1), same.to(unit.device)
     fold = torch.arange(len(same), device=unit.device) * folds // len(same)
     found = []

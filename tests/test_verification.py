@@ -128,6 +128,19 @@ def test_ten_folds_refuse(count, answers, folds):
         verification.ten_fold_accuracy(torch.ones(count, 2), torch.ones(answers).bool(), folds)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_features_must_be_finite(bad):
+    features = torch.ones(8, 2)
+    features[3, 1] = bad
+    for figure in (
+        lambda: verification.ten_fold_accuracy(features, torch.ones(4).bool(), 2),
+        lambda: verification.all_pairs(features, torch.arange(8)),
+        lambda: verification.rank_one(features, torch.arange(8)),
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            figure()
+
+
 def picture(value):
     image = pytest.importorskip("PIL.Image").new("RGB", (4, 6), (value, 100, 200))
     file = io.BytesIO()
@@ -148,7 +161,7 @@ def test_bin_file(tmp_path):
 def test_bin_file_of_python_2(tmp_path):
     """Its strings are bytes."""
     image = picture(7)
-    text = b"(lp0\n" + b"S" + repr(image)[1:].encode() + b"\na" + b"g1\na" * 0
+    text = b"(lp0\n" + b"S" + repr(image)[1:].encode() + b"\na"
     second = b"S" + repr(image)[1:].encode() + b"\na"
     (tmp_path / "x.bin").write_bytes(b"(" + text + second + b"(lI01\nat.")
     pairs = VerificationPairs(tmp_path / "x.bin")
@@ -172,6 +185,7 @@ class Harmful:
         (pickle.dumps(([b"a"], [True])), "two images"),
         (pickle.dumps((["a", "b"], [True])), "as bytes"),
         (pickle.dumps((1, 2)), "lfw.bin"),
+        (b"(S'a'\nS'b'\naI1\nt.", "lfw.bin"),
     ],
 )
 def test_bin_files_that_are_refused(tmp_path, capsys, content, message):

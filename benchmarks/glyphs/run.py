@@ -22,7 +22,7 @@ from benchmarks.glyphs.fonts import HELD_OUT, NOTO, SMALL, find_faces
 from benchmarks.glyphs.heads import HEADS, MARGINS, NudgedHead
 from benchmarks.glyphs.training import Recipe, Trained, largest_gap, train_in_step
 from benchmarks.provenance import provenance
-from fastmargin.demo.run import Progress, Silent
+from fastmargin.progress import Progress, Silent
 
 RATES = (1.0, 0.3, 0.1)
 CURVE_POINTS = 60

@@ -22,6 +22,11 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it contains {module}.{name}")
 
 
+_BROKEN = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError, ValueError)
+_BROKEN += (OverflowError, MemoryError)
+"""What a damaged pickle raises."""
+
+
 class VerificationPairs:
     """Images ``2 i`` and ``2 i + 1`` are pair ``i``; iterating gives the transformed images.
 
@@ -32,7 +37,8 @@ class VerificationPairs:
 
     Args:
         path: a pickle of (list of 2 P image files as bytes, list of P booleans), as made by
-            insightface's ``lfw2pack``. It is read without running code from it.
+            insightface's ``lfw2pack``. It is read without running code from it, though one made to
+            do harm may use up the memory.
         transform: PIL image (RGB) -> sample; default :func:`to_tensor`.
 
     Attributes:
@@ -51,7 +57,7 @@ class VerificationPairs:
             with open(self.path, "rb") as file:
                 # "bytes": files written by Python 2 have strings in place of bytes
                 images, same = map(list, _PlainUnpickler(file, encoding="bytes").load())
-        except (pickle.UnpicklingError, EOFError, IndexError, TypeError, ValueError) as error:
+        except _BROKEN as error:
             raise ValueError(
                 f"{path} is not a pair of a list of image files and a list of booleans, as "
                 f"insightface's lfw.bin: {error}"

@@ -15,7 +15,8 @@ class WholeFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-        self.file = open(self.temporary, "xb")
+        # a leftover of a killed process may have the same number, as in containers
+        self.file = open(self.temporary, "wb")
 
     def sync(self) -> None:
         """Flushes everything to the disk and closes the file."""

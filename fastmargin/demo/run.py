@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fastmargin.demo.network import embed, embed_both_sides
 from fastmargin.demo.scaling import IDENTITIES, Scene, measure_all
 from fastmargin.demo.training import Recipe, Trained, train
 from fastmargin.demo.twin import train_twins
+from fastmargin.progress import Progress, Silent
 
 RAW = "raw pixels"
 FAR = 1e-2
@@ -56,24 +57,6 @@ class Settings:
     threads: int | None = None
     scaling: bool = True
     identities: tuple[int, ...] = IDENTITIES
-
-
-class Progress(Protocol):
-    """Receives the progress of the demo."""
-
-    def begin(self, what: str, steps: int) -> None:
-        """A part of the demo with this many steps starts."""
-
-    def advance(self) -> None:
-        """One step is done."""
-
-
-class Silent:
-    """Ignores progress."""
-
-    def begin(self, what: str, steps: int) -> None: ...
-
-    def advance(self) -> None: ...
 
 
 def run_demo(settings: Settings, progress: Progress | None = None, command: str = "") -> Figures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from fastmargin.data import BlockShuffleSampler, FolderFaces, RecordFaces, to_tensor
 from fastmargin.data.faces import Faces
+from fastmargin.train.settings import TrainError, last_line
 
 
 class Resized:
@@ -50,6 +52,28 @@ class _Rest(Sampler[int]):
         return max(0, len(self.sampler) - self.start)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """step: of the epoch. images: (B, 3, H, W). labels: (B,). mirrored: (B,) bool, which to mirror.
+
+    seed: of the step on this process, for whatever else is random in it.
+    """
+
+    step: int
+    images: Tensor
+    labels: Tensor
+    mirrored: Tensor
+    seed: int
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device, without waiting for it."""
+        parts = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("images", "labels", "mirrored")
+        }
+        return replace(self, **parts)
+
+
 class Epochs:
     """Batches of one process; an epoch can be entered in the middle.
 
@@ -67,15 +91,25 @@ class Epochs:
         )
         self.steps = len(self._order) // batch
 
-    def batches(self, epoch: int, first: int = 0) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """From step ``first`` on: step, images (B, 3, H, W), labels (B,), which to mirror (B,)."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step ``first`` on.
+
+        Raises:
+            TrainError: an image cannot be read or decoded.
+        """
         self._order.set_epoch(epoch)
         self._rest.start = first * self.batch
-        for step, (images, labels) in enumerate(self._loader, first):
-            yield step, images, labels, self._mirrored(epoch, step, len(labels))
+        loaded = iter(self._loader)
+        for step in range(first, self.steps):
+            try:
+                images, labels = next(loaded)
+            except (OSError, ValueError) as error:
+                raise TrainError(last_line(error)) from error
+            seed = self._seed(epoch, step)
+            chances = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+            yield Batch(step, images, labels, chances < 0.5, seed)
 
-    def _mirrored(self, epoch: int, step: int, rows: int) -> Tensor:
-        # from the step alone, so that resumed training mirrors the same images
+    def _seed(self, epoch: int, step: int) -> int:
+        # from the step alone, so that resumed training is the same
         text = f"{self.seed} {epoch} {step} {self.rank}".encode()
-        key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-        return torch.rand(rows, generator=torch.Generator().manual_seed(key)) < 0.5
+        return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

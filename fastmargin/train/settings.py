@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ NOT_SETTABLE = {"class_counts", "features", "num_samples", "memory_momentum"}
 
 class TrainError(RuntimeError):
     """Training cannot start or go on; the message says why and how to fix it."""
+
+
+def last_line(error: Exception) -> str:
+    """The message of an error, without the traceback that a loading process puts before it."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,22 @@ class Settings:
         return top * (1 - (progress - self.warm_up) / (self.epochs - self.warm_up)) ** 2
 
     def recipe(self) -> dict[str, Any]:
-        """What must be the same when training is resumed."""
-        elsewhere = {"data", "out", "validation", "pretrained", "device", "workers"}
-        elsewhere |= {"save_every", "resume", "batch"}
-        return {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        """The options that must be the same when training is resumed."""
+        names = ("backbone", "embedding_size", "image_size", "sample_rate")
+        names += ("momentum", "weight_decay", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
         """Raises TrainError for a number out of range."""
         if self.margin not in BY_NAME:
             raise TrainError(f"--margin must be one of {', '.join(BY_NAME)}, got {self.margin!r}")
-        for name in ("embedding_size", "image_size", "epochs", "batch", "save_every"):
+        for name in ("embedding_size", "image_size", "epochs", "save_every"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{_option(name)} must be at least 1, got {getattr(self, name)}")
+        if self.batch < 2:
+            raise TrainError(f"--batch must be at least 2, for batch norms, got {self.batch}")
+        if not 0 <= self.seed < 2**63:
+            raise TrainError(f"--seed must be in [0, 2^63), got {self.seed}")
         for name in ("momentum", "weight_decay", "workers"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise TrainError(f"{_option(name)} must not be negative, got {getattr(self, name)}")
