@@ -143,6 +143,14 @@ def test_two_processes_are_one(tmp_path):
         assert not torch.equal(value, start[name])
 
 
+def test_two_processes_stop_in_the_middle_of_an_epoch(faces, tmp_path):
+    wild = "--lr", 1e30, "--clip", "inf", "--save-every", 1, "--epochs", 1
+    done = torchrun(faces, "--out", tmp_path / "run", *SMALL, *wild)
+    assert done.returncode != 0 and "no longer finite at step 2" in done.stderr
+    stored = fm.checkpoint.load(tmp_path / "run" / "checkpoint", {}, strict=False)
+    assert (stored["epoch"], stored["seen"]) == (0, 2 * 8)
+
+
 def test_an_error_on_one_process_ends_both(faces, tmp_path):
     done = torchrun(faces, "--out", tmp_path / "run", *SMALL, "--validation", "nowhere")
     assert done.returncode != 0 and "nowhere" in done.stderr and done.stdout == ""

@@ -24,7 +24,7 @@ from fastmargin.backends.triton.configs import (
     is_packed,
     operand_width,
 )
-from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.launch import NO_SPILLS, on_device
 from fastmargin.backends.triton.tile import (
     indexed_rows,
     inverse_norms,
@@ -170,9 +170,9 @@ def constants(d: int, packed: bool, indexed: bool, width: int, precision: str) -
         "WIDTH": width,
         "PRECISION": DOT_PRECISION[precision],
         "BLOCK_C": 16,
-        # an address per element if not packed: registers are short
-        "BLOCK_D": min(block_of(d), 128 if packed else 64),
+        "BLOCK_D": min(block_of(d), 128),
         "num_warps": 4,
+        **NO_SPILLS,
     }
 
 

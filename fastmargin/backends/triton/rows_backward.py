@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmargin.backends.triton.configs import block_of
-from fastmargin.backends.triton.launch import on_device
+from fastmargin.backends.triton.launch import NO_SPILLS, on_device
 from fastmargin.backends.triton.own_rows import (
     SCANNED_AT_ONCE,
     OwnRows,
@@ -138,7 +138,8 @@ def constants(d: int, indexed: bool, want_x: bool, want_w: bool) -> dict:
         "BLOCK_R": max(1, min(16, 1024 // block_d)),
         "BLOCK_D": block_d,
         "SCANNED": SCANNED_AT_ONCE,
-        "num_warps": 8,
+        "num_warps": 4,
+        **NO_SPILLS,
     }
 
 
