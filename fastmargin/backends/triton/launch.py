@@ -13,8 +13,8 @@ from torch import Tensor
 from fastmargin.backends.triton.tile import INTERPRETED
 
 NO_SPILLS = {} if torch.version.hip else {"maxnreg": 128}
-"""Launch options of small kernels: without a limit, ptxas may spill a few of their registers so that
-more programs fit on a multiprocessor."""
+"""Launch options of small kernels: without a limit, ptxas may spill a few of their registers so
+that more programs fit on a multiprocessor."""
 
 
 @dataclass(frozen=True)
