@@ -102,7 +102,7 @@ def test_captured_step_replays_with_new_data(backend, row_tolerance):
 
 
 @pytest.mark.parametrize("options", [{}, {"sample_rate": 0.5}])
-@pytest.mark.parametrize("name", ["elasticface", "npt", "arcface"])
+@pytest.mark.parametrize("name", ["elasticface", "npt", "arcface", "curricularface", "magface"])
 def test_captured_step_of_other_heads(name, options):
     """What is drawn follows from steps counted on the device: a replay draws as they say."""
     _check_captured_step(MARGINS[name](), **options)
