@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmargin.backends.triton.tile import INTERPRETED
 
-NO_SPILLS = {} if torch.version.hip else {"maxnreg": 128}
+NO_SPILLS = {} if torch.version.hip else {"maxnreg": 255}
 """Launch options of small kernels: without a limit, ptxas may spill a few of their registers so
 that more programs fit on a multiprocessor."""
 
