@@ -103,6 +103,7 @@ MARGINS = {
         t_alpha=0.5, guard="none", grad="straight_through", cos_eps=0.0
     ),
     "magface": lambda: MagFace(l_a=10.0, u_a=20.0, guard="mm", lambda_g=2.0, s=32.0),
+    "magface_insightface": lambda: MagFace(l_a=5.0, u_a=30.0, grad="straight_through", s=16.0),
     "curricularface": lambda: CurricularFace(alpha=0.5, s=32.0),
     "class_margin": lambda: ClassMargin([0.3]),
     "class_margin_cosine": lambda: ClassMargin([0.3], angular=False, s=32.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -32,8 +34,9 @@ def test_takes_numbers_of_all_kinds():
     assert ClassMargin([0, 1]).m.tolist() == [0, 1]
     given = torch.full((3,), 0.5, requires_grad=True)
     assert not ClassMargin(given).m.requires_grad
-    with pytest.raises(TypeError, match="numbers"):
-        ClassMargin(torch.tensor([True, False]))
+    for wrong in (torch.tensor([True, False]), None, ["a"]):
+        with pytest.raises(TypeError, match="m must be of numbers"):
+            ClassMargin(wrong)
 
 
 def test_needs_a_margin_for_every_class():
@@ -50,6 +53,21 @@ def test_may_be_set_between_steps():
     with pytest.raises(ValueError, match=r"m\[1\] must be an angle in radians"):
         margin.m = [0.2, 28.6, 0.2, 0.2, 0.2]
     assert margin.m[1] == torch.tensor(0.2)
+
+
+def test_stays_where_it_is():
+    head = fm.MarginHead(6, 5, ClassMargin([0.5] * 5), device="meta")
+    head.margin.m = [0.2] * 5
+    assert head.margin.m.device.type == "meta"
+    head = fm.MarginHead(6, 5, ClassMargin([0.5] * 5)).double()
+    head.margin.m = [0.2] * 5
+    assert head.margin.m.dtype == torch.float64
+
+
+def test_takes_all_of_the_range():
+    head = fm.MarginHead(6, 5, ClassMargin([math.pi] * 5)).double()
+    head.extend_classes(1)
+    assert head.margin.m.tolist() == pytest.approx([math.pi] * 6)
 
 
 def test_follows_the_classes():

@@ -58,6 +58,20 @@ def test_stays(what):
     assert head.margin.t == 0.25
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_of_nan_is_left_out(bad):
+    head, case = head_and_batch(alpha=1.0)
+    labels = case.labels.clone()
+    labels[0] = 3
+    x = case.x.clone()
+    x[0, 0] = bad
+    head(x, labels)
+    labels[0] = -1
+    other, _ = head_and_batch(alpha=1.0)
+    other(case.x, labels)
+    assert head.margin.t == other.margin.t != 0
+
+
 def test_a_step_that_fails_changes_nothing():
     head, case = head_and_batch()
     head.backend = "no such backend"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from train_cases import PEOPLE, SMALL, train, write_faces
 
+from fastmargin.train import out
 from fastmargin.train.out import Out
 from fastmargin.train.settings import TrainError
 
@@ -78,7 +80,8 @@ def test_refuses_data_and_folders(faces, tmp_path):
     assert result.exit_code == 1 and "checkpoint is gone" in result.stderr
 
 
-def test_two_runs_in_one_folder(faces, tmp_path):
+def test_two_runs_in_one_folder(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(out, "PATIENCE", 0.6)
     first = Out(tmp_path / "run")
     with pytest.raises(TrainError, match="another run"):
         Out(tmp_path / "run")
@@ -118,6 +121,38 @@ def test_refuses_other_checkpoints(faces, tmp_path):
     (tmp_path / "run" / "checkpoint" / "current").write_text("nonsense")
     result, _ = train(*run, "--resume")
     assert result.exit_code == 1 and "does not name a version" in result.stderr
+
+
+def test_a_folder_that_cannot_be_locked(faces, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(out.fcntl, "flock", refuse)
+        with pytest.raises(TrainError, match="cannot be locked"):
+            Out(tmp_path)
+
+
+def test_a_torn_line_of_the_log(faces, tmp_path):
+    run = faces, "--out", tmp_path / "run", *SMALL
+    assert train(*run, "--epochs", 2)[0].exit_code == 0
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    result, figures = train(*run, "--epochs", 3, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert [row["epoch"] for row in figures["epochs"]] == [1, 2, 3]
+
+
+def test_a_network_that_is_gone(faces, tmp_path):
+    run = faces, "--out", tmp_path / "run", *SMALL, "--epochs", 1
+    assert train(*run)[0].exit_code == 0
+    file = tmp_path / "run" / "backbone.pt"
+    before = torch.load(file)
+    file.unlink()
+    result, figures = train(*run, "--resume")
+    assert result.exit_code == 0 and len(figures["epochs"]) == 1
+    for name, value in torch.load(file).items():
+        assert torch.equal(value, before[name])
 
 
 @pytest.mark.parametrize("when", ["before its network", "before its log"])

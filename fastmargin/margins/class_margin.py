@@ -59,6 +59,12 @@ class ClassMargin(SoftmaxMargin):
         self.angular, self.guard, self.grad = angular, guard, grad
         self.register_buffer("m", self.settings["m"]("m", m), persistent=False)
 
+    def __setattr__(self, name: str, value) -> None:
+        before = self._buffers.get("m") if name == "m" else None
+        super().__setattr__(name, value)
+        if before is not None:  # stays where it was
+            self._buffers["m"] = self.m.to(before)
+
     def bind(
         self,
         num_classes: int,

@@ -21,8 +21,8 @@ class CurricularFace(SoftmaxMargin):
     of the target cosines, updated before the step uses it: near 0 at first, when hard negatives are
     played down, towards 1 at the end, when they count for more.
 
-    Differences from the authors' code (HuangYG123/CurricularFace): ignored rows are left out of
-    ``t``, ``eval()`` does not update it, and it is the mean over all processes.
+    Differences from the authors' code (HuangYG123/CurricularFace): ignored rows, and rows of NaN,
+    are left out of ``t``, ``eval()`` does not update it, and it is the mean over all processes.
 
     Args:
         m: margin in radians.
@@ -63,8 +63,9 @@ class CurricularFace(SoftmaxMargin):
     def hard(self, cos_y: Tensor, labels: Tensor) -> HardRule:
         t = self.t.to(cos_y.dtype)
         if self.training:
-            rows = (labels >= 0).sum().to(cos_y.dtype)
-            total, rows = self.processes.sum(torch.stack([cos_y.sum(), rows]))
+            known = (labels >= 0) & ~cos_y.isnan()
+            found = [torch.where(known, cos_y, 0).sum(), known.sum().to(cos_y.dtype)]
+            total, rows = self.processes.sum(torch.stack(found))
             # without any row t stays as it is
             t = torch.where(rows > 0, torch.lerp(t, total / rows.clamp_min(1), self.alpha), t)
         self._next_t = t

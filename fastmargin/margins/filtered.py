@@ -39,7 +39,7 @@ class Filtered(SoftmaxMargin):
         if type(margin).hard is not SoftmaxMargin.hard or margin.per_class:
             raise ValueError(
                 f"{type(margin).__name__} has its own rule for negatives or keeps per-class state: "
-                "use Filtered with fm.ArcFace, CosFace, AdaFace or ElasticFace"
+                "use Filtered with one that does not, such as fm.ArcFace or fm.AdaFace"
             )
         Margin.__init__(self)
         self.margin, self.threshold = margin, threshold

@@ -31,7 +31,9 @@ def add_angle(
             2022); "exact" keeps the true one.
         cos_eps: clamps cos to ``+-(1 - cos_eps)``. angle_eps: eps of ``clip``, radians.
     """
-    clamped = cos.clamp(-(1 - cos_eps), 1 - cos_eps)
+    clamped = through = cos.clamp(-(1 - cos_eps), 1 - cos_eps)
+    if grad == "straight_through":  # that of m stays
+        clamped = clamped.detach()
     square = (1 - clamped) * (1 + clamped)
     # exact value of sqrt, but a bounded derivative where sin(theta) is rounding noise
     sloped = square.clamp_min(torch.finfo(cos.dtype).eps).sqrt()
@@ -48,5 +50,5 @@ def add_angle(
     elif guard == "easy":
         value = torch.where(clamped > 0, value, clamped)
     if grad == "straight_through":
-        return clamped + (value - clamped).detach()
+        return value + (through - through.detach())
     return value

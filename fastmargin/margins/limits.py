@@ -73,19 +73,24 @@ class Table:
     limit: Within
 
     def __call__(self, name: str, value: object) -> Tensor:
-        found = torch.as_tensor(value).detach()
+        try:
+            found = torch.as_tensor(value).detach()
+        except (RuntimeError, ValueError) as error:
+            raise TypeError(f"{name} must be of numbers, (C,): {error}") from error
         if found.dtype.is_complex or found.dtype == torch.bool:
             raise TypeError(f"{name} must be of numbers, got {found.dtype}")
         if found.dim() != 1 or found.numel() == 0:
             raise ValueError(
                 f"{name} must have one number per class, (C,), got shape {tuple(found.shape)}"
             )
-        wrong = ~((found >= self.limit.low) & (found <= self.limit.high))  # NaN, too
+        found = found.float()
+        # limits in float32, too: that of pi is above pi
+        low, high = found.new_tensor([self.limit.low, self.limit.high])
+        wrong = ~((found >= low) & (found <= high))  # NaN, too
         if bool(wrong.any()):
             place = int(wrong.nonzero()[0, 0])
             self.limit(f"{name}[{place}]", found[place].item())
-        # a number below the limit in float64 may round to one above it
-        return found.float().clamp(self.limit.low, self.limit.high)
+        return found
 
 
 @dataclass(frozen=True)

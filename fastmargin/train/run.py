@@ -45,12 +45,17 @@ class Training:
         self.checkpoint = settings.out / "checkpoint"
         self._group = agreement.channel(None)
         self.validations: dict[str, Validation] = {}
+        self.out: Out | None = None  # on the first process
+        self.epoch, self.first, self._pending = 0, 0, None
         self._together("reading the data", self._open)
         self._build()
-        self.epoch, self.first, self._pending = 0, 0, None
-        if self._exists:
-            self._resume()
-        self._together("opening --out", self._open_out)
+        try:
+            self._together("opening --out", self._open_out)
+            if self._exists:
+                self._resume()
+        except Exception:
+            self.close()
+            raise
 
     def _together(self, what: str, function) -> None:
         """Runs it on all processes; if it fails on one, all raise."""
@@ -60,10 +65,6 @@ class Training:
         settings, place = self.settings, self.place
         try:
             self._exists = folder.current_version(self.checkpoint) is not None
-            if self._exists and not settings.resume:
-                raise TrainError(
-                    f"{self.checkpoint} exists: continue it with --resume, or choose another --out"
-                )
             self.faces = open_faces(settings.data, settings.image_size)
             self.faces[0]  # whether images can be decoded at all
             if place.first:
@@ -114,7 +115,14 @@ class Training:
         self.head_optimizer = fm.optim.RowSGD(self.head.parameters(), lr=0.0, fused=True, **rule)
 
     def _open_out(self) -> None:
-        self.out = Out(self.settings.out) if self.place.first else None
+        if self.place.first:
+            self.out = Out(self.settings.out)
+        # again, now that no other run can write one
+        self._exists = folder.current_version(self.checkpoint) is not None
+        if self._exists and not self.settings.resume:
+            raise TrainError(
+                f"{self.checkpoint} exists: continue it with --resume, or choose another --out"
+            )
         if self.out and self.out.epochs() and not self._exists:
             raise TrainError(
                 f"{self.settings.out}/log.jsonl is of a run whose checkpoint is gone: choose "
@@ -136,8 +144,8 @@ class Training:
                 checkpoint stays.
             OSError, ProcessError: a checkpoint could not be written; the one before stays.
         """
-        if self._pending and self.place.first and not self._is_published():
-            self._publish(progress)  # stopped right after the checkpoint
+        if self._pending and self.place.first:
+            self._make_up(progress)
         for epoch in range(self.epoch, self.settings.epochs):
             self._pending = self._train_epoch(epoch, progress)
             if isinstance(self.head.margin, fm.KappaFace):
@@ -262,8 +270,12 @@ class Training:
         rows = self.settings.batch * self.place.world
         self.first = min(before["seen"] // rows, self.epochs.steps - 1)
 
-    def _is_published(self) -> bool:
-        return any(line["epoch"] == self._pending["epoch"] for line in self.out.epochs())
+    def _make_up(self, progress: Progress) -> None:
+        """Writes what a stop right after the checkpoint has left out."""
+        if all(line["epoch"] != self._pending["epoch"] for line in self.out.epochs()):
+            self._publish(progress)
+        elif not self.out.backbone.exists():
+            self.out.write_backbone(self.backbone.state_dict())
 
     def _publish(self, progress: Progress) -> None:
         """Writes network, validation and log of an epoch that is in the checkpoint."""
