@@ -14,9 +14,12 @@ from fastmargin.margins import (
     NPT,
     AdaFace,
     ArcFace,
+    ClassMargin,
     CosFace,
+    CurricularFace,
     ElasticFace,
     KappaFace,
+    MagFace,
     MomentumEncoder,
 )
 from fastmargin.spec import GRAD_MODES, GUARDS
@@ -75,9 +78,31 @@ def test_kappaface_formula():
         torch.testing.assert_close(psi(margin, ANGLES, label=label), expected)
 
 
+@pytest.mark.parametrize("norm", [4.0, 10.0, 35.0, 110.0, 500.0])
+def test_magface_formula(norm):
+    margin = MagFace(l_a=10.0, u_a=110.0, l_margin=0.45, u_margin=0.8, guard="none")
+    a = min(max(norm, 10.0), 110.0)
+    angle = 0.45 + (0.8 - 0.45) * (a - 10) / (110 - 10)
+    torch.testing.assert_close(psi(margin, ANGLES, norm=norm), (ANGLES + angle).cos())
+    expected = torch.tensor([35 * (a / 110**2 + 1 / a)])
+    torch.testing.assert_close(margin.penalty(torch.tensor([norm])), expected)
+
+
+def test_curricularface_formula():
+    margin = CurricularFace(m=0.5).eval()
+    margin.t.fill_(0.3)
+    torch.testing.assert_close(psi(margin, ANGLES), psi(ArcFace(m=0.5), ANGLES))
+    rule = margin.hard(ANGLES.cos(), torch.zeros_like(ANGLES).long())
+    torch.testing.assert_close(rule.threshold, (ANGLES + 0.5).cos())
+    torch.testing.assert_close(rule.coefficients.float(), torch.tensor([1.0, 0.3, 0.0]))
+
+
+KINDS = ("arcface", "adaface", "kappaface", "elastic", "elastic_cosine", "magface", "class_margin")
+
+
 @pytest.mark.parametrize("guard", GUARDS)
 @pytest.mark.parametrize("grad", GRAD_MODES)
-@pytest.mark.parametrize("kind", ["arcface", "adaface", "kappaface", "elastic", "elastic_cosine"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernel_form_is_the_margin(kind, guard, grad, backend):
     """``margin_rows`` of every backend equals autograd through the Python margin."""
@@ -90,20 +115,25 @@ def test_kernel_form_is_the_margin(kind, guard, grad, backend):
         "kappaface": lambda: testing.shape_table(KappaFace(m=0.9, **kwargs), 7, 3),
         "elastic": lambda: ElasticFace(0.4, 0.3, **kwargs),
         "elastic_cosine": lambda: ElasticFace(0.3, 0.2, angular=False, **kwargs),
+        "magface": lambda: MagFace(l_a=40.0, u_a=300.0, **kwargs),
+        "class_margin": lambda: ClassMargin(torch.linspace(0, 0.9, 7), **kwargs),
     }[kind]().to(device)
     theta = torch.linspace(0.1, math.pi - 0.1, 97)
     cos = theta.cos().to(device, dtype).requires_grad_()
     lse = torch.linspace(-3, 12, 97, device=device, dtype=dtype).roll(40).requires_grad_()
-    norm = torch.linspace(-0.1, 400, 97, device=device, dtype=dtype).abs()
+    norm = torch.linspace(-0.1, 400, 97, device=device, dtype=dtype).abs().requires_grad_()
     labels = torch.arange(97, device=device) % 8 - 1
     if kind == "adaface":
         margin.set_norm_ema(torch.tensor([80.0]), torch.tensor([60.0]))
     spec = -torch.nn.functional.logsigmoid(margin.s * margin(cos, norm, labels) - lse)
     spec = torch.where(labels >= 0, spec, 0)
-    expected = torch.autograd.grad(spec.sum(), (cos, lse))
+    of = (cos, lse, norm)
+    options = {"allow_unused": True, "materialize_grads": True}
+    expected = torch.autograd.grad(spec.sum(), of, **options)
+    assert bool(expected[2].any()) == (kind == "magface")
     form = functional.drawn(margin.form(), labels, backend)
     loss, applied = ops.margin_rows(cos, lse, norm, labels, form, backend=backend)
-    actual = torch.autograd.grad(loss.sum(), (cos, lse))
+    actual = torch.autograd.grad(loss.sum(), of, **options)
     close = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.double else {"rtol": 2e-4, "atol": 2e-4}
     torch.testing.assert_close(loss, spec, **close)
     for a, e in zip(actual, expected, strict=True):
