@@ -49,13 +49,15 @@ def test_steps_of_torchs_optimiser(backend, dtype, rule, stepped):
     assert (head.weight - start).abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("margin", ["adaface", "kappaface", "no_form", "curricular", "filtered"])
+@pytest.mark.parametrize(
+    "margin", ["adaface", "kappaface", "no_form", "curricularface", "filtered"]
+)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_of_other_margins(backend, dtype, margin, stepped):
     """Running statistics, a margin of Python with a penalty, rules for hard negatives."""
     same(*both(make_head(margin, backend, dtype)), **close(dtype))
     assert len(stepped) == 3
-    assert (stepped[0].hard is None) == (margin not in ("curricular", "filtered"))
+    assert (stepped[0].hard is None) == (margin not in ("curricularface", "filtered"))
 
 
 def test_of_nearest_negatives(stepped):
@@ -65,7 +67,7 @@ def test_of_nearest_negatives(stepped):
 
 
 @pytest.mark.parametrize(
-    ("margin", "tolerance"), [("arcface", 0.998), ("no_form", 0.987), ("curricular", 0.999)]
+    ("margin", "tolerance"), [("arcface", 0.998), ("no_form", 0.987), ("curricularface", 0.999)]
 )
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_of_rows_left_out(backend, dtype, margin, tolerance, stepped):
@@ -121,7 +123,11 @@ def test_accumulated_passes_are_one(backend, dtype, tolerance, stepped):
 
 def test_passes_that_are_not_one_add_their_gradients(stepped):
     """Running rules, other scales, a loss of the centres beside; no pass is lost or taken twice."""
-    for margin, other in (("curricular", None), ("arcface", "arcface_cold"), ("arcface", "npt_3")):
+    for margin, other in (
+        ("curricularface", None),
+        ("arcface", "arcface_cold"),
+        ("arcface", "npt_3"),
+    ):
         heads = [make_head(margin, "reference", torch.float64) for _ in range(2)]
         if other is not None:
             options = {"margin": MARGINS[other](), "backend": "reference"}

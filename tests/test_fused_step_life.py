@@ -321,7 +321,7 @@ def fused_steps(group, margin, options=(), fused=True):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("margin", ["arcface", "adaface", "curricular", "no_form"])
+@pytest.mark.parametrize("margin", ["arcface", "adaface", "curricularface", "no_form"])
 def test_of_shared_out_classes(margin, n):
     whole = fused_steps(None, margin, fused=False)
     compare(run(n, fused_steps, margin), whole, margin, CLASSES, n)

@@ -46,7 +46,7 @@ def sampled_step(group, margin: str, classes: int, options: dict, rows=None):
 
 
 @pytest.mark.parametrize("classes, n", [(507, 4), (5, 4), (70, 3), (70, 1)])
-@pytest.mark.parametrize("margin", ["arcface", "adaface", "kappaface", "npt_3", "curricular"])
+@pytest.mark.parametrize("margin", ["arcface", "adaface", "kappaface", "npt_3", "curricularface"])
 @pytest.mark.parametrize("sparse_grad", [False, True])
 def test_sampled_classes_are_the_loss_on_those_classes(margin, classes, n, sparse_grad):
     options = {"sample_rate": 0.3, "sparse_grad": sparse_grad}
@@ -155,7 +155,7 @@ def test_replicas_keep_the_same_statistics():
         torch.testing.assert_close(own["state"], first["state"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("margin", ["arcface", "adaface", "curricular", "npt", "no_form"])
+@pytest.mark.parametrize("margin", ["arcface", "adaface", "curricularface", "npt", "no_form"])
 def test_classes_shared_out_in_a_node_and_repeated_over_nodes(margin):
     found = run(4, mesh_steps, margin, {})
     whole = steps(head_of(margin, 71), slice(None))
