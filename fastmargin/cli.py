@@ -287,7 +287,7 @@ def train(
         pretrained=pretrained,
         embedding_size=embedding_size,
         image_size=image_size,
-        margin=margin,
+        margin=margin.lower(),
         margin_settings=tuple(setting or ()),
         sample_rate=sample_rate,
         epochs=epochs,

@@ -242,7 +242,7 @@ def test_validation_figures(faces, others, tmp_path):
 
 
 def test_kappaface_ends_its_epochs(faces, tmp_path):
-    run = faces, "--out", tmp_path / "run", "--epochs", 1, "--margin", "kappaface", *SMALL
+    run = faces, "--out", tmp_path / "run", "--epochs", 1, "--margin", "KappaFace", *SMALL
     assert train(*run)[0].exit_code == 0
     head = fm.MarginHead(16, PEOPLE, fm.KappaFace())
     fm.checkpoint.load(tmp_path / "run" / "checkpoint", {"head": head}, strict=False)
