@@ -168,7 +168,7 @@ def tuning(cases, seconds: float, table) -> list[list[str]]:
         each = max(1.0, seconds / (len(widths) * len(KERNELS)))
         shape = ["--dim", dim, "--batch", case.batch, "--classes", case.classes]
         options = [*shape, "--seconds", f"{each:.0f}", "--output", table]
-        commands.append([sys.executable, "-m", "fastmargin.cli", "tune", *map(str, options)])
+        commands.append([sys.executable, "-m", "fastmargin", "tune", *map(str, options)])
     return commands
 
 

@@ -85,6 +85,7 @@ def test_the_command_lists_and_an_installed_copy_says_what_it_needs(monkeypatch,
     for words in ("arc-20k", "fastmargin cpu fp32", "liger-kernel", "our own implementation"):
         assert words in listed.stdout
     assert CliRunner().invoke(cli.app, ["bench", "--help"]).exit_code == 0
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "fastmargin" / "cli.py"))
+    away = tmp_path / "site" / "fastmargin" / "cli" / "bench.py"
+    monkeypatch.setattr(cli.bench, "__file__", str(away))
     away = CliRunner().invoke(cli.app, ["bench"])
     assert away.exit_code == 2 and "source checkout" in away.stderr

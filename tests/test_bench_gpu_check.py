@@ -289,7 +289,7 @@ def test_tuning_is_on_the_middle_problem_of_each_width(tmp_path):
     ]
     table = tmp_path / "t.json"
     first, second = gpu_check.tuning(many, 80, table)
-    assert first[1:4] == second[1:4] == ["-m", "fastmargin.cli", "tune"]
+    assert first[1:4] == second[1:4] == ["-m", "fastmargin", "tune"]
     options = dict(zip(first[4::2], first[5::2], strict=True))
     shape = {"--dim": "8", "--batch": "4", "--classes": "20"}
     assert options == shape | {"--seconds": "10", "--output": str(table)}

@@ -242,6 +242,13 @@ def short(tile: dict[str, int]) -> str:
     return f"{blocks}, {tile['num_warps']} warps, {stages} {'stage' if stages == 1 else 'stages'}"
 
 
+def print_reset(console: Console, figures: Figures) -> None:
+    """Prints what :func:`reset` did."""
+    verb = "Deleted" if figures["deleted"] else "Would delete"
+    text = f"{verb} {figures['file']}" if figures["existed"] else f"No {figures['file']}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_report(console: Console, figures: Figures) -> None:
     """The figures as a table."""
     title = (
