@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train a face network on images, with any of the margins.
 
-    SGD with the polynomial schedule of insightface, images mirrored at random, bfloat16 on a GPU.
+    SGD with a quadratic schedule, images mirrored at random, bfloat16 on a GPU.
     Several GPUs share the classes among them: torchrun --nproc-per-node 8 -m fastmargin train ...
     A checkpoint continues on any number of them, in the middle of an epoch, too. Ends with status
     1, and keeps the last checkpoint, when the loss is no longer finite.

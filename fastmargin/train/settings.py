@@ -10,7 +10,7 @@ from typing import Any
 from fastmargin.margins import BY_NAME, Margin
 
 REFERENCE_ROWS, REFERENCE_LR = 1024, 0.1
-"""insightface's learning rate, and the rows per step that it is meant for."""
+"""insightface's learning rate, and the rows per step that it has on 8 GPUs."""
 
 NOT_SETTABLE = {"class_counts", "features", "num_samples", "memory_momentum"}
 """Of KappaFace: counts come from the data; other features need a training loop of one's own."""
